@@ -1,0 +1,56 @@
+"""An asyncio client that waits for Flux Kontext image-generation tasks."""
+
+from kontext_async._version import __version__
+from kontext_async.batch import OutcomeStream, TaskOutcome
+from kontext_async.client import KontextClient
+from kontext_async.errors import (
+    ApiError,
+    AuthenticationError,
+    ClientStateError,
+    ConfigurationError,
+    GenerationFailedError,
+    InvalidRequestError,
+    KontextError,
+    MaintenanceError,
+    RateLimitedError,
+    ResponseFormatError,
+    ServerError,
+    TaskNotFoundError,
+    TransportError,
+    WaitTimeoutError,
+)
+from kontext_async.limits import RateLimit
+from kontext_async.models import CompletedTask, TaskRecord, TaskStatus
+from kontext_async.pacing import ClientStats
+from kontext_async.polling import PollEvent
+from kontext_async.schedule import DurationModel, PollState, wait_learned
+
+__all__ = [
+    "ApiError",
+    "AuthenticationError",
+    "ClientStateError",
+    "ClientStats",
+    "CompletedTask",
+    "ConfigurationError",
+    "DurationModel",
+    "GenerationFailedError",
+    "InvalidRequestError",
+    "KontextClient",
+    "KontextError",
+    "MaintenanceError",
+    "OutcomeStream",
+    "PollEvent",
+    "PollState",
+    "RateLimit",
+    "RateLimitedError",
+    "ResponseFormatError",
+    "ServerError",
+    "TaskNotFoundError",
+    "TaskOutcome",
+    "TaskRecord",
+    "TaskStatus",
+    "TransportError",
+    "WaitTimeoutError",
+    "__version__",
+    "wait_learned",
+]

@@ -1,0 +1,207 @@
+"""The commands and their options."""
+
+from __future__ import annotations
+
+import errno
+import math
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kontext_async._version import __version__
+from kontext_async.batch import TaskOutcome
+from kontext_async.cli._input import distinct_ids, read_key
+from kontext_async.cli._local import demonstrate, serve
+from kontext_async.cli._output import (
+    Exit,
+    error_console,
+    fail,
+    kind,
+    print_outcome,
+    record_line,
+    say,
+    write_line,
+)
+from kontext_async.cli._running import run
+from kontext_async.cli._tally import Tally
+from kontext_async.cli._waiting import say_how_to_resume, wait_for_all
+from kontext_async.client import KontextClient
+from kontext_async.errors import KontextError
+from kontext_async.simulator import Simulator, SlidingLimit, lognormal
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,  # plain tracebacks show no locals, which may hold the key
+    rich_markup_mode=None,
+    help="Wait for Flux Kontext image-generation tasks.",
+    epilog=(
+        "Exit codes: 0 all done; 1 a generation failed; 2 wrong usage; 3 a deadline passed; "
+        "4 the API or the network failed; 130 ended by Ctrl-C; 141 the reader of the results went "
+        "away. Where tasks end differently the gravest counts: 2, 4, 3, 1."
+    ),
+)
+
+BaseUrl = Annotated[str, typer.Option(metavar="URL", help="Where the API is.")]
+KeyFile = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="File with the API key. Without it the environment's APIKLEY_API_KEY is used.",
+    ),
+]
+_BASE_URL = "https://api.apikley.ru"
+
+
+def _show_version(wanted: bool) -> None:  # noqa: FBT001 - typer's way of calling it
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _kontext(
+    *,
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version."),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def get(
+    task_id: Annotated[str, typer.Argument(metavar="ID", help="The task.")],
+    *,
+    base_url: BaseUrl = _BASE_URL,
+    api_key_file: KeyFile = None,
+) -> None:
+    """Look at a task once, and print how it stands as one JSON line."""
+    (known_id,) = distinct_ids([task_id], None)
+
+    async def look() -> Exit:
+        async with KontextClient(read_key(api_key_file), base_url=base_url) as client:
+            try:
+                record = await client.record_info(known_id)
+            except KontextError as error:
+                say(str(error))
+                print_outcome(TaskOutcome(task_id=known_id, error=error))
+                return kind(error)[1]
+        write_line(record_line(record))
+        return Exit.FAILED if record.status.phase == "failed" else Exit.DONE
+
+    run(look())
+
+
+@app.command()
+def wait(
+    task_ids: Annotated[
+        list[str] | None, typer.Argument(metavar="ID", help="The tasks.", show_default=False)
+    ] = None,
+    *,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="FILE|-",
+            help="Read ids from a file, or from standard input: one a line, or JSON objects with "
+            "taskId. Blank lines and those that begin with # are skipped.",
+        ),
+    ] = None,
+    timeout: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            metavar="SECONDS",
+            help="How long to wait for each task from the first look at it; 0 looks once, "
+            "inf waits without limit.",
+        ),
+    ] = 600.0,
+    summary: Annotated[
+        bool, typer.Option("--summary", help="End with a table of figures.")
+    ] = False,
+    base_url: BaseUrl = _BASE_URL,
+    api_key_file: KeyFile = None,
+) -> None:
+    """Wait for tasks side by side, and print a JSON line for each as it ends."""
+    tally = Tally(distinct_ids(task_ids or [], source))
+
+    async def wait_for_them() -> Exit:
+        async with KontextClient(read_key(api_key_file), base_url=base_url) as client:
+            limit = None if math.isinf(timeout) else timeout
+            code = await wait_for_all(client, tally, print_outcome, timeout=limit)
+        if summary:
+            error_console().print(tally.summary())
+        return code
+
+    run(wait_for_them(), interrupted=lambda: say_how_to_resume(tally, source))
+
+
+def _rate_limit(text: str) -> SlidingLimit:
+    """``20/10``: 20 requests in any 10 seconds."""
+    requests, _, seconds = text.partition("/")
+    try:
+        return SlidingLimit(int(requests), float(seconds or 1))
+    except ValueError as error:
+        raise typer.BadParameter("give requests/seconds, such as 20/10") from error
+
+
+@app.command()
+def simulate(
+    *,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 0,
+    duration: Annotated[
+        float, typer.Option(min=0, metavar="SECONDS", help="What half the tasks take.")
+    ] = 12.0,
+    spread: Annotated[
+        float,
+        typer.Option(min=0, help="Two thirds lie within a factor of e to this; 0: all alike."),
+    ] = 0.3,
+    failure_rate: Annotated[
+        float, typer.Option(min=0, max=1, metavar="SHARE", help="Tasks that of 1.")
+    ] = 0.0,
+    fault_rate: Annotated[
+        float,
+        typer.Option(min=0, max=1, metavar="SHARE", help="Requests that meet a fault, of 1."),
+    ] = 0.0,
+    rate_limit: Annotated[
+        SlidingLimit | None,
+        typer.Option(
+            parser=_rate_limit,
+            metavar="REQUESTS/SECONDS",
+            help="Answer 429 to what comes faster, such as 20/10.",
+        ),
+    ] = None,
+    latency: Annotated[
+        float, typer.Option(min=0, metavar="SECONDS", help="Before each answer.")
+    ] = 0.0,
+    auto_create: Annotated[
+        bool, typer.Option(help="Take an unknown id for a new task, from the first look on.")
+    ] = True,
+    seed: Annotated[int, typer.Option(help="The same seed draws the same fates.")] = 0,
+) -> None:
+    """Serve the API on this machine until Ctrl-C."""
+    simulator = Simulator(
+        port=port,
+        durations=lognormal(duration, spread),
+        failure_rate=failure_rate,
+        fault_rate=fault_rate,
+        rate_limit=rate_limit,
+        latency=latency,
+        auto_create=auto_create,
+        seed=seed,
+    )
+    try:
+        run(serve(simulator))
+    except OSError as error:
+        if error.errno not in {errno.EACCES, errno.EADDRINUSE}:
+            raise
+        fail(f"cannot serve on port {port}: {error.strerror}")
+
+
+@app.command()
+def demo() -> None:
+    """Wait for a dozen simulated tasks: no key, no network, a few seconds."""
+    run(demonstrate())

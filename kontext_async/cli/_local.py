@@ -1,0 +1,80 @@
+"""The commands that need no key and no network: a simulator to work against, and the demo."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from typing import NoReturn
+
+from rich.table import Column, Table
+
+from kontext_async.batch import TaskOutcome
+from kontext_async.cli._output import Exit, error_console, outcome_line, plain, say, write_line
+from kontext_async.cli._tally import Tally
+from kontext_async.cli._waiting import wait_for_all
+from kontext_async.client import KontextClient
+from kontext_async.simulator import Failure, Simulator
+
+_FLAGGED = Failure(400, "The prompt was flagged as violating the content policies.")
+
+# Prompt, seconds until its end, failure.
+_TASKS: tuple[tuple[str, float, Failure | None], ...] = (
+    ("a lighthouse at dawn", 2.0, None),
+    ("a paper boat on a calm lake", 3.0, None),
+    ("a portrait of somebody famous", 3.5, _FLAGGED),
+    ("a fox in the snow", 5.0, None),
+    ("a kitchen in the style of Vermeer", 5.0, None),
+    ("a street in the rain at night", 5.2, None),
+    ("a map of an island that does not exist", 5.4, None),
+    ("a teapot on a windowsill", 5.6, None),
+    ("a cat that is also a clock", 5.8, Failure(501, "The image could not be generated.")),
+    ("a mountain hut under the stars", 6.0, None),
+    ("a city made of glass", 6.5, None),
+    ("a field of sunflowers", 7.0, None),
+)
+
+
+async def serve(simulator: Simulator) -> NoReturn:
+    """Serve until cancelled. The base URL goes to standard output, for scripts."""
+    async with simulator:
+        write_line({"baseUrl": simulator.base_url})
+        say(f"The API is simulated at {simulator.base_url}, for any key. Ctrl-C ends it. Try:")
+        say(f"  APIKLEY_API_KEY=any kontext wait --base-url {simulator.base_url} task1 task2")
+        while True:  # noqa: ASYNC110 - only cancelling ends it
+            await asyncio.sleep(3600)
+
+
+async def demonstrate() -> Exit:
+    """Wait for a dozen simulated tasks, and show what became of each."""
+    ended: list[TaskOutcome] = []
+
+    def take(outcome: TaskOutcome) -> None:
+        ended.append(outcome)
+        if not sys.stdout.isatty():
+            write_line(outcome_line(outcome))
+
+    async with Simulator() as simulator:
+        say(f"The API is simulated at {simulator.base_url}")
+        ids = [
+            simulator.add_task(
+                f"demo-{number:02}",
+                duration=duration,
+                outcome=failure or "success",
+                params={"prompt": prompt, "model": "flux-kontext-pro"},
+            )
+            for number, (prompt, duration, failure) in enumerate(_TASKS, 1)
+        ]
+        async with KontextClient("demo", base_url=simulator.base_url) as client:
+            await wait_for_all(client, Tally(ids), take, timeout=60.0)
+    error_console().print(_table(ended))
+    return Exit.DONE
+
+
+def _table(ended: list[TaskOutcome]) -> Table:
+    table = Table("Task", "Outcome", "Took", Column("Image, or what went wrong", overflow="fold"))
+    for outcome in sorted(ended, key=lambda outcome: outcome.task_id):
+        line = outcome_line(outcome)
+        took = "" if line["duration"] is None else f"{line['duration']:.0f} s"
+        said = line["resultImageUrl"] or f"{line['errorCode']}: {line['message']}"
+        table.add_row(line["taskId"], line["outcome"], took, plain(said))
+    return table

@@ -1,0 +1,319 @@
+"""The client, as its users see it."""
+
+from __future__ import annotations
+
+import ipaddress
+import math
+import os
+from collections.abc import AsyncIterable, Callable, Iterable
+from types import TracebackType
+from typing import Self
+
+import aiohttp
+from tenacity.wait import WaitBaseT
+from yarl import URL
+
+from kontext_async import wire
+from kontext_async.batch import OutcomeStream, TaskOutcome, outcomes_in_order
+from kontext_async.errors import ConfigurationError, RateLimitedError
+from kontext_async.limits import RateLimit
+from kontext_async.models import CompletedTask, TaskRecord
+from kontext_async.pacing import ClientStats, RequestBudget
+from kontext_async.polling import PollEvent, TaskWait, WaitPolicy, check_seconds
+from kontext_async.schedule import DurationModel, wait_learned
+from kontext_async.transport import Transport
+
+__all__ = ["KontextClient"]
+
+_KEY_VARIABLE = "APIKLEY_API_KEY"
+
+# The defaults of a wait's timeout, error_grace and not_found_grace.
+_USUAL_SECONDS = (600.0, 120.0, 10.0)
+
+
+def _checked_key(api_key: str | None) -> str:
+    source = "api_key"
+    if api_key is None:
+        source = _KEY_VARIABLE
+        api_key = os.environ.get(_KEY_VARIABLE, "")
+    if not isinstance(api_key, str):
+        raise ConfigurationError(f"api_key must be a str, not {type(api_key).__name__}")
+    key = api_key.strip()
+    if not key:
+        raise ConfigurationError(f"no API key: pass api_key, or set {_KEY_VARIABLE}")
+    if not all("!" <= c <= "~" for c in key):
+        raise ConfigurationError(
+            f"{source} cannot be sent as a header: it must be printable ASCII without spaces "
+            "(the key alone, without 'Bearer')"
+        )
+    return key
+
+
+def _checked_url(base_url: str, *, allow_http: bool) -> str:
+    try:
+        url = URL(base_url)
+    except (TypeError, ValueError) as exc:
+        raise ConfigurationError(f"base_url is not a URL: {exc}") from exc
+    if url.scheme not in ("http", "https") or not url.host:
+        raise ConfigurationError(
+            f"base_url must be an http(s) URL with a host, such as https://api.apikley.ru, "
+            f"not {base_url!r}"
+        )
+    if url.user is not None or url.password is not None or url.query_string or url.fragment:
+        raise ConfigurationError("base_url must have no user, query or fragment")
+    if url.scheme == "http" and not (allow_http or _is_loopback(url.host)):
+        raise ConfigurationError(
+            f"base_url is plain http to {url.host}: the API key would travel unencrypted; "
+            "use https, or pass allow_http=True"
+        )
+    return str(url).rstrip("/")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def _checked_session(session: aiohttp.ClientSession | None) -> aiohttp.ClientSession | None:
+    if session is None:
+        return None
+    if not isinstance(session, aiohttp.ClientSession):
+        raise ConfigurationError(
+            f"session must be an aiohttp.ClientSession, not {type(session).__name__}"
+        )
+    if session.auth is not None:
+        raise ConfigurationError(
+            "the session has its own auth, which would collide with the API key: pass one without"
+        )
+    return session
+
+
+class KontextClient:
+    """Asks the Flux Kontext API how tasks stand, and waits for them.
+
+    ``api_key``: None takes it from the environment's ``APIKLEY_API_KEY``; white space around it
+    is stripped. ``base_url``: https, or http where the host is loopback or ``allow_http`` is true.
+    ``session``: a session of your own is used with its connector, proxy, tracing and middlewares,
+    and never closed; None makes one. ``request_timeout``: seconds for one request, its body
+    included. ``max_concurrency``: requests in flight at most. ``rate_limit``: None discovers it.
+    ``durations``: what is known of how long tasks take; None starts from a general guess.
+
+    A client belongs to the event loop it is first used in. Closing it, with ``async with`` or
+    `aclose`, ends its pending waits with `ClientStateError`.
+
+    Raises `ConfigurationError` where an argument cannot be used.
+    """
+
+    def __init__(
+        self,
+        api_key: str | None = None,
+        *,
+        base_url: str = "https://api.apikley.ru",
+        session: aiohttp.ClientSession | None = None,
+        request_timeout: float = 30.0,
+        max_concurrency: int = 64,
+        rate_limit: RateLimit | None = None,
+        durations: DurationModel | None = None,
+        allow_http: bool = False,
+    ) -> None:
+        key = _checked_key(api_key)
+        self._base_url = _checked_url(base_url, allow_http=allow_http)
+        check_seconds("request_timeout", request_timeout)
+        if not request_timeout:
+            raise ConfigurationError("request_timeout must be more than 0 seconds")
+        if isinstance(max_concurrency, bool) or not isinstance(max_concurrency, int):
+            raise ConfigurationError(f"max_concurrency must be an int, not {max_concurrency!r}")
+        if max_concurrency < 1:
+            raise ConfigurationError("max_concurrency must be at least 1")
+        durations = DurationModel() if durations is None else durations
+        self._transport = Transport(
+            api_key=key,
+            base_url=self._base_url,
+            session=_checked_session(session),
+            request_timeout=request_timeout,
+            budget=RequestBudget(max_concurrency=max_concurrency, rate_limit=rate_limit),
+            durations=durations,
+        )
+        timeout, error_grace, not_found_grace = _USUAL_SECONDS
+        self._usual_policy = WaitPolicy(
+            timeout=timeout,
+            wait=wait_learned(durations),
+            error_grace=error_grace,
+            not_found_grace=not_found_grace,
+            on_event=None,
+        )
+
+    def __repr__(self) -> str:
+        state = " closed" if self._transport.closed else ""
+        return f"<KontextClient {self._base_url}{state}>"
+
+    async def __aenter__(self) -> Self:
+        self._transport.check_open()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close the client: its pending waits end with `ClientStateError`. Twice is once."""
+        await self._transport.aclose()
+
+    @property
+    def base_url(self) -> str:
+        """Where this client asks, without a trailing slash."""
+        return self._base_url
+
+    @property
+    def stats(self) -> ClientStats:
+        """What the client has done so far, and how it stands."""
+        transport = self._transport
+        return transport.budget.stats(waits=transport.waits, now=transport.loop_time)
+
+    async def record_info(self, task_id: str) -> TaskRecord:
+        """Look at a task once.
+
+        A task of any status gives a record. Raises `ApiError`, `GenerationFailedError` (only
+        where the API tells of a failure without a record), `TransportError` or
+        `ResponseFormatError`. Where the client is being held back for longer than
+        ``request_timeout``, `RateLimitedError` is raised and nothing is sent.
+        """
+        task_id = wire.check_task_id(task_id)
+        transport, budget = self._transport, self._transport.budget
+        transport.check_open()
+        now = transport.loop_time
+        latest = now + transport.request_timeout
+        if budget.opens_in(now) <= transport.request_timeout:
+            sent = await transport.turn(now, seen=True, until=latest)
+            if sent is not None:
+                answer = await transport.look(task_id, sent, until=math.inf)
+                assert answer is not None, "nothing but until cuts a look short"
+                return answer[0]
+        raise RateLimitedError(
+            "not sent: this client is being held back by the service, or is at its own limits",
+            code=429,
+            retry_after=budget.opens_in(transport.loop_time) or None,  # 0 is no advice
+            task_id=task_id,
+        )
+
+    async def wait_for_result(
+        self,
+        task_id: str,
+        *,
+        timeout: float | None = 600.0,
+        wait: WaitBaseT | None = None,
+        error_grace: float | None = 120.0,
+        not_found_grace: float | None = 10.0,
+        on_event: Callable[[PollEvent], object] | None = None,
+    ) -> CompletedTask:
+        """Wait until a task succeeds.
+
+        ``timeout``: seconds from now to the hard deadline; None waits for ever, 0 looks once.
+        ``wait``: any tenacity wait strategy; None is the learned schedule (`wait_learned`).
+        ``error_grace``: seconds for which this wait's looks may keep failing (server errors,
+        network, unreadable answers) before the last error is raised; pauses of the whole client
+        do not count; None: until the deadline; 0: raise at once.
+        ``not_found_grace``: the same for a task that the API does not know (yet).
+        ``on_event``: called with a `PollEvent` after each look; what it raises ends the wait.
+
+        Raises `GenerationFailedError` if the task failed, `WaitTimeoutError` at the deadline (no
+        failure: wait again), `AuthenticationError` and other `ApiError` that asking again
+        cannot help, `TransportError` or `ResponseFormatError` after the grace,
+        `ConfigurationError` for a bad argument, `ClientStateError` once the client is closed.
+        """
+        task_id = wire.check_task_id(task_id)
+        policy = self._policy(timeout, wait, error_grace, not_found_grace, on_event)
+        self._transport.check_open()
+        outcome = await TaskWait(task_id, policy, self._transport).outcome()
+        if isinstance(outcome, CompletedTask):
+            return outcome
+        raise outcome
+
+    def as_completed(
+        self,
+        task_ids: Iterable[str] | AsyncIterable[str],
+        *,
+        max_in_flight: int = 10_000,
+        batch_timeout: float | None = None,
+        timeout: float | None = 600.0,
+        wait: WaitBaseT | None = None,
+        error_grace: float | None = 120.0,
+        not_found_grace: float | None = 10.0,
+        on_event: Callable[[PollEvent], object] | None = None,
+    ) -> OutcomeStream:
+        """Wait for many tasks, and iterate over a `TaskOutcome` for each as it ends.
+
+        Each distinct id is polled once and answered once. Use the iterator as an async context
+        manager, so that leaving early ends the waits that are left.
+
+        ``task_ids``: any iterable or async iterable of ids, read only as fast as there is room.
+        ``max_in_flight``: tasks waited for, and outcomes not yet taken, at a time.
+        ``batch_timeout``: seconds over the whole; what is left then ends as `WaitTimeoutError`
+        outcomes. ``timeout`` counts from a task's own first look. The rest is as in
+        `wait_for_result`.
+
+        What goes wrong with a task is its own outcome; an `AuthenticationError` is that of all
+        that remain, with no further requests. Exceptions of the source, of ``on_event`` and of
+        ``wait`` end the batch and are raised from the iteration. Raises `ConfigurationError` for
+        a bad argument.
+        """
+        policy = self._policy(timeout, wait, error_grace, not_found_grace, on_event)
+        return OutcomeStream(
+            task_ids,
+            policy,
+            self._transport,
+            max_in_flight=max_in_flight,
+            batch_timeout=batch_timeout,
+        )
+
+    async def wait_for_results(
+        self,
+        task_ids: Iterable[str] | AsyncIterable[str],
+        *,
+        max_in_flight: int = 10_000,
+        batch_timeout: float | None = None,
+        timeout: float | None = 600.0,
+        wait: WaitBaseT | None = None,
+        error_grace: float | None = 120.0,
+        not_found_grace: float | None = 10.0,
+        on_event: Callable[[PollEvent], object] | None = None,
+    ) -> list[TaskOutcome]:
+        """Wait for many tasks: a `TaskOutcome` for each id, in the order given.
+
+        An id given twice is polled once and stands in the list twice. Arguments and errors are
+        those of `as_completed`.
+        """
+        policy = self._policy(timeout, wait, error_grace, not_found_grace, on_event)
+        return await outcomes_in_order(
+            task_ids,
+            policy,
+            self._transport,
+            max_in_flight=max_in_flight,
+            batch_timeout=batch_timeout,
+        )
+
+    def _policy(
+        self,
+        timeout: float | None,
+        wait: WaitBaseT | None,
+        error_grace: float | None,
+        not_found_grace: float | None,
+        on_event: Callable[[PollEvent], object] | None,
+    ) -> WaitPolicy:
+        # Nearly every wait has the defaults, which need not be checked anew.
+        is_usual = (timeout, error_grace, not_found_grace) == _USUAL_SECONDS
+        if is_usual and wait is None and on_event is None:
+            return self._usual_policy
+        return WaitPolicy(
+            timeout=timeout,
+            wait=self._usual_policy.wait if wait is None else wait,
+            error_grace=error_grace,
+            not_found_grace=not_found_grace,
+            on_event=on_event,
+        )

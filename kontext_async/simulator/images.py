@@ -1,0 +1,153 @@
+"""The result images: made here, and served with everything a download can run into."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import io
+import json
+import struct
+import textwrap
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Literal
+
+import attrs
+
+from kontext_async.simulator import replies
+from kontext_async.simulator.replies import Reply
+from kontext_async.simulator.steps import GATEWAY, TRANSPORT, http, redirect_elsewhere, sent
+from kontext_async.simulator.tasks import Look, Step
+
+__all__ = [
+    "IMAGE_STEPS",
+    "image_type",
+    "make_image",
+    "plain_png",
+]
+
+_SIZES = {
+    "21:9": (336, 144),
+    "16:9": (320, 180),
+    "4:3": (320, 240),
+    "1:1": (256, 256),
+    "3:4": (240, 320),
+    "9:16": (180, 320),
+}
+_HAS_PILLOW = importlib.util.find_spec("PIL") is not None
+
+
+def image_type(output_format: str) -> Literal["png", "jpeg"]:
+    """What an image asked for in ``output_format`` is: without Pillow, always a PNG."""
+    return "jpeg" if output_format == "jpeg" and _HAS_PILLOW else "png"
+
+
+def make_image(param_json: str, kind: Literal["png", "jpeg"], size: int) -> bytes:
+    """An image for a request, at least ``size`` bytes long; with Pillow the prompt is on it."""
+    params = json.loads(param_json)
+    image = _drawn(str(params.get("prompt", "")), str(params.get("aspectRatio")), kind)
+    missing = size - len(image)
+    if missing <= 0:
+        return image
+    return _padded_png(image, missing) if kind == "png" else _padded_jpeg(image, missing)
+
+
+@functools.lru_cache(maxsize=256)
+def _drawn(prompt: str, ratio: str, kind: Literal["png", "jpeg"]) -> bytes:
+    width, height = _SIZES.get(ratio, _SIZES["16:9"])
+    colour = zlib.crc32(prompt.encode("utf-8", "replace")).to_bytes(4)[:3]
+    if _HAS_PILLOW:
+        return _with_prompt(width, height, colour, prompt, kind)
+    return plain_png(width, height, colour)
+
+
+def plain_png(width: int, height: int, colour: bytes) -> bytes:
+    """A PNG of one colour (three bytes), by the standard library alone."""
+    header = struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0)
+    rows = zlib.compress((b"\0" + colour * width) * height)
+    chunks = _chunk(b"IHDR", header) + _chunk(b"IDAT", rows) + _chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+def _chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def _with_prompt(width: int, height: int, colour: bytes, prompt: str, kind: str) -> bytes:
+    # On the loop, not in a thread: it is a few milliseconds, and a clock that jumps must not
+    # jump meanwhile.
+    from PIL import Image, ImageDraw, ImageFont  # noqa: PLC0415  # an extra
+
+    image = Image.new("RGB", (width, height), tuple(colour))
+    draw = ImageDraw.Draw(image)
+    font = ImageFont.load_default()
+    text = "\n".join(textwrap.wrap(prompt, width // 8, max_lines=height // 16, placeholder=" …"))
+    fill = "black" if sum(colour) > 382 else "white"
+    draw.multiline_text((10, 10), text.encode("latin-1", "replace").decode("latin-1"), fill, font)
+    out = io.BytesIO()
+    image.save(out, kind)
+    return out.getvalue()
+
+
+def _padded_png(image: bytes, missing: int) -> bytes:
+    """With a private chunk, which decoders skip, before IEND."""
+    return image[:-12] + _chunk(b"kpAd", bytes(missing)) + image[-12:]
+
+
+def _padded_jpeg(image: bytes, missing: int) -> bytes:
+    """With comment segments, which decoders skip, after SOI."""
+    return image[:2] + b"".join(_comments(missing)) + image[2:]
+
+
+def _comments(missing: int) -> Iterator[bytes]:
+    for start in range(0, missing, 65533):
+        data = bytes(min(65533, missing - start))
+        yield b"\xff\xfe" + struct.pack(">H", len(data) + 2) + data
+
+
+def _plain(**headers: str) -> Step:
+    """The image, with other headers."""
+
+    def step(look: Look) -> Reply:
+        plain = look.plain()
+        return attrs.evolve(plain, headers={**plain.headers, **headers})
+
+    return step
+
+
+def _cut(look: Look) -> Reply:
+    """A file cut short at nine tenths, with a Content-Length that fits it."""
+    plain = look.plain()
+    return attrs.evolve(plain, body=plain.body[: len(plain.body) * 9 // 10])
+
+
+def _page(look: Look) -> Reply:
+    return attrs.evolve(look.plain(), body=b"<!doctype html><title>Sign in</title>")
+
+
+def _to(location: str) -> Step:
+    return lambda _: Reply(302, {"Location": location})
+
+
+_HUGE = 64 * 1024 * 1024
+
+IMAGE_STEPS: Mapping[str, Step] = {
+    **GATEWAY,
+    **TRANSPORT,
+    "image": lambda look: look.plain(),
+    "empty": lambda look: attrs.evolve(look.plain(), body=b""),
+    "html_as_image": _page,
+    "wrong_type": _plain(**{"Content-Type": "application/octet-stream"}),
+    "other_type": _plain(**{"Content-Type": "image/webp"}),
+    "no_type": lambda look: attrs.evolve(look.plain(), headers={}),
+    "cut_short": _cut,
+    "gzip": lambda look: replies.gzipped(look.plain()),
+    "huge": sent(replies.filled(_HUGE)),
+    "huge_chunked": sent(replies.chunked(_HUGE)),
+    "html_410": http(410),
+    "redirect": lambda look: Reply(302, {"Location": look.url}),
+    "redirect_loopback": redirect_elsewhere,
+    "redirect_file": _to("file:///etc/passwd"),
+    "redirect_host": _to("http://images.invalid/result.png"),
+    "redirect_private": _to("http://169.254.169.254/latest/meta-data"),
+}

@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2024.10.9"
+nox.options.default_venv_backend = "uv|virtualenv"
+nox.options.error_on_missing_interpreters = False
+nox.options.sessions = ["tests", "lint", "typing", "docs"]
+
+PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
+
+
+def _install_wheel(session: nox.Session, extra: str) -> None:
+    folder = Path(session.create_tmp()) / "wheel"
+    session.run(
+        "python", "-m", "pip", "wheel", ".", "--no-deps", "--quiet", "--wheel-dir", str(folder)
+    )
+    wheel = max(folder.glob("*.whl"), key=lambda path: path.stat().st_mtime)
+    session.install("--force-reinstall", "--no-deps", str(wheel))
+    session.install(f"{wheel}[{extra}]")
+
+
+@nox.session(python=PYTHONS)
+def tests(session: nox.Session) -> None:
+    """Run the tests against the built wheel; coverage must be complete."""
+    session.install("pip")
+    _install_wheel(session, "test")
+    # `pytest` and not `python -m pytest`, which would put the checkout before the wheel.
+    session.run("pytest", "--cov", *session.posargs)
+
+
+@nox.session
+def debug(session: nox.Session) -> None:
+    """Run the tests with asyncio's debug mode on."""
+    session.install("-e", ".[test]")
+    session.run("pytest", "--override-ini=asyncio_debug=true", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    session.install("ruff>=0.17,<0.18")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def typing(session: nox.Session) -> None:
+    """Check the package and a user's sample, from outside as a user would."""
+    session.install("-e", ".[test]", "mypy>=2.4,<3", "pyright[nodejs]>=1.1.414")
+    session.run("mypy")
+    session.run("pyright")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation without a warning, and run its examples."""
+    session.install("-e", ".[docs]")
+    build = ("sphinx-build", "-nW", "--keep-going")
+    for builder in ("html", "doctest"):
+        session.run(*build, "-b", builder, "docs", f"docs/_build/{builder}")
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    session.install("-e", ".[bench]")
+    session.run("python", "tests/benchmarks/run.py", *session.posargs)

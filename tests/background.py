@@ -1,0 +1,26 @@
+"""A simulator on a loop of its own, in a thread: for code that runs its own event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+
+from kontext_async.simulator import Simulator
+
+
+@contextlib.contextmanager
+def serving(**options):
+    """Serve a simulator beside the block. Tasks may be added to it from the block's thread."""
+    with asyncio.Runner() as runner:
+        simulator = Simulator(**options)
+        runner.run(simulator.__aenter__())
+        loop = runner.get_loop()
+        thread = threading.Thread(target=loop.run_forever, daemon=True)
+        thread.start()
+        try:
+            yield simulator
+        finally:
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join()
+            runner.run(simulator.aclose())

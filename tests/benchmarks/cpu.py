@@ -1,0 +1,228 @@
+"""What a wait costs in CPU time, against the loop a user would write, and against other clients.
+
+Every contestant asks the same fast server in another process. In each round each of them does the
+same number of waits; what counts is its time over that of the bare loop in the same round, as the
+median of all rounds, so that a machine that changes its pace meanwhile changes little.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import itertools
+import json
+import random
+import statistics
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import tenacity
+from benchmarks.fast_server import serving
+
+from kontext_async import KontextClient
+
+Wait = Callable[[str], Awaitable[object]]
+Contestant = Callable[[str], contextlib.AbstractAsyncContextManager[Wait]]
+
+_PATH = "/api/v1/flux/kontext/record-info"
+_HEADERS = {"Authorization": "Bearer a-benchmark-key"}
+
+# How many looks a wait takes, by what its id begins with.
+_LOOKS = {"done": 1, "third": 3}
+
+
+@contextlib.asynccontextmanager
+async def _ours(base_url: str) -> AsyncIterator[Wait]:
+    async with KontextClient("a-benchmark-key", base_url=base_url) as client:
+        # Without a pause between looks, as for all the others. It is not called at a first look.
+        yield functools.partial(client.wait_for_result, wait=tenacity.wait_none())
+
+
+@contextlib.asynccontextmanager
+async def _bare(base_url: str) -> AsyncIterator[Wait]:
+    url = base_url + _PATH
+
+    async with aiohttp.ClientSession() as session:
+
+        async def wait(task_id: str) -> object:
+            while True:
+                async with session.get(
+                    url, params={"taskId": task_id}, headers=_HEADERS
+                ) as response:
+                    data = json.loads(await response.read())["data"]
+                if data["successFlag"] != 0:
+                    return data["response"]["resultImageUrl"]
+
+        yield wait
+
+
+@contextlib.asynccontextmanager
+async def _httpx_and_tenacity(base_url: str) -> AsyncIterator[Wait]:
+    import httpx
+
+    url = base_url + _PATH
+    async with httpx.AsyncClient(headers=_HEADERS) as client:
+
+        async def look(task_id: str) -> Any:
+            response = await client.get(url, params={"taskId": task_id})
+            return response.json()["data"]
+
+        async def wait(task_id: str) -> object:
+            retrying = tenacity.AsyncRetrying(
+                retry=tenacity.retry_if_result(lambda data: data["successFlag"] == 0)
+                | tenacity.retry_if_exception_type(httpx.TransportError),
+                wait=tenacity.wait_none(),
+                stop=tenacity.stop_after_delay(600),
+            )
+            data = await retrying(look, task_id)
+            return data["response"]["resultImageUrl"]
+
+        yield wait
+
+
+@contextlib.asynccontextmanager
+async def _openai(base_url: str) -> AsyncIterator[Wait]:
+    import openai
+
+    async with openai.AsyncOpenAI(api_key="a-benchmark-key", base_url=f"{base_url}/v1") as client:
+        yield functools.partial(client.videos.poll, poll_interval_ms=0)
+
+
+@contextlib.asynccontextmanager
+async def _fal(base_url: str) -> AsyncIterator[Wait]:
+    import fal_client
+
+    client = fal_client.AsyncClient(key="a-benchmark-key")
+    # Its own setting takes a host, and always adds https.
+    fal_client.client.QUEUE_URL_FORMAT = f"{base_url}/"
+
+    async def wait(task_id: str) -> object:
+        handle = await client.get_handle("benchmark/app", task_id)
+        return await handle.get(interval=0)
+
+    yield wait
+    await (await client._client).aclose()
+
+
+CONTESTANTS: Mapping[str, Contestant] = {
+    "kontext-async": _ours,
+    "bare aiohttp": _bare,
+    "httpx + tenacity": _httpx_and_tenacity,
+    "openai": _openai,
+    "fal-client": _fal,
+}
+
+
+async def _cpu(wait: Wait, task_ids: Sequence[str], concurrency: int) -> float:
+    """Seconds of CPU time that waiting for all of these takes this process."""
+    left = iter(task_ids)
+
+    async def one_after_the_other() -> None:
+        for task_id in left:
+            await wait(task_id)
+
+    began = time.process_time()
+    await asyncio.gather(*(one_after_the_other() for _ in range(concurrency)))
+    return time.process_time() - began
+
+
+async def _rounds(
+    base_url: str, kind: str, names: Sequence[str], *, rounds: int, waits: int, concurrency: int
+) -> dict[str, list[float]]:
+    """Microseconds of CPU time for a wait, of each contestant in each round."""
+    number = itertools.count()
+    order = random.Random(3)
+    async with contextlib.AsyncExitStack() as stack:
+        ready = [
+            (name, await stack.enter_async_context(CONTESTANTS[name](base_url))) for name in names
+        ]
+        taken: dict[str, list[float]] = {name: [] for name in names}
+        for round_number in range(-1, rounds):  # the first is to warm up
+            order.shuffle(ready)
+            for name, wait in ready:
+                task_ids = [f"{kind}-{next(number)}" for _ in range(waits)]
+                seconds = await _cpu(wait, task_ids, concurrency)
+                if round_number >= 0:
+                    taken[name].append(seconds / waits * 1e6)
+    return taken
+
+
+def run(
+    *,
+    names: Sequence[str] = tuple(CONTESTANTS),
+    rounds: int = 25,
+    waits: int = 400,
+    concurrencies: Sequence[int] = (1, 32),
+) -> list[dict[str, Any]]:
+    """One row for each kind of task, concurrency and contestant."""
+    rows = []
+    with serving() as base_url:
+        for kind, concurrency in itertools.product(_LOOKS, concurrencies):
+            taken = asyncio.run(
+                _rounds(base_url, kind, names, rounds=rounds, waits=waits, concurrency=concurrency)
+            )
+            rows += [_row(name, kind, concurrency, taken) for name in names]
+    return rows
+
+
+def _row(
+    name: str, kind: str, concurrency: int, taken: Mapping[str, Sequence[float]]
+) -> dict[str, Any]:
+    bare = taken["bare aiohttp"]
+    ratios = [mine / its for mine, its in zip(taken[name], bare, strict=True)]
+    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    return {
+        "client": name,
+        "looks": _LOOKS[kind],
+        "concurrency": concurrency,
+        "us_per_wait": statistics.median(taken[name]),
+        "ratio": statistics.median(ratios),
+        "ratio_quartiles": [low, high],
+    }
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as a Markdown table."""
+    lines = [
+        "| client | looks | at a time | CPU of a wait | to bare aiohttp | middle half |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        low, high = row["ratio_quartiles"]
+        lines.append(
+            f"| {row['client']} | {row['looks']} | {row['concurrency']} "
+            f"| {row['us_per_wait']:.0f} µs | {row['ratio']:.2f} | {low:.2f} to {high:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def versions() -> dict[str, str]:
+    """The packages that took part."""
+    names = ("aiohttp", "tenacity", "httpx", "openai", "fal-client")
+    return {name: version(name) for name in names}
+
+
+def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw the costs of a wait that ends at its first look, as a PNG."""
+    from matplotlib.figure import Figure  # dear, and only for this
+
+    shown = [row for row in rows if (row["looks"], row["concurrency"]) == (1, 1)]
+    shown.sort(key=lambda row: -row["ratio"])
+    figure = Figure(figsize=(8, 2.9), layout="constrained")
+    axes = figure.add_subplot()
+    colours = {"kontext-async": "#1f6fb4", "bare aiohttp": "#6b7380"}
+    bars = axes.barh(
+        [row["client"] for row in shown],
+        [row["ratio"] for row in shown],
+        color=[colours.get(row["client"], "#c9ced6") for row in shown],
+    )
+    axes.bar_label(bars, fmt="%.1f", padding=4)
+    axes.axvline(1, color="#6b7380", linewidth=0.8, linestyle=":")
+    axes.set_xlabel("CPU time of a wait that ends at its first look, bare aiohttp = 1")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,225 @@
+"""How well an unknown rate limit is found out: batches against the simulator, on virtual time.
+
+The simulator enforces a limit that the client is not told. Counted is what its log shows from the
+first refusal on: answered requests as a share of what the limit allows, and the share of requests
+answered 429. Beside the client stands what a user would write for the same tasks: `asyncio.gather`
+over loops with a fixed sleep, also after a 429. And an explicit `RateLimit`, which must meet none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import attrs
+from benchmarks import in_process
+
+from kontext_async import KontextClient, RateLimit
+from kontext_async.simulator import (
+    BucketLimit,
+    Limit,
+    LoggedRequest,
+    Simulator,
+    SlidingLimit,
+    WindowLimit,
+)
+
+# What is asked of the client, by period: the least share answered, the largest share refused.
+BARS = {1: (0.90, 0.03), 10: (0.85, 0.05), 60: (0.70, 0.10)}
+
+_INTERVAL = 3.0  # s between the plain loop's looks, the usual choice of hand-written ones
+_LATENCY = 0.05  # s that the simulator takes for an answer
+_PHASE = 0.3  # of a window that has passed when the client begins
+# How long there is work for in the end, beyond what is counted, in windows.
+_MARGIN = 5
+
+
+@attrs.frozen
+class Case:
+    """A limit of the service, and for how many windows to count."""
+
+    requests: int
+    period: int
+    kind: str
+    windows: int
+
+    def limit(self) -> Limit:
+        """The simulator's limit of that kind."""
+        if self.kind == "bucket":
+            return BucketLimit(self.requests, self.requests / self.period)
+        kind = {"window": WindowLimit, "sliding": SlidingLimit}[self.kind]
+        return kind(self.requests, float(self.period))
+
+    @property
+    def until(self) -> float:
+        """Seconds for which work is needed."""
+        return float((self.windows + _MARGIN) * self.period)
+
+    @property
+    def tasks(self) -> int:
+        """Tasks that are work enough, at two looks a task or more."""
+        return int(self.until / self.period * self.requests / 2) + 1
+
+
+def cases(*, short: int = 100, long: int = 40) -> list[Case]:
+    """All of them; ``short`` windows of a second, ``long`` of the longer ones."""
+    limits = [(10, 1), (40, 1), (200, 1), (20, 10), (100, 60)]
+    return [
+        Case(requests, period, kind, short if period == 1 else long)
+        for (requests, period), kind in itertools.product(limits, ("window", "bucket"))
+    ]
+
+
+async def _batch(base_url: str, task_ids: Iterable[str], rate_limit: RateLimit | None) -> None:
+    async with (
+        KontextClient("a-benchmark-key", base_url=base_url, rate_limit=rate_limit) as client,
+        client.as_completed(task_ids) as outcomes,
+    ):
+        async for _ in outcomes:
+            pass
+
+
+async def _gather(base_url: str, task_ids: Iterable[str]) -> None:
+    url = f"{base_url}/api/v1/flux/kontext/record-info"
+    headers = {"Authorization": "Bearer a-benchmark-key"}
+    async with aiohttp.ClientSession(headers=headers) as session:
+
+        async def wait(task_id: str) -> object:
+            while True:
+                async with session.get(url, params={"taskId": task_id}) as response:
+                    envelope = json.loads(await response.read())
+                if envelope["code"] == 200 and envelope["data"]["successFlag"] != 0:
+                    return envelope["data"]
+                await asyncio.sleep(_INTERVAL)
+
+        await asyncio.gather(*(wait(task_id) for task_id in task_ids))
+
+
+async def _log(case: Case, work: Callable[[str], Coroutine[Any, Any, None]]) -> list[LoggedRequest]:
+    """What the simulator's log shows of so much time of some work."""
+    simulator = Simulator(
+        rate_limit=case.limit(), auto_create=True, latency=_LATENCY, log_limit=None
+    )
+    async with simulator:
+        await asyncio.sleep(_PHASE * case.period)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(case.until):
+                await work(simulator.base_url)
+        return list(simulator.requests)
+
+
+def _told(case: Case) -> Case:
+    """The same with a limit that counts as a `RateLimit` does: any period, not those of a clock."""
+    return attrs.evolve(case, kind="sliding", windows=min(case.windows, 40))
+
+
+def _ways(case: Case) -> dict[str, tuple[Case, Callable[[str], Coroutine[Any, Any, None]]]]:
+    task_ids = [f"task-{i}" for i in range(case.tasks)]
+    explicit = RateLimit(case.requests, float(case.period))
+    # The plain loop asks so often, and in vain, that a few windows of it are enough.
+    few = attrs.evolve(case, windows=min(case.windows, 20))
+    return {
+        "kontext-async": (case, lambda url: _batch(url, task_ids, None)),
+        "gather": (few, lambda url: _gather(url, task_ids[: few.tasks])),
+        "kontext-async, told": (_told(case), lambda url: _batch(url, task_ids, explicit)),
+    }
+
+
+def _row(case: Case, way: str, log: Sequence[LoggedRequest]) -> dict[str, Any]:
+    """What is counted, from the first refusal on, or from the start where there is none."""
+    first = next((request.time for request in log if request.code == 429), 0.0)
+    until = first + case.windows * case.period
+    counted = [request for request in log if first <= request.time < until]
+    refused = sum(request.code == 429 for request in counted)
+    share, most = BARS[case.period]
+    return {
+        "limit": f"{case.requests} per {case.period} s",
+        "kind": case.kind,
+        "way": way,
+        "windows": case.windows,
+        "answered": (len(counted) - refused) / (case.windows * case.requests),
+        "refused": refused / len(counted),
+        "refusals": refused,
+        "asked_to_the_end": log[-1].time >= until - case.period,
+        "bars": [share, most],
+    }
+
+
+def run(chosen: Sequence[Case] | None = None) -> list[dict[str, Any]]:
+    """One row for each limit and way; the told one only where the limit is a window."""
+    rows = []
+    for case in cases() if chosen is None else chosen:
+        for way, (counted, work) in _ways(case).items():
+            if case.kind == "window" or counted.kind != "sliding":
+                log = in_process.run(_log(counted, work))
+                rows.append(_row(counted, way, log))
+    return rows
+
+
+async def _deadlines(tasks: int) -> dict[str, Any]:
+    """Tasks done 3 s after their first look, 20 requests a second, and 10 s for each."""
+    limit = RateLimit(20, 1.0)
+    simulator = Simulator(durations=3.0, rate_limit=SlidingLimit(20, 1.0), auto_create=True)
+    task_ids = [f"task-{i}" for i in range(tasks)]
+    async with (
+        simulator,
+        KontextClient("a-key", base_url=simulator.base_url, rate_limit=limit) as client,
+    ):
+        outcomes = await client.wait_for_results(task_ids, timeout=10.0)
+        took = asyncio.get_running_loop().time()
+    results = sum(outcome.result is not None for outcome in outcomes)
+    return {"tasks": tasks, "results": results, "refusals": simulator.refused, "took_s": took}
+
+
+def run_deadlines(*, tasks: int = 1000) -> dict[str, Any]:
+    """How many tasks get their results within ``timeout=10`` under a narrow explicit limit."""
+    return in_process.run(_deadlines(tasks))
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as a Markdown table."""
+    head = [
+        "| limit | kind | client | windows | answered | refused |",
+        "|---|---|---|--:|--:|--:|",
+    ]
+    lines = [
+        f"| {row['limit']} | {row['kind']} | {row['way']} | {row['windows']} "
+        f"| {row['answered']:.1%} | {row['refused']:.1%} |"
+        for row in rows
+    ]
+    return "\n".join(head + lines)
+
+
+def plot(path: Path, *, requests: int = 40, windows: int = 60) -> None:
+    """Draw answered and refused requests in each second, for the client and for gather."""
+    from matplotlib.figure import Figure  # dear, and only for this
+
+    case = Case(requests, 1, "window", windows)
+    ways = _ways(case)
+    figure = Figure(figsize=(9, 5.2), layout="constrained")
+    for i, way in enumerate(("kontext-async", "gather"), start=1):
+        log = in_process.run(_log(case, ways[way][1]))
+        axes = figure.add_subplot(2, 1, i)
+        bottom = [0] * windows
+        for label, colour in (("answered", "#1f6fb4"), ("answered 429", "#b4541f")):
+            seconds = Counter(
+                int(r.time) for r in log if (r.code == 429) == (label == "answered 429")
+            )
+            heights = [seconds[k] for k in range(windows)]
+            axes.bar(range(windows), heights, 1.0, bottom, color=colour, label=label)
+            bottom = heights
+        axes.axhline(requests, color="#444b55", linewidth=0.8, linestyle=":")
+        axes.set_title(way, loc="left", fontsize="medium")
+        axes.set_ylabel("requests")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.margins(x=0)
+    axes.set_xlabel("second")
+    figure.axes[0].legend(frameon=False, ncols=2)
+    figure.savefig(path, dpi=110)

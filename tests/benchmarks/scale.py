@@ -1,0 +1,236 @@
+"""A hundred thousand tasks at once: memory, time until each was looked at, time to leave.
+
+The tasks do not end, and a fast server in another process answers for them. Each measurement has a
+process of its own. Beside `as_completed` stands what a user would write: a task and a loop with a
+fixed sleep for each id, and a semaphore.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import json
+import multiprocessing
+import resource
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from benchmarks.fast_server import serving
+
+from kontext_async import KontextClient, PollEvent
+
+_IN_FLIGHT = 64  # requests, of either
+_INTERVAL = 3.0  # s between the plain loop's looks at a task
+_LIMIT = 300.0  # s, after which a measurement is given up
+
+Waiting = contextlib.AbstractAsyncContextManager[None]
+Way = Callable[[str, Sequence[str], Callable[[], None]], Waiting]
+
+
+@contextlib.asynccontextmanager
+async def _as_completed(
+    base_url: str, task_ids: Sequence[str], looked: Callable[[], None]
+) -> AsyncIterator[None]:
+    """All tasks waited for inside the block; ``looked`` is called at each one's first look."""
+
+    def on_event(event: PollEvent) -> None:
+        if event.attempt == 1:
+            looked()
+
+    async with (
+        KontextClient("a-benchmark-key", base_url=base_url, max_concurrency=_IN_FLIGHT) as client,
+        client.as_completed(task_ids, max_in_flight=100_000, on_event=on_event),
+    ):
+        yield
+
+
+@contextlib.asynccontextmanager
+async def _plain(
+    base_url: str, task_ids: Sequence[str], looked: Callable[[], None]
+) -> AsyncIterator[None]:
+    """The same with a loop for each."""
+    url = f"{base_url}/api/v1/flux/kontext/record-info"
+    turns = asyncio.Semaphore(_IN_FLIGHT)
+    headers = {"Authorization": "Bearer a-benchmark-key"}
+    async with aiohttp.ClientSession(headers=headers) as session:
+
+        async def look(task_id: str) -> int:
+            async with turns, session.get(url, params={"taskId": task_id}) as response:
+                data = json.loads(await response.read())["data"]
+            return int(data["successFlag"])
+
+        async def wait(task_id: str) -> None:
+            flag = await look(task_id)
+            looked()
+            while flag == 0:
+                await asyncio.sleep(_INTERVAL)
+                flag = await look(task_id)
+
+        waits = [asyncio.create_task(wait(task_id)) for task_id in task_ids]
+        try:
+            yield
+        finally:
+            for task in waits:
+                task.cancel()
+            await asyncio.gather(*waits, return_exceptions=True)
+
+
+WAYS: Mapping[str, Way] = {"kontext-async": _as_completed, "a plain loop each": _plain}
+
+
+class _Collections:
+    """How long garbage collection has taken so far, in seconds."""
+
+    def __init__(self) -> None:
+        self.spent = self.longest = self._began = 0.0
+        gc.callbacks.append(self._told)
+
+    def _told(self, phase: str, info: Mapping[str, int]) -> None:
+        if phase == "start":
+            self._began = time.perf_counter()
+        else:
+            took = time.perf_counter() - self._began
+            self.spent += took
+            self.longest = max(self.longest, took)
+
+
+class _Callbacks:
+    """The longest that one callback has held the loop, garbage collection aside.
+
+    In CPU time of this thread, so that what other processes take does not count.
+    """
+
+    def __init__(self, collections: _Collections) -> None:
+        self.longest = 0.0
+        self.name = ""
+        self._collections = collections
+        self._run = asyncio.Handle._run
+        callbacks = self
+
+        def timed(handle: asyncio.Handle) -> None:
+            callbacks.time(handle)
+
+        asyncio.Handle._run = timed  # type: ignore[method-assign]
+
+    def time(self, handle: asyncio.Handle) -> None:
+        collected, began = self._collections.spent, time.thread_time()
+        callback = handle._callback  # type: ignore[attr-defined]  # gone after some runs
+        self._run(handle)
+        held = time.thread_time() - began
+        if held > self.longest:
+            held -= self._collections.spent - collected
+            if held > self.longest:
+                self.longest, self.name = held, _name(callback)
+
+
+def _name(callback: Any) -> str:
+    """What a callback is part of: the coroutine where it is a step of a task."""
+    owner = getattr(callback, "__self__", None)
+    if isinstance(owner, asyncio.Task):
+        return getattr(owner.get_coro(), "__qualname__", "")
+    return getattr(callback, "__qualname__", repr(callback))
+
+
+async def _heartbeat(late: list[float]) -> None:
+    """Note by how much the loop is late, every 5 ms."""
+    loop = asyncio.get_running_loop()
+    while True:
+        due = loop.time() + 0.005
+        await asyncio.sleep(0.005)
+        late.append(loop.time() - due)
+
+
+def _resident() -> int:
+    """Bytes of memory that this process has now."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * resource.getpagesize()
+
+
+async def _measure(base_url: str, way: Way, count: int, *, watched: bool) -> dict[str, Any]:
+    # New ones each time: the server has seen those of the measurement before.
+    task_ids = [f"never-{watched:d}-{i:032x}" for i in range(count)]
+    all_looked, left = asyncio.Event(), count
+    late: list[float] = []
+    collections = _Collections()
+    async with way(base_url, ["done-1"], all_looked.set):  # what is loaded at first use
+        await all_looked.wait()
+    all_looked.clear()
+
+    def looked() -> None:
+        nonlocal left
+        left -= 1
+        if not left:
+            all_looked.set()
+
+    callbacks = _Callbacks(collections) if watched else None
+    heart = asyncio.create_task(_heartbeat(late))
+    gc.collect()
+    await asyncio.sleep(0)  # from here on it is no longer the step that made the ids
+    before, began, cpu = _resident(), time.perf_counter(), time.process_time()
+    async with asyncio.timeout(_LIMIT), way(base_url, task_ids, looked):
+        await all_looked.wait()
+        took, cpu = time.perf_counter() - began, time.process_time() - cpu
+        memory = _resident() - before
+        beats = len(late)
+        began = time.perf_counter()
+    left_after = time.perf_counter() - began
+    await asyncio.sleep(0.01)  # one beat more
+    heart.cancel()
+    if callbacks:
+        return {"longest_callback_s": callbacks.longest, "longest_callback": callbacks.name}
+    return {
+        "bytes_per_task": memory / count,
+        "looked_at_s": took,
+        "looked_at_cpu_s": cpu,
+        "left_s": left_after,
+        "latest_beat_s": max(late),
+        "latest_beat_leaving_s": max(late[beats:]),
+        "collecting_s": collections.spent,
+        "longest_collection_s": collections.longest,
+    }
+
+
+def _in_child(base_url: str, name: str, count: int, *, watched: bool) -> dict[str, Any]:
+    return asyncio.run(_measure(base_url, WAYS[name], count, watched=watched))
+
+
+def _alone(base_url: str, name: str, count: int, *, watched: bool) -> dict[str, Any]:
+    """Measure in a process that has done nothing before."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_in_child, base_url, name, count, watched=watched).result()
+
+
+def run(
+    *, counts: Sequence[int] = (10_000, 100_000), names: Sequence[str] = tuple(WAYS)
+) -> list[dict[str, Any]]:
+    """One row for each number of tasks and way to wait; seconds, and bytes."""
+    rows = []
+    for count in counts:
+        for name in names:
+            row: dict[str, Any] = {"tasks": count, "way": name}
+            with serving() as base_url:
+                for watched in (False, True):  # watching costs time, so it is done on its own
+                    row |= _alone(base_url, name, count, watched=watched)
+            rows.append(row)
+    return rows
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as a Markdown table."""
+    head = (
+        "| tasks | way | memory a task | all looked at | left | longest callback | latest beat "
+        "| longest collection |\n|--:|---|--:|--:|--:|--:|--:|--:|"
+    )
+    lines = [
+        f"| {row['tasks']:,} | {row['way']} | {row['bytes_per_task'] / 1e3:.1f} KB "
+        f"| {row['looked_at_s']:.1f} s | {row['left_s']:.2f} s "
+        f"| {row['longest_callback_s'] * 1e3:.0f} ms ({row['longest_callback']}) "
+        f"| {row['latest_beat_s'] * 1e3:.0f} ms | {row['longest_collection_s'] * 1e3:.0f} ms |"
+        for row in rows
+    ]
+    return "\n".join([head, *lines])

@@ -1,0 +1,304 @@
+"""How good are polling schedules? Simulated tasks, nothing sleeps.
+
+    python tests/benchmarks/schedule_efficiency.py --plot docs/images/learned-schedule.png
+
+A schedule costs J = mean lag + COST x mean requests for each task, in seconds; lower is better.
+The look at age 0, which every wait makes, costs all schedules the same and is not counted. Every
+schedule is a tenacity wait strategy that is handed a `PollState`, as in a real wait; the learned
+one is what ships. The optimum knows the true distribution, by dynamic programming.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import json
+import math
+import random
+import statistics
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tenacity import RetryCallState, wait_fixed
+from tenacity.wait import wait_base
+
+from kontext_async.schedule import DurationModel, PollState, wait_learned
+
+Draw = Callable[[random.Random], float]
+Spent = Sequence[tuple[int, float]]  # each task's requests, and its lag in seconds
+
+COST = 1.0  # seconds of lag that one request is worth
+FIXED = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20)  # s; the best of them is chosen in hindsight
+SETTLED = 200  # tasks ended after a shift, from which on "settled" counts
+PAUSE = 600.0  # s between two batches where all tasks of a batch begin at once
+
+
+def lognormal(median: float, sigma: float) -> Draw:
+    """Durations with this median in seconds."""
+    return lambda rng: rng.lognormvariate(math.log(median), sigma)
+
+
+def mixed(rng: random.Random) -> float:
+    """Two models and a few stragglers."""
+    if rng.random() < 0.03:
+        return rng.uniform(60, 180)
+    return rng.lognormvariate(math.log(9), 0.35) if rng.random() < 0.7 else lognormal(22, 0.4)(rng)
+
+
+# Each shape is what the first half of the tasks take, and what the second half take.
+SHAPES: dict[str, tuple[Draw, Draw]] = {
+    "tight": (lognormal(12, 0.2),) * 2,
+    "mixed": (mixed,) * 2,
+    "wide": (lognormal(20, 0.8),) * 2,
+    "shift up": (lognormal(12, 0.2), lognormal(48, 0.2)),
+    "shift down": (lognormal(48, 0.2), lognormal(12, 0.2)),
+}
+
+
+class Jitter(wait_base):
+    """A number from a range, by a generator of its own."""
+
+    def __init__(self, low: float, high: float, seed: int) -> None:
+        self.low, self.high, self.rng = low, high, random.Random(seed)
+
+    def __call__(self, retry_state: RetryCallState) -> float:
+        return self.rng.uniform(self.low, self.high)
+
+
+class Exponential(wait_base):
+    """1 s, growing by 1.5 to 10 s, +-20 %."""
+
+    def __init__(self, seed: int) -> None:
+        self.jitter = Jitter(0.8, 1.2, seed)
+
+    def __call__(self, retry_state: RetryCallState) -> float:
+        growth = 1.5 ** min(retry_state.attempt_number - 1, 20)
+        return min(10.0, growth) * self.jitter(retry_state)
+
+
+class Planned(wait_base):
+    """Looks at given ages, then every 15 s."""
+
+    def __init__(self, ages: Sequence[float]) -> None:
+        self.ages = ages
+
+    def __call__(self, retry_state: PollState) -> float:
+        i = bisect_right(self.ages, retry_state.age)
+        return self.ages[i] - retry_state.age if i < len(self.ages) else 15.0
+
+
+def optimum(draw: Draw, *, cost: float = COST, sample: int = 20_000) -> list[float]:
+    """The ages to look at if the distribution is known."""
+    rng = random.Random(8)
+    xs = sorted(draw(rng) for _ in range(sample))
+    ages = _grid(xs)
+    done = [bisect_right(xs, age) for age in ages]
+    sums = [0.0]
+    for x in xs:
+        sums.append(sums[-1] + x)
+    took = [sums[k] for k in done]
+    # value[i]: what is still to pay at a look at ages[i], times the sample, if all goes best.
+    value, following = [0.0] * len(ages), [0] * len(ages)
+    for i in range(len(ages) - 2, -1, -1):
+        best = math.inf
+        for j in range(i + 1, len(ages)):
+            price = ages[j] * (done[j] - done[i]) - took[j] + value[j]
+            if price < best:
+                best, following[i] = price, j
+        value[i] = best + took[i] + cost * (sample - done[i])
+    plan, i = [], 0
+    while i < len(ages) - 1:
+        i = following[i]
+        plan.append(ages[i])
+    return plan
+
+
+def _grid(xs: Sequence[float]) -> list[float]:
+    """Ages worth considering: quantiles, and even steps that reach to the longest duration."""
+    quantiles = {xs[i * len(xs) // 800] for i in range(1, 800)}
+    steps = {k * 0.25 for k in range(1, 480)} | {120.0 + k for k in range(4_000)}
+    return [0.0, *sorted(x for x in quantiles | steps if x < xs[-1]), xs[-1]]
+
+
+def simulate(
+    wait: Callable[[PollState], float],
+    durations: Sequence[float],
+    starts: Sequence[float],
+    model: DurationModel | None = None,
+) -> tuple[Spent, list[int]]:
+    """Each task's requests and lag, and the tasks in the order in which they were seen to end."""
+    state = PollState(0.0)
+    spent, order = [(0, 0.0)] * len(durations), []
+    looks = [(start, task, 0, 0.0) for task, start in enumerate(starts)]
+    heapq.heapify(looks)
+    while looks:
+        now, task, requests, age = heapq.heappop(looks)
+        if requests and age >= durations[task]:
+            spent[task] = requests, age - durations[task]
+            order.append(task)
+            if model:
+                model.look(str(task), age, durations[task])
+            continue
+        if model:
+            model.look(str(task), age)
+        state.note(now=now, attempt=requests + 1, age=age)
+        delay = wait(state)
+        heapq.heappush(looks, (now + delay, task, requests + 1, age + delay))
+    return spent, order
+
+
+def learned(
+    durations: Sequence[float], starts: Sequence[float], *, seed: int = 9, cost: float = COST
+) -> tuple[Spent, list[int]]:
+    """`simulate` with the schedule that ships, from a fresh model on."""
+    model = DurationModel(cost_per_request=cost)
+    wait = wait_learned(model, jitter=Jitter(0.9, 1.1, seed))
+    return simulate(wait, durations, starts, model)
+
+
+def mean_cost(spent: Spent, tasks: Iterable[int], cost: float = COST) -> float:
+    """J over some of the tasks."""
+    return statistics.fmean(cost * spent[k][0] + spent[k][1] for k in tasks)
+
+
+def case(shape: str, arrivals: str, tasks: int, seed: int) -> tuple[list[float], list[float]]:
+    """Durations, and the times at which tasks begin."""
+    before, after = SHAPES[shape]
+    rng, half = random.Random(seed), tasks // 2
+    durations = [(before if k < half else after)(rng) for k in range(tasks)]
+    if arrivals == "one a second":
+        return durations, [float(k) for k in range(tasks)]
+    second = PAUSE if before is not after else 0.0
+    return durations, [0.0 if k < half else second for k in range(tasks)]
+
+
+def compare(shape: str, arrivals: str, *, tasks: int, seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """One row for each schedule: its J, lag and requests, and J over that of the optimum."""
+    plans = [Planned(optimum(draw)) for draw in SHAPES[shape]]
+    runs: dict[str, list[Any]] = {}
+    for seed in seeds:
+        durations, starts = case(shape, arrivals, tasks, seed)
+        half = tasks // 2
+        best = [simulate(plan, durations, starts)[0] for plan in plans]
+        outcomes = {
+            "exponential": simulate(Exponential(seed), durations, starts),
+            **{f"every {s} s": simulate(wait_fixed(s), durations, starts) for s in FIXED},
+            "learned": learned(durations, starts, seed=seed),
+            "optimum": (best[0][:half] + best[1][half:], range(tasks)),
+        }
+        for name, (spent, order) in outcomes.items():
+            late = [k for k in order if k >= half][SETTLED:]
+            runs.setdefault(name, []).append((spent, late))
+    rows = {name: _row(shape, arrivals, name, run, runs["optimum"]) for name, run in runs.items()}
+    fixed = min((rows[f"every {s} s"] for s in FIXED), key=lambda row: row["J"])
+    return [rows["exponential"], fixed, rows["learned"], rows["optimum"]]
+
+
+def _row(shape: str, arrivals: str, name: str, runs: list[Any], best: list[Any]) -> dict[str, Any]:
+    cost = statistics.fmean(mean_cost(spent, range(len(spent))) for spent, _ in runs)
+    least = statistics.fmean(mean_cost(spent, range(len(spent))) for spent, _ in best)
+    row = {
+        "shape": shape,
+        "arrivals": arrivals,
+        "schedule": name,
+        "J": cost,
+        "lag": statistics.fmean(lag for spent, _ in runs for _, lag in spent),
+        "requests": statistics.fmean(requests for spent, _ in runs for requests, _ in spent),
+        "ratio": cost / least,
+        "settled_ratio": None,
+    }
+    if shape.startswith("shift") and arrivals == "one a second":
+        settled = [
+            mean_cost(spent, late) / mean_cost(ideal, late)
+            for (spent, late), (ideal, _) in zip(runs, best, strict=True)
+        ]
+        row["settled_ratio"] = statistics.fmean(settled)
+    return row
+
+
+def run(*, tasks: int = 2000, seeds: Sequence[int] = (7, 8, 9)) -> list[dict[str, Any]]:
+    """All shapes and arrivals; plain data."""
+    return [
+        row
+        for shape in SHAPES
+        for arrivals in ("one a second", "all at once")
+        for row in compare(shape, arrivals, tasks=tasks, seeds=seeds)
+    ]
+
+
+def table(rows: Iterable[dict[str, Any]]) -> str:
+    """The rows as a Markdown table."""
+    lines = [
+        "| durations | arrivals | schedule | J | lag | requests | J / optimum | after a shift |",
+        "|---|---|---|--:|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        settled = "" if row["settled_ratio"] is None else f"{row['settled_ratio']:.2f}"
+        lines.append(
+            f"| {row['shape']} | {row['arrivals']} | {row['schedule']} | {row['J']:.1f} s"
+            f" | {row['lag']:.1f} s | {row['requests']:.1f} | {row['ratio']:.2f} | {settled} |"
+        )
+    return "\n".join(lines)
+
+
+def looks(wait: Callable[[PollState], float], until: float) -> list[float]:
+    """The ages, up to one, at which a strategy would look at a task."""
+    state, ages = PollState(0.0), [0.0]
+    while ages[-1] <= until:
+        state.note(now=ages[-1], attempt=len(ages), age=ages[-1])
+        ages.append(ages[-1] + wait(state))
+    return ages[1:-1]
+
+
+def plot(path: Path, *, tasks: int = 2000, until: float = 60.0) -> None:
+    """Draw when the learned schedule looks, below how long the tasks take, as a PNG."""
+    from matplotlib.figure import Figure  # dear, and only for this
+
+    colours = {"learned": "#1f6fb4", "optimum": "#2c8a4b", "exponential": "#b4541f"}
+    figure = Figure(figsize=(9, 7.2), layout="constrained")
+    for i, shape in enumerate(("tight", "mixed", "wide")):
+        durations, starts = case(shape, "one a second", tasks, 7)
+        model = DurationModel()
+        simulate(wait_learned(model, jitter=Jitter(0.9, 1.1, 9)), durations, starts, model)
+        schedules = {
+            "exponential": looks(lambda s: min(10.0, 1.5 ** (s.attempt_number - 1)), until),
+            "optimum": looks(Planned(optimum(SHAPES[shape][0])), until),
+            "learned": looks(wait_learned(model, jitter=wait_fixed(1.0)), until),
+        }
+        axes = figure.add_subplot(3, 1, i + 1)
+        heights, _, _ = axes.hist(
+            [x for x in durations if x < until], bins=120, range=(0, until), color="#c9ced6"
+        )
+        top = max(heights)
+        for row, (name, ages) in enumerate(schedules.items(), start=1):
+            y = -0.16 * row * top
+            axes.plot(ages, [y] * len(ages), "|", color=colours[name], markersize=13, mew=2)
+            axes.text(-0.6, y, name, ha="right", va="center", color=colours[name])
+        axes.set(xlim=(0, until), ylim=(-0.62 * top, 1.08 * top), yticks=[])
+        axes.axhline(0, color="#8a919c", linewidth=0.8)
+        axes.set_title(f"{shape}: {tasks} tasks", loc="left", fontsize="medium")
+        axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.set_xlabel("age in seconds at which tasks ended (grey) and are looked at (marks)")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--tasks", type=int, default=2000)
+    parser.add_argument("--json", type=Path, help="write the rows here as well")
+    parser.add_argument("--plot", type=Path, help="draw poll times and durations here, as PNG")
+    options = parser.parse_args()
+    rows = run(tasks=options.tasks)
+    print(table(rows))
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    if options.plot:
+        plot(options.plot)
+
+
+if __name__ == "__main__":
+    main()

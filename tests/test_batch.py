@@ -1,0 +1,1618 @@
+"""Many waits at once, against the simulator on a loop whose clock jumps: every time is exact."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import itertools
+import math
+import pickle
+import time
+import warnings
+from collections import Counter, deque
+
+import aiohttp
+import attrs
+import pytest
+from aiohttp.client_proto import ResponseHandler
+from tenacity import wait_fixed
+from virtual_time import VirtualTimeLoop
+
+from kontext_async import (
+    ApiError,
+    AuthenticationError,
+    ClientStateError,
+    CompletedTask,
+    ConfigurationError,
+    GenerationFailedError,
+    KontextClient,
+    KontextError,
+    RateLimit,
+    ServerError,
+    TaskNotFoundError,
+    WaitTimeoutError,
+)
+from kontext_async.simulator import Simulator
+from kontext_async.simulator.replies import refusal
+
+pytestmark = pytest.mark.virtual_time
+
+# A limit that never bites, so that nothing but the waits themselves decides when they look.
+UNBOUND = RateLimit(1_000_000, 1.0)
+EVERY_SECOND = wait_fixed(1)
+FOR_EVER = math.inf
+
+
+def seconds(value):
+    return pytest.approx(value, abs=1e-6)
+
+
+def now():
+    return asyncio.get_running_loop().time()
+
+
+def make_client(simulator, **options):
+    options = {"rate_limit": UNBOUND, **options}
+    return KontextClient("marker-key", base_url=simulator.base_url, **options)
+
+
+@pytest.fixture
+async def simulator():
+    async with Simulator() as simulator:
+        yield simulator
+
+
+@pytest.fixture
+async def client(simulator):
+    """A client that at the end of the test, still open, must have nothing under way."""
+    async with make_client(simulator) as client:
+        yield client
+        await assert_idle(client)
+
+
+async def turns(count=20):
+    """Let the loop go round: what is ending needs a few turns to end."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+def our_tasks():
+    """The tasks that run code of the library, the simulator's aside."""
+    found = {}
+    for task in asyncio.all_tasks():
+        file = task.get_coro().cr_code.co_filename
+        if "kontext_async" in file and "simulator" not in file:
+            found[task] = file
+    return found
+
+
+def our_timers():
+    """What is set on the loop's clock by code of the library, or by `asyncio.timeout`."""
+    timers = [t for t in asyncio.get_running_loop()._scheduled if not t.cancelled()]
+    ours = {timer: repr(timer._callback) for timer in timers}
+    return [
+        timer
+        for timer, callback in ours.items()
+        if "Timeout" in callback or ("kontext_async" in callback and "simulator" not in callback)
+    ]
+
+
+def left_running(client):
+    """All of a client's doings, in one value that is empty when there are none."""
+    stats, session = client.stats, client._transport._session
+    connections = session.connector._acquired if session and session.connector else {}
+    return [
+        *our_tasks(),
+        *our_timers(),
+        *connections,
+        *(["a wait"] * stats.waits),
+        *(["a request"] * stats.in_flight),
+    ]
+
+
+async def assert_idle(client):
+    """Nothing runs, and nothing will: no request comes later either."""
+    await turns()
+    assert left_running(client) == []
+
+
+def looking_every_second(keywords):
+    return {"wait": EVERY_SECOND, **keywords}
+
+
+def stream_of(client, task_ids, **keywords):
+    return client.as_completed(task_ids, **looking_every_second(keywords))
+
+
+async def collected(client, task_ids, **keywords):
+    async with stream_of(client, task_ids, **keywords) as outcomes:
+        return [outcome async for outcome in outcomes]
+
+
+async def ordered(client, task_ids, **keywords):
+    return await client.wait_for_results(task_ids, **looking_every_second(keywords))
+
+
+BOTH = pytest.mark.parametrize("gather", [collected, ordered], ids=["as_completed", "in_order"])
+
+
+async def error_of(awaitable, kind=KontextError):
+    with pytest.raises(kind) as caught:
+        await awaitable
+    return caught.value
+
+
+def names(outcomes):
+    return [outcome.task_id for outcome in outcomes]
+
+
+def errors(outcomes):
+    return {outcome.task_id: type(outcome.error) for outcome in outcomes}
+
+
+def tasks(simulator, count, duration=0.0, **options):
+    return [simulator.add_task(f"task{n}", duration=duration, **options) for n in range(count)]
+
+
+class Counted:
+    """An iterable that remembers how much of it was read."""
+
+    def __init__(self, task_ids):
+        self.ids = iter(task_ids)
+        self.read = 0
+
+    def __iter__(self):
+        for task_id in self.ids:
+            self.read += 1
+            yield task_id
+
+
+class CountedAsync(Counted):
+    """The same, as an asynchronous one that tells whether it could clean up to the end."""
+
+    closed = 0
+    ends = True
+
+    async def __aiter__(self):
+        try:
+            for task_id in self.ids:
+                self.read += 1
+                yield task_id
+            if not self.ends:
+                await never()
+        except (GeneratorExit, asyncio.CancelledError):
+            await asyncio.sleep(0.5)
+            self.closed += 1
+            raise
+
+
+class Silent(CountedAsync):
+    """One that after its ids gives neither another nor an end."""
+
+    ends = False
+
+
+@attrs.define
+class Cursor:
+    """An asynchronous iterator that is no generator."""
+
+    ids: list
+    pause: float = 0.0
+
+    def __aiter__(self):
+        return self
+
+    async def __anext__(self):
+        if not self.ids:
+            raise StopAsyncIteration
+        await asyncio.sleep(self.pause)
+        return self.ids.pop(0)
+
+
+class ClosableCursor(Cursor):
+    """One that somebody else opened, and will close."""
+
+    async def aclose(self):
+        raise AssertionError("not ours to close")
+
+
+async def aiter_of(task_ids):
+    for task_id in task_ids:
+        yield task_id
+
+
+async def never():
+    await asyncio.get_running_loop().create_future()
+
+
+async def then_silent(task_ids):
+    """Gives its ids, and then neither another nor an end."""
+    for task_id in task_ids:
+        yield task_id
+    await never()
+
+
+# --- an outcome --------------------------------------------------------------------------------
+
+
+async def test_an_outcome_unwraps_to_the_result_or_raises_the_error(client, simulator):
+    """One of the two is there, the other is None."""
+    done, failed = await ordered(
+        client,
+        [simulator.add_task("good", duration=0.0), simulator.add_task("bad", script=["failed"])],
+    )
+    assert done.unwrap() is done.result
+    assert (done.result.task_id, done.error) == ("good", None)
+    assert (failed.task_id, failed.result) == ("bad", None)
+    with pytest.raises(GenerationFailedError) as caught:
+        failed.unwrap()
+    assert caught.value is failed.error
+
+
+async def test_an_outcome_is_a_frozen_value_that_pickles(client, simulator):
+    """It can go to another process, with its error."""
+    outcomes = await ordered(
+        client,
+        [simulator.add_task("good", duration=0.0), simulator.add_task("bad", script=["failed"])],
+    )
+    good, bad = pickle.loads(pickle.dumps(outcomes))
+    assert good == outcomes[0]
+    assert str(bad.error) == str(outcomes[1].error)
+    with pytest.raises(attrs.exceptions.FrozenInstanceError):
+        good.task_id = "other"
+
+
+# --- what ids may come from --------------------------------------------------------------------
+
+SOURCES = {
+    "list": list,
+    "tuple": tuple,
+    "set": set,
+    "frozenset": frozenset,
+    "deque": deque,
+    "dict": dict.fromkeys,
+    "dict_keys": lambda ids: dict.fromkeys(ids).keys(),
+    "generator": lambda ids: (task_id for task_id in ids),
+    "map": lambda ids: map(str, ids),
+    "async_generator": aiter_of,
+    "async_iterable": CountedAsync,
+    "async_iterator": lambda ids: Cursor(list(ids)),
+    "slow_async_iterator": lambda ids: Cursor(list(ids), pause=1.5),
+    "closable_async_iterator": lambda ids: ClosableCursor(list(ids)),
+}
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+@BOTH
+async def test_ids_may_come_from_any_iterable(client, simulator, gather, kind):
+    """Asynchronous or not; each gives an outcome for every id."""
+    ids = tasks(simulator, 3, duration=1.0)
+    outcomes = await gather(client, SOURCES[kind](ids))
+    assert sorted(names(outcomes)) == ids
+    assert all(outcome.unwrap().result_image_url for outcome in outcomes)
+
+
+@pytest.mark.parametrize("source", ["task12345", "", b"task12345", None, 5, object(), ...])
+async def test_what_is_no_collection_of_ids_is_refused_at_once(client, simulator, source):
+    """A single str above all: its letters are no ids. Nothing has been sent."""
+    with pytest.raises(ConfigurationError, match="task_ids"):
+        client.as_completed(source)
+    assert "task_ids" in str(await error_of(client.wait_for_results(source), ConfigurationError))
+    assert not simulator.requests
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.0, True, "5", None, math.inf])
+async def test_max_in_flight_is_a_positive_int(client, value):
+    """Anything else is refused before anything is read."""
+    source = Counted(["task"])
+    with pytest.raises(ConfigurationError, match="max_in_flight"):
+        client.as_completed(source, max_in_flight=value)
+    await error_of(client.wait_for_results(source, max_in_flight=value), ConfigurationError)
+    assert source.read == 0
+
+
+@pytest.mark.parametrize("value", [-1, math.nan, math.inf, True, "5"])
+async def test_batch_timeout_is_a_number_of_seconds(client, value):
+    """Or None for no limit."""
+    with pytest.raises(ConfigurationError, match="batch_timeout"):
+        client.as_completed(["task"], batch_timeout=value)
+
+
+@pytest.mark.parametrize("source", [[], (), {}, aiter_of([]), Cursor([])])
+@BOTH
+async def test_no_ids_give_no_outcomes(client, simulator, gather, source):
+    """Without a request."""
+    assert await gather(client, source) == []
+    assert not simulator.requests
+
+
+# --- each id once ------------------------------------------------------------------------------
+
+
+async def test_outcomes_come_as_tasks_end(client, simulator):
+    """Not in the order of the ids."""
+    for name, duration in {"slow": 3.0, "fast": 1.0, "medium": 2.0}.items():
+        simulator.add_task(name, duration=duration)
+    async with stream_of(client, ["slow", "fast", "medium"]) as outcomes:
+        ends = [(outcome.task_id, now()) async for outcome in outcomes]
+    assert ends == [("fast", seconds(1)), ("medium", seconds(2)), ("slow", seconds(3))]
+
+
+async def test_an_id_given_twice_is_polled_and_answered_once(client, simulator):
+    """Also when it comes again after its task has ended."""
+    one, two = tasks(simulator, 2)
+
+    async def source():
+        for task_id in [one, one, two, one]:
+            yield task_id
+        await asyncio.sleep(5)
+        yield two
+
+    assert sorted(names(await collected(client, source()))) == [one, two]
+    assert simulator.polls(one) == simulator.polls(two) == 1
+
+
+async def test_results_stand_in_the_order_given_an_id_twice_stands_twice(client, simulator):
+    """Whatever the order in which they ended; polled once all the same."""
+    for name, duration in {"a": 2.0, "b": 1.0, "c": 0.0}.items():
+        simulator.add_task(name, duration=duration)
+    outcomes = await ordered(client, ["a", "b", "a", "c", "b", "a"])
+    assert names(outcomes) == ["a", "b", "a", "c", "b", "a"]
+    assert outcomes[0] is outcomes[2] is outcomes[5]
+    assert [simulator.polls(name) for name in "abc"] == [3, 2, 1]
+
+
+# --- room --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", [Counted, CountedAsync])
+@pytest.mark.parametrize("room", [1, 3])
+async def test_no_more_ids_are_read_than_there_is_room_for(client, simulator, source, room):
+    """Waits count: while none ends, nothing more is read."""
+    ids = source(tasks(simulator, 9, duration=FOR_EVER))
+    async with stream_of(client, ids, max_in_flight=room, timeout=100):
+        await asyncio.sleep(50)
+        assert ids.read == client.stats.waits == room
+
+
+@pytest.mark.parametrize("source", [Counted, CountedAsync])
+async def test_outcomes_that_are_not_taken_take_up_room(client, simulator, source):
+    """A consumer that stops taking stops the reading, and one taken makes room for one."""
+    ids = source(tasks(simulator, 9))
+    async with stream_of(client, ids, max_in_flight=3) as outcomes:
+        for taken in range(1, 4):
+            await asyncio.sleep(50)
+            assert ids.read == taken + 2
+            await anext(outcomes)
+        await asyncio.sleep(50)
+        assert ids.read == 6
+
+
+async def test_bad_ids_take_up_room_until_they_are_taken(client, simulator):
+    """They are outcomes like others, though there is no wait for them."""
+    endless = Counted(f"{n}\n" for n in itertools.count())
+    async with stream_of(client, endless, max_in_flight=4) as outcomes:
+        await asyncio.sleep(1)
+        assert endless.read == 4
+        await anext(outcomes)
+        await asyncio.sleep(1)
+        assert endless.read == 5
+
+
+@BOTH
+async def test_a_batch_larger_than_its_room_is_answered_whole(client, simulator, gather):
+    """Room is made as outcomes are taken."""
+    ids = tasks(simulator, 30, duration=1.0)
+    assert sorted(names(await gather(client, ids, max_in_flight=4))) == sorted(ids)
+    assert simulator.max_in_flight <= 4
+
+
+# --- one task harms no other -------------------------------------------------------------------
+
+NO_IDS = ["", "  ", "a\nb", "a\0", None, 5, 2.5, ["task0"], b"task0", {"id": 1}, ("a", "b")]
+
+
+@pytest.mark.parametrize("bad", NO_IDS, ids=repr)
+@BOTH
+async def test_a_bad_id_is_its_own_outcome_and_harms_no_other(client, simulator, gather, bad):
+    """A `ConfigurationError` of its own, without a request."""
+    ids = tasks(simulator, 2)
+    outcomes = await gather(client, [ids[0], bad, ids[1]])
+    (refused,) = (outcome for outcome in outcomes if outcome.error)
+    assert type(refused.error) is ConfigurationError
+    assert isinstance(refused.task_id, str)
+    assert sorted(names(o for o in outcomes if o.result)) == ids
+    assert len(simulator.requests) == 2
+
+
+@pytest.mark.parametrize("bad", [12345, None, ["a"]])
+@pytest.mark.parametrize("bad_first", [True, False])
+@BOTH
+async def test_a_bad_id_is_not_taken_for_the_good_one_that_reads_the_same(
+    client, simulator, gather, bad, bad_first
+):
+    """A file with 12345 and "12345" names one good task."""
+    good = simulator.add_task(str(bad), duration=0.0)
+    given = [bad, good] if bad_first else [good, bad]
+    outcomes = await gather(client, given)
+    by_class = {type(outcome.error): outcome for outcome in outcomes}
+    assert by_class.keys() == {ConfigurationError, type(None)}
+    assert by_class[type(None)].unwrap().task_id == good
+    if gather is ordered:
+        assert [outcome.error is None for outcome in outcomes] == [not bad_first, bad_first]
+
+
+async def test_the_name_of_a_huge_bad_id_is_cut(client):
+    """An outcome can be printed."""
+    (outcome,) = await ordered(client, [["x" * 1_000_000]])
+    assert len(outcome.task_id) < 300
+
+
+@BOTH
+async def test_what_goes_wrong_with_a_task_is_its_own_outcome(client, simulator, gather):
+    """Failures, refusals, unknown tasks, dead connections and timeouts beside a success."""
+    scripts = {
+        "flagged": ["failed_flagged"],
+        "told": ["code_501"],
+        "malformed": ["code_422"],
+        "unpaid": ["code_402"],
+        "unknown": ["not_found"] * 99,
+        "broken": ["http_500"] * 99,
+        "reset": ["reset"] * 99,
+        "endless": ["generating"] * 99,
+        "moved": ["redirect"],
+    }
+    for name, script in scripts.items():
+        simulator.add_task(name, script=script)
+    simulator.add_task("good", duration=5.0)
+    outcomes = await gather(
+        client, [*scripts, "good"], timeout=20, error_grace=4, not_found_grace=4
+    )
+    found = errors(outcomes)
+    assert len(outcomes) == 10
+    assert found.pop("good") is type(None)
+    assert {name: kind.__name__ for name, kind in found.items()} == {
+        "flagged": "GenerationFailedError",
+        "told": "GenerationFailedError",
+        "malformed": "InvalidRequestError",
+        "unpaid": "ApiError",
+        "unknown": "TaskNotFoundError",
+        "broken": "ServerError",
+        "reset": "TransportError",
+        "endless": "WaitTimeoutError",
+        "moved": "TransportError",
+    }
+    assert all(o.error.task_id == o.task_id for o in outcomes if o.error)
+
+
+async def test_the_keywords_of_a_wait_are_those_of_each_wait(client, simulator):
+    """wait, timeout, both graces and on_event reach every task's own wait."""
+    events = []
+    simulator.add_task("unknown", script=["not_found"] * 9)
+    simulator.add_task("broken", script=["http_500"] * 9)
+    simulator.add_task("endless", duration=FOR_EVER)
+    outcomes = await ordered(
+        client,
+        ["unknown", "broken", "endless"],
+        wait=wait_fixed(2),
+        timeout=9,
+        error_grace=0,
+        not_found_grace=3,
+        on_event=events.append,
+    )
+    assert [type(o.error) for o in outcomes] == [TaskNotFoundError, ServerError, WaitTimeoutError]
+    looks = {name: [e.elapsed for e in events if e.task_id == name] for name in errors(outcomes)}
+    assert looks == {
+        "unknown": seconds([0, 2, 3]),
+        "broken": [0],
+        "endless": seconds([0, 2, 4, 6, 8, 8.95]),
+    }
+
+
+# --- time --------------------------------------------------------------------------------------
+
+
+async def test_the_timeout_counts_from_the_sending_of_a_tasks_own_first_look(simulator):
+    """Not from the start of the batch: a task that has to queue loses none of its time."""
+    ids = tasks(simulator, 3, duration=FOR_EVER)
+    ended = []
+    async with (
+        make_client(simulator, rate_limit=RateLimit(1, 10.0)) as client,
+        stream_of(client, ids, timeout=5) as outcomes,
+    ):
+        async for outcome in outcomes:
+            ended.append(now())
+            assert type(outcome.error) is WaitTimeoutError
+            assert (outcome.error.elapsed, outcome.error.polls) == (seconds(5), 1)
+    assert ended == seconds([5, 15, 25])
+
+
+async def test_a_timeout_of_nothing_is_one_look_at_each(client, simulator):
+    """What is done is a result, what is not is a timeout."""
+    simulator.add_task("done", duration=0.0)
+    simulator.add_task("not", duration=9.0)
+    assert errors(await ordered(client, ["done", "not"], timeout=0)) == {
+        "done": type(None),
+        "not": WaitTimeoutError,
+    }
+    assert len(simulator.requests) == 2
+
+
+@BOTH
+async def test_without_a_timeout_a_batch_waits_for_ever(client, simulator, gather):
+    """Longer than the 600 s it has by default."""
+    simulator.add_task("slow", duration=1000.0)
+    keywords = {"timeout": None, "wait": wait_fixed(250)}
+    (outcome,) = await gather(client, ["slow"], **keywords)
+    assert outcome.unwrap().duration.total_seconds() == 1000
+    assert now() == seconds(1000)
+
+
+@pytest.mark.parametrize("batch_timeout", [2.5, 2, 0.0004])
+@BOTH
+async def test_what_is_left_when_the_batchs_time_is_over_ends_as_timeouts(
+    client, simulator, gather, batch_timeout
+):
+    """In flight or not yet read; what was won is kept."""
+    won = simulator.add_task("won", duration=0.0)
+    simulator.add_task("late", duration=50.0)
+    ids = ["won", "late", *tasks(simulator, 9, duration=FOR_EVER)]
+    outcomes = await gather(client, ids, batch_timeout=batch_timeout, max_in_flight=4)
+    assert now() == seconds(batch_timeout)
+    assert sorted(names(outcomes)) == sorted(ids)
+    assert [o.task_id for o in outcomes if o.result] == [won]
+    for outcome in outcomes:
+        if outcome.error:
+            assert type(outcome.error) is WaitTimeoutError
+            assert outcome.error.task_id == outcome.task_id
+            assert outcome.error.elapsed == seconds(batch_timeout)
+            assert bool(outcome.error.polls) == (simulator.polls(outcome.task_id) > 0)
+
+
+@BOTH
+async def test_a_batch_without_time_asks_nothing(client, simulator, gather):
+    """batch_timeout=0: every id is a timeout, bad ids are still bad."""
+    ids = tasks(simulator, 3)
+    outcomes = await gather(client, [*ids, ""], batch_timeout=0)
+    assert errors(outcomes) == {**dict.fromkeys(ids, WaitTimeoutError), "": ConfigurationError}
+    assert not simulator.requests
+
+
+async def test_the_batchs_time_cuts_a_tasks_own_short_never_the_reverse(client, simulator):
+    """The sooner of the two ends a wait."""
+    simulator.add_task("early", duration=FOR_EVER)
+    simulator.add_task("late", duration=FOR_EVER)
+
+    async def source():
+        yield "early"
+        await asyncio.sleep(4)
+        yield "late"
+
+    ended = {}
+    async with stream_of(client, source(), timeout=3, batch_timeout=5) as outcomes:
+        async for outcome in outcomes:
+            ended[outcome.task_id] = (now(), outcome.error.elapsed)
+    assert ended == {"early": (seconds(3), seconds(3)), "late": (seconds(5), seconds(1))}
+
+
+async def test_tasks_get_a_last_look_before_the_batchs_time_is_over(client, simulator):
+    """One that is done just then is no timeout."""
+    simulator.add_task("just", duration=9.5)
+    (outcome,) = await ordered(client, ["just"], wait=wait_fixed(60), batch_timeout=10)
+    assert outcome.result is not None
+
+
+@BOTH
+async def test_a_source_that_never_goes_on_does_not_outlast_the_batchs_time(
+    client, simulator, gather
+):
+    """What it gave is answered, and it is closed."""
+    ids = tasks(simulator, 2, duration=1.0)
+    source = then_silent([*ids, simulator.add_task("slow", duration=FOR_EVER)])
+    outcomes = await gather(client, source, batch_timeout=7)
+    assert errors(outcomes) == {**dict.fromkeys(ids, type(None)), "slow": WaitTimeoutError}
+    assert now() == seconds(7)
+    assert source.ag_frame is None
+
+
+@BOTH
+async def test_a_silent_source_and_no_time_give_nothing(client, simulator, gather):
+    """batch_timeout=0 does not wait for the first id either."""
+    assert await gather(client, then_silent([]), batch_timeout=0) == []
+    assert now() == 0
+
+
+async def test_ids_that_are_there_when_the_time_is_over_are_answered(client, simulator):
+    """An asynchronous source that need not wait is read to its end, as a list is."""
+    ids = tasks(simulator, 30, duration=FOR_EVER)
+    outcomes = await ordered(client, aiter_of(ids), batch_timeout=3, max_in_flight=10)
+    assert errors(outcomes) == dict.fromkeys(ids, WaitTimeoutError)
+    assert now() == seconds(3)
+
+
+async def test_a_source_that_times_out_by_itself_is_not_taken_for_the_batchs_time(client):
+    """Its own TimeoutError is the caller's, though the batch has a limit too."""
+
+    async def source():
+        async with asyncio.timeout(1):
+            await never()
+        yield "task"
+
+    error = await error_of(collected(client, source(), batch_timeout=5), TimeoutError)
+    assert not isinstance(error, KontextError)
+    assert now() == seconds(1)
+
+
+async def test_a_late_consumer_loses_nothing_that_was_won(client, simulator):
+    """Results wait to be taken, also after the batch's time."""
+    ids = tasks(simulator, 3, duration=1.0)
+    simulator.add_task("slow", duration=FOR_EVER)
+    async with stream_of(client, [*ids, "slow"], batch_timeout=5) as outcomes:
+        await asyncio.sleep(100)
+        found = [outcome async for outcome in outcomes]
+    assert names(found) == [*ids, "slow"]
+    assert [type(o.error) for o in found] == [type(None)] * 3 + [WaitTimeoutError]
+
+
+# --- a key that is refused ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", [list, aiter_of])
+@BOTH
+async def test_a_refused_key_is_the_outcome_of_all(simulator, gather, source):
+    """Read or not, without a request after the refusal; each error names its own task."""
+    ids = tasks(simulator, 50)
+    simulator._api_key, simulator._latency = "another", 0.5
+    async with make_client(simulator, max_concurrency=4) as client:
+        outcomes = await gather(client, source(ids), max_in_flight=10)
+        await asyncio.sleep(30)
+        await assert_idle(client)
+    assert sorted(names(outcomes)) == sorted(ids)
+    assert {(type(o.error), o.error.code, o.error.task_id == o.task_id) for o in outcomes} == {
+        (AuthenticationError, 401, True)
+    }
+    assert len(simulator.requests) == 4  # those that were under way
+
+
+async def test_no_request_follows_a_refused_key_however_many_wait(simulator):
+    """Thousands wait for the one slot that the refused request gives back."""
+    ids = [f"task{n}" for n in range(3000)]
+    simulator._api_key = "another"
+    async with make_client(simulator, max_concurrency=1) as client:
+        outcomes = await ordered(client, ids)
+        assert client.stats.errors == {"AuthenticationError": 1}
+        await assert_idle(client)
+    assert errors(outcomes) == dict.fromkeys(ids, AuthenticationError)
+    assert len(simulator.requests) == 1
+
+
+async def test_a_key_revoked_on_the_way_takes_nothing_that_was_won(client, simulator):
+    """Results from before are kept, taken or not; the rest is refused at the next look."""
+    won = tasks(simulator, 3, duration=1.0)
+    lost = [simulator.add_task(f"lost{n}", duration=9.0) for n in range(3)]
+    async with stream_of(client, [*won, *lost, ""]) as outcomes:
+        found = [await anext(outcomes), await anext(outcomes)]
+        await asyncio.sleep(1.5)
+        simulator._api_key = "another"
+        before = len(simulator.requests)
+        await asyncio.sleep(60)
+        found += [outcome async for outcome in outcomes]
+    assert errors(found) == {
+        "": ConfigurationError,
+        **dict.fromkeys(won, type(None)),
+        **dict.fromkeys(lost, AuthenticationError),
+    }
+    assert len(simulator.requests) - before <= 3
+
+
+async def test_ids_that_come_after_a_refused_key_get_its_error(client, simulator):
+    """However late; bad ones are still bad ids."""
+    simulator._api_key = "another"
+
+    async def source():
+        yield "early"
+        await asyncio.sleep(100)
+        yield "late"
+        yield "  "
+
+    outcomes = await collected(client, source())
+    assert errors(outcomes) == {
+        "early": AuthenticationError,
+        "late": AuthenticationError,
+        "  ": ConfigurationError,
+    }
+    assert now() == seconds(100)
+    assert len(simulator.requests) == 1
+
+
+async def test_a_refused_key_does_not_open_the_room(client, simulator):
+    """What remains is still read only as fast as outcomes are taken."""
+    simulator._api_key = "another"
+    ids = Counted(f"task{n}" for n in itertools.count())
+    async with stream_of(client, ids, max_in_flight=5) as outcomes:
+        await asyncio.sleep(10)
+        assert ids.read == 5
+        assert type((await anext(outcomes)).error) is AuthenticationError
+        await asyncio.sleep(10)
+        assert ids.read == 6
+
+
+async def test_waits_in_a_pause_are_refused_without_waiting_for_its_end(client, simulator):
+    """A key refused while the client pauses ends all at once."""
+    simulator.add_task("held", script=[refusal(429, status=429, retry_after=100)])
+    simulator.add_task("refused", script=[refusal(401)])
+    slow = simulator.add_task("slow", duration=FOR_EVER)
+    simulator._latency = 0.25
+    outcomes = await ordered(client, ["held", "refused", slow], wait=wait_fixed(50))
+    assert errors(outcomes) == dict.fromkeys(["held", "refused", "slow"], AuthenticationError)
+    assert now() == seconds(0.25)
+
+
+@pytest.mark.parametrize("code", [402, 422, 451, 505])
+async def test_no_other_refusal_is_everybodys(client, simulator, code):
+    """Credits that are used up, for one, say nothing of tasks that were paid for."""
+    simulator.add_task("unpaid", script=[refusal(code)])
+    simulator.add_task("paid", duration=3.0)
+    unpaid, paid = await ordered(client, ["unpaid", "paid"])
+    assert isinstance(unpaid.error, ApiError)
+    assert not isinstance(unpaid.error, AuthenticationError)
+    assert isinstance(paid.result, CompletedTask)
+
+
+async def test_403_in_an_envelope_is_a_refused_key(client, simulator):
+    """As the error tree says; its code and message are every outcome's."""
+    simulator.add_task("refused", script=[refusal(403, "no access")])
+    simulator.add_task("slow", duration=FOR_EVER)
+    outcomes = await ordered(client, ["refused", "slow"])
+    assert [(o.error.code, o.error.msg, o.error.http_status) for o in outcomes] == [
+        (403, "no access", 200)
+    ] * 2
+
+
+# --- exceptions of others ----------------------------------------------------------------------
+
+
+class CallersError(Exception):
+    pass
+
+
+class CallersKontextError(KontextError):
+    pass
+
+
+def raising(error, *, when=lambda event: True):
+    def on_event(event):
+        if when(event):
+            raise error
+
+    return on_event
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        CallersError("mine"),
+        CallersKontextError("mine"),
+        TimeoutError("mine"),
+        ServerError("mine", code=500),
+    ],
+    ids=lambda e: type(e).__name__,
+)
+@BOTH
+async def test_what_on_event_raises_reaches_the_caller_unchanged(client, simulator, gather, error):
+    """One of our own errors is no outcome when a callback raises it."""
+    tasks(simulator, 5, duration=FOR_EVER)
+    ids = Silent(f"task{n}" for n in range(5))
+    at_second_look = raising(error, when=lambda event: event.attempt == 2)
+    assert await error_of(gather(client, ids, on_event=at_second_look), Exception) is error
+    await assert_idle(client)
+    assert ids.closed == 1
+
+
+@BOTH
+async def test_what_the_strategy_raises_reaches_the_caller_unchanged(client, simulator, gather):
+    """It is a defect of the caller's, not of a task."""
+    error = CallersError("mine")
+
+    def strategy(state):
+        raise error
+
+    ids = tasks(simulator, 5, duration=9.0)
+    assert await error_of(gather(client, ids, wait=strategy), CallersError) is error
+
+
+@pytest.mark.parametrize("delay", [math.nan, math.inf, -1, None, "1"])
+@BOTH
+async def test_a_strategy_that_returns_no_delay_ends_the_batch(client, simulator, gather, delay):
+    """With a `ConfigurationError` that says so."""
+    ids = tasks(simulator, 5, duration=9.0)
+    error = await error_of(gather(client, ids, wait=lambda state: delay), ConfigurationError)
+    assert "wait strategy" in str(error)
+
+
+def sync_source(error, ids):
+    yield from ids
+    raise error
+
+
+async def async_source(error, ids):
+    for task_id in ids:
+        yield task_id
+    raise error
+
+
+@pytest.mark.parametrize("make", [sync_source, async_source])
+@pytest.mark.parametrize("given", [0, 3])
+@BOTH
+async def test_what_the_source_raises_reaches_the_caller_unchanged(
+    client, simulator, gather, make, given
+):
+    """At its first step or midway; the waits under way are ended."""
+    error = CallersError("mine")
+    source = make(error, tasks(simulator, given, duration=FOR_EVER))
+    assert await error_of(gather(client, source), CallersError) is error
+    await assert_idle(client)
+
+
+async def test_an_iterable_that_cannot_be_iterated_says_why(client):
+    """Its __iter__, or __aiter__, is part of the source."""
+
+    class Broken:
+        def __iter__(self):
+            raise CallersError("mine")
+
+    class BrokenAsync:
+        def __aiter__(self):
+            raise CallersError("mine")
+
+    await error_of(collected(client, Broken()), CallersError)
+    await error_of(collected(client, BrokenAsync()), CallersError)
+
+
+@pytest.mark.parametrize("make", [sync_source, async_source])
+@BOTH
+async def test_a_source_that_was_cancelled_is_not_taken_for_one_at_its_end(
+    client, simulator, gather, make
+):
+    """It waited for something that somebody cancelled: ids are missing, so there is no result."""
+    source = make(asyncio.CancelledError(), tasks(simulator, 3, duration=1.0))
+    await error_of(gather(client, source), asyncio.CancelledError)
+    await assert_idle(client)
+
+
+async def test_a_wait_that_was_cancelled_from_outside_does_not_just_go_missing(client, simulator):
+    """Somebody who cancels every task of the loop, for one: the batch ends, cancelled."""
+    ids = tasks(simulator, 3, duration=9.0)
+    async with stream_of(client, ids) as outcomes:
+        await turns()
+        victim = next(t for t, file in our_tasks().items() if file.endswith("polling.py"))
+        victim.cancel()
+        await error_of(anext(outcomes), asyncio.CancelledError)
+        assert [outcome async for outcome in outcomes] == []
+
+
+async def test_outcomes_that_are_there_already_come_before_the_exception(client, simulator):
+    """What was won is delivered first, however late it is taken."""
+    won = tasks(simulator, 3, duration=1.0)
+    simulator.add_task("slow", duration=FOR_EVER)
+    oops = raising(CallersError(), when=lambda event: event.attempt == 3)
+    async with stream_of(client, [*won, "slow"], on_event=oops) as outcomes:
+        await asyncio.sleep(10)
+        assert names([await anext(outcomes) for _ in won]) == won
+        await error_of(anext(outcomes), CallersError)
+        assert [outcome async for outcome in outcomes] == []
+
+
+async def test_an_exception_ends_the_requests_even_before_it_is_taken(client, simulator):
+    """Nobody looks on while the consumer is busy elsewhere."""
+    ids = Silent(tasks(simulator, 5, duration=FOR_EVER))
+    async with stream_of(client, ids, on_event=raising(CallersError())) as outcomes:
+        await asyncio.sleep(10)
+        assert left_running(client) == []
+        assert ids.closed == 1
+        before = len(simulator.requests)
+        await asyncio.sleep(10)
+        assert len(simulator.requests) == before
+        await error_of(anext(outcomes), CallersError)
+
+
+async def test_of_several_exceptions_the_first_is_raised(client, simulator):
+    """The others say nothing new; none is logged as never retrieved."""
+    ids = tasks(simulator, 5)
+    raised = []
+
+    def on_event(event):
+        raised.append(CallersError(event.task_id))
+        raise raised[-1]
+
+    assert await error_of(collected(client, ids, on_event=on_event), CallersError) is raised[0]
+
+
+async def test_an_exception_lets_the_source_finish_its_cleaning_up(client, simulator):
+    """It is cancelled once; closing the batch does not cut its own ``finally`` short."""
+    ids = tasks(simulator, 1, duration=1.0)
+    steps = []
+
+    async def source():
+        try:
+            yield ids[0]
+            await never()
+        finally:
+            steps.append("begun")
+            await asyncio.sleep(5)
+            steps.append("ended")
+
+    oops = raising(CallersError(), when=lambda event: event.attempt == 2)
+    await error_of(collected(client, source(), on_event=oops), CallersError)
+    assert steps == ["begun", "ended"]
+    assert now() == seconds(6)
+
+
+async def test_what_a_source_raises_on_closing_is_raised_where_the_batch_goes_on(client):
+    """A source that fails in its own ``finally``, at the end of the ids."""
+
+    async def source():
+        try:
+            yield ""
+        finally:
+            raise CallersError
+
+    async with stream_of(client, source()) as outcomes:
+        assert (await anext(outcomes)).task_id == ""
+        await error_of(anext(outcomes), CallersError)
+
+
+# --- leaving -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def busy(client, simulator):
+    """Three results soon, and many waits that never end, over a source that never ends."""
+    done = tasks(simulator, 3, duration=1.0)
+    endless = [simulator.add_task(f"endless{n}", duration=FOR_EVER) for n in range(30)]
+    stalled = [simulator.add_task(f"stalled{n}", script=["stall"]) for n in range(30)]
+    source = Silent([*done, *endless, *stalled])
+    source.all = done + endless + stalled
+    return source
+
+
+async def test_leaving_by_break_ends_every_wait(client, busy):
+    """Requests under way, too, and the source is closed to its end."""
+    async with stream_of(client, busy) as outcomes:
+        async for outcome in outcomes:
+            assert outcome.result
+            break
+        await asyncio.sleep(0.5)
+        assert {type(item) for item in left_running(client)} == {
+            asyncio.Task,
+            asyncio.TimerHandle,
+            ResponseHandler,
+            str,
+        }
+    assert left_running(client) == []
+    assert busy.closed == 1
+    assert [outcome async for outcome in outcomes] == []
+
+
+async def test_leaving_by_an_exception_ends_every_wait_and_raises_it(client, busy):
+    """The consumer's own exception is what comes out."""
+
+    async def consume():
+        async with stream_of(client, busy) as outcomes:
+            async for _ in outcomes:
+                raise CallersError
+
+    await error_of(consume(), CallersError)
+    assert left_running(client) == []
+    assert busy.closed == 1
+
+
+async def test_leaving_by_return_ends_every_wait(client, busy):
+    """From inside the loop."""
+
+    async def first():
+        async with stream_of(client, busy) as outcomes:
+            async for outcome in outcomes:
+                return outcome
+        raise AssertionError("no outcome")
+
+    assert (await first()).result
+    assert left_running(client) == []
+
+
+@pytest.mark.parametrize("how", ["leave", "fail", "cancel"])
+async def test_no_request_is_sent_while_thousands_of_waits_are_ended(simulator, how):
+    """Those that wait for the slots of the ones that are ended already do not use them."""
+    simulator._latency = 60.0
+
+    async def source():
+        for n in range(3000):
+            yield f"task{n}"
+        await asyncio.sleep(10)
+        if how == "fail":
+            raise CallersError
+        await never()
+
+    async with make_client(simulator, max_concurrency=4) as client:
+
+        async def consume():
+            async with stream_of(client, source()) as outcomes:
+                if how == "leave":
+                    await asyncio.sleep(10)
+                else:
+                    await anext(outcomes)
+
+        consumer = asyncio.create_task(consume())
+        await asyncio.sleep(11)
+        if how == "cancel":
+            consumer.cancel()
+        (end,) = await asyncio.gather(consumer, return_exceptions=True)
+        expected = {"leave": type(None), "fail": CallersError, "cancel": asyncio.CancelledError}
+        assert type(end) is expected[how]
+        await assert_idle(client)
+        assert len(simulator.requests) == client.stats.requests == 4
+
+
+async def test_no_turn_is_used_while_waits_are_ended_out_of_their_order(simulator):
+    """The oldest are ended first, and the youngest are the next in the queue."""
+    ids = tasks(simulator, 1200, duration=FOR_EVER)
+    turn_of = {task_id: 1.0 if n < 4 else 100 - n / 100 for n, task_id in enumerate(ids)}
+
+    def strategy(state):
+        return turn_of[state.record.task_id]
+
+    async with make_client(simulator, max_concurrency=4, request_timeout=90.0) as client:
+        async with stream_of(client, ids, wait=strategy, timeout=None):
+            await asyncio.sleep(0.5)
+            simulator._latency = 60.0
+            await asyncio.sleep(110)
+            before = client.stats.requests
+            assert client.stats.in_flight == 4
+        assert client.stats.requests == before
+        await assert_idle(client)
+
+
+async def test_leaving_before_anything_was_taken_ends_every_wait(client, busy):
+    """Nobody has to iterate."""
+    async with stream_of(client, busy):
+        await asyncio.sleep(3)
+    assert left_running(client) == []
+    async with stream_of(client, busy.all):
+        pass
+    assert left_running(client) == []
+
+
+async def test_what_ends_in_the_very_moment_of_leaving_is_dropped(client, simulator):
+    """Its task is over, but nobody can take it any more."""
+    ended = asyncio.get_running_loop().create_future()
+    ids = tasks(simulator, 1)
+    async with stream_of(client, ids, on_event=ended.set_result) as outcomes:
+        await ended
+    assert await _all_of(outcomes) == []
+
+
+@pytest.mark.parametrize("after", [0.0, 0.5, 1.0, 7.25])
+@BOTH
+async def test_cancelling_the_consumer_ends_every_wait(client, busy, gather, after):
+    """At any time; the cancellation goes on."""
+    consumer = asyncio.create_task(gather(client, busy, timeout=None))
+    await asyncio.sleep(after)
+    consumer.cancel()
+    await error_of(consumer, asyncio.CancelledError)
+    assert left_running(client) == []
+    assert busy.closed == (busy.read > 0)
+
+
+async def test_cancelling_again_while_it_is_leaving_still_ends_every_wait(client, busy):
+    """The leaving is cut short; what it was waiting for ends all the same."""
+    consumer = asyncio.create_task(collected(client, busy))
+    await asyncio.sleep(3)
+    consumer.cancel()
+    await asyncio.sleep(0.25)  # the source takes 0.5 s to close
+    assert not consumer.done()
+    consumer.cancel()
+    await error_of(consumer, asyncio.CancelledError)
+    await asyncio.sleep(0.5)
+    await assert_idle(client)
+    assert busy.closed == 1
+
+
+async def test_cancelling_again_amid_thousands_still_ends_every_wait(client, simulator):
+    """Also those that the leaving had not come to yet."""
+    consumer = asyncio.create_task(collected(client, [f"task{n}" for n in range(3000)]))
+    simulator._latency = 60.0
+    await turns()
+    consumer.cancel()
+    await turns(3)
+    assert not consumer.done()
+    consumer.cancel()
+    await error_of(consumer, asyncio.CancelledError)
+    await assert_idle(client)
+
+
+async def test_a_timeout_around_the_whole_ends_every_wait(client, busy):
+    """asyncio.timeout works as around anything else."""
+    with pytest.raises(TimeoutError) as caught:
+        async with asyncio.timeout(5):
+            await collected(client, busy)
+    assert not isinstance(caught.value, KontextError)
+    assert now() == seconds(5.5)
+    assert left_running(client) == []
+
+
+async def test_a_failing_sibling_in_a_task_group_ends_every_wait(client, busy):
+    """Structured concurrency works as with anything else."""
+
+    async def fail():
+        await asyncio.sleep(2)
+        raise CallersError
+
+    async def all_of_it():
+        async with asyncio.TaskGroup() as group:
+            group.create_task(collected(client, busy))
+            group.create_task(ordered(client, busy.all))
+            group.create_task(fail())
+
+    group = await error_of(all_of_it(), ExceptionGroup)
+    assert [type(error) for error in group.exceptions] == [CallersError]
+    assert left_running(client) == []
+
+
+async def test_a_timeout_around_one_step_loses_no_outcome(client, simulator):
+    """The batch goes on, and what came meanwhile is still there."""
+    ids = tasks(simulator, 20)
+    for n, task_id in enumerate(ids):
+        simulator._store[task_id].duration = n * 0.7
+    found, gave_up = [], 0
+    async with stream_of(client, ids, wait=wait_fixed(0.25)) as outcomes:
+        while True:
+            try:
+                async with asyncio.timeout(0.25):
+                    found.append((await anext(outcomes)).unwrap().task_id)
+            except TimeoutError:
+                gave_up += 1
+            except StopAsyncIteration:
+                break
+    assert found == ids
+    assert gave_up > 5
+
+
+async def test_closing_twice_is_closing_once(client, busy):
+    """And after closing there is nothing to take."""
+    stream = stream_of(client, busy)
+    await anext(stream)
+    await stream.aclose()
+    await stream.aclose()
+    assert left_running(client) == []
+    assert [outcome async for outcome in stream] == []
+    async with stream:
+        assert [outcome async for outcome in stream] == []
+
+
+async def test_closing_from_two_tasks_at_once_waits_for_the_end_in_both(client, busy):
+    """The source's ``finally`` runs whole."""
+    stream = stream_of(client, busy)
+    await anext(stream)
+    await asyncio.gather(stream.aclose(), stream.aclose())
+    assert busy.closed == 1
+    assert left_running(client) == []
+
+
+async def test_closing_before_the_start_never_starts(client, simulator):
+    """Nothing is read, nothing asked."""
+    ids = Counted(tasks(simulator, 3))
+    stream = stream_of(client, ids)
+    await stream.aclose()
+    assert [outcome async for outcome in stream] == []
+    async with stream:
+        await turns()
+    assert ids.read == 0
+    assert not simulator.requests
+
+
+async def test_a_stream_that_is_never_used_costs_nothing(client, simulator):
+    """No warning, no request."""
+    ids = Counted(tasks(simulator, 3))
+    stream = stream_of(client, ids)
+    del stream
+    gc.collect()
+    await turns()
+    assert ids.read == 0
+    assert not simulator.requests
+
+
+async def test_closing_while_another_task_waits_for_an_outcome_ends_its_iteration(client, busy):
+    """It is told that there is no more; it does not hang."""
+    stream = stream_of(client, busy)
+    consumer = asyncio.create_task(_all_of(stream))
+    await asyncio.sleep(3)
+    await stream.aclose()
+    assert len(await consumer) == 3
+    assert left_running(client) == []
+
+
+async def _all_of(stream):
+    return [outcome async for outcome in stream]
+
+
+async def test_a_consumer_without_a_context_manager_may_go_to_the_end(client, simulator):
+    """Exhausting is enough, and going on after the end gives nothing more."""
+    ids = tasks(simulator, 5, duration=1.0)
+    stream = stream_of(client, ids)
+    assert sorted(names(await _all_of(stream))) == ids
+    assert left_running(client) == []
+    assert await _all_of(stream) == []
+    with pytest.raises(StopAsyncIteration):
+        await anext(stream)
+    del stream
+    gc.collect()
+
+
+async def test_two_consumers_share_the_outcomes(client, simulator):
+    """Each outcome goes to one of them, and both come to the end."""
+    ids = tasks(simulator, 9)
+    for n, task_id in enumerate(ids):
+        simulator._store[task_id].duration = float(n // 2)
+    async with stream_of(client, ids) as stream:
+        shares = await asyncio.gather(_all_of(stream), _all_of(stream))
+    assert sorted(names(itertools.chain(*shares))) == ids
+
+
+async def test_of_two_consumers_one_gets_the_exception_and_the_other_the_end(client, simulator):
+    """It is raised once."""
+    ids = Silent(tasks(simulator, 5, duration=FOR_EVER))
+    oops = raising(CallersError(), when=lambda event: event.attempt == 2)
+    async with stream_of(client, ids, on_event=oops) as stream:
+        ends = await asyncio.gather(_all_of(stream), _all_of(stream), return_exceptions=True)
+    assert Counter(type(end) for end in ends) == {CallersError: 1, list: 1}
+
+
+async def test_an_exception_is_not_lost_on_one_who_was_cancelled_while_it_came(client, simulator):
+    """The next step raises it."""
+    ids = Silent(tasks(simulator, 5, duration=FOR_EVER))
+    async with stream_of(client, ids, on_event=raising(CallersError())) as stream:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.25):  # the source takes 0.5 s to close
+                await anext(stream)
+        await error_of(anext(stream), CallersError)
+        assert await _all_of(stream) == []
+
+
+async def test_two_batches_on_one_client_do_not_meet(client, simulator):
+    """Leaving one leaves the other alone, also where they wait for the same task."""
+    ids = tasks(simulator, 20, duration=5.0)
+    other = asyncio.create_task(ordered(client, ids))
+    async with stream_of(client, ids) as outcomes:
+        await asyncio.sleep(2)
+    assert outcomes is not None
+    assert all(outcome.result for outcome in await other)
+    assert now() == seconds(5)
+
+
+# --- a stream that is dropped ------------------------------------------------------------------
+
+
+async def test_a_stream_that_is_dropped_warns_and_ends_its_waits(client, busy):
+    """A `ResourceWarning`, as for a file that nobody closed."""
+    stream = stream_of(client, busy)
+    await anext(stream)
+    with pytest.warns(ResourceWarning, match="async with"):
+        del stream
+    await asyncio.sleep(1)
+    assert left_running(client) == []
+    assert busy.closed == 1
+
+
+async def test_a_loop_that_is_left_early_warns_too(client, busy):
+    """Without ``async with``, break drops the stream."""
+
+    async def first():
+        async for _ in stream_of(client, busy):
+            break
+
+    with pytest.warns(ResourceWarning, match="async with"):
+        await first()
+    await asyncio.sleep(1)
+    assert left_running(client) == []
+
+
+async def test_a_stream_dropped_in_a_cycle_is_noticed_by_the_garbage_collector(client, busy):
+    """Nothing of the batch itself keeps it alive."""
+    holder = {"stream": stream_of(client, busy)}
+    holder["self"] = holder
+    await anext(holder["stream"])
+    del holder
+    with pytest.warns(ResourceWarning, match="async with"):
+        gc.collect()
+    await asyncio.sleep(1)
+    assert left_running(client) == []
+
+
+async def test_where_the_warning_is_an_error_the_waits_are_ended_all_the_same(client, busy):
+    """With ``-W error`` Python prints it; that must not leave anything running."""
+    stream = stream_of(client, busy)
+    await anext(stream)
+    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
+        seen = []
+        patch.setattr("sys.unraisablehook", lambda unraisable: seen.append(unraisable.exc_type))
+        warnings.simplefilter("error")
+        del stream
+    assert seen == [ResourceWarning]
+    await asyncio.sleep(1)
+    assert left_running(client) == []
+
+
+async def test_a_stream_dropped_with_outcomes_that_nobody_took_warns(client, simulator):
+    """All waits have ended, yet something was lost."""
+    stream = stream_of(client, tasks(simulator, 3))
+    await anext(stream)
+    await asyncio.sleep(1)
+    with pytest.warns(ResourceWarning):
+        del stream
+    await turns()
+
+
+async def test_a_stream_dropped_after_its_exception_does_not_warn(client, simulator):
+    """It is at its end."""
+    stream = stream_of(client, tasks(simulator, 3), on_event=raising(CallersError()))
+    await error_of(anext(stream), CallersError)
+    del stream
+    gc.collect()
+
+
+def test_a_stream_dropped_after_its_loop_was_closed_only_warns():
+    """There is nothing left to end; nothing is raised or logged."""
+    kept = []
+
+    async def main():
+        async with Simulator() as simulator, make_client(simulator) as client:
+            stream = stream_of(client, tasks(simulator, 3, duration=1.0))
+            await anext(stream)
+            kept.append(stream)
+            await client.aclose()
+            await turns()
+
+    _run(main)
+    with pytest.warns(ResourceWarning):
+        kept.clear()
+    gc.collect()
+
+
+def _run(main, loop_factory=VirtualTimeLoop):
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        return runner.run(main())
+
+
+def test_a_program_that_ends_amid_a_batch_ends_quietly(caplog):
+    """`asyncio.run` cancels what is left: no task is destroyed pending, nothing is logged."""
+
+    async def main():
+        async with Simulator() as simulator, aiohttp.ClientSession() as session:
+            client = make_client(simulator, session=session, rate_limit=RateLimit(1, 1e6))
+            ids = [f"task{n}" for n in range(2000)]
+            left.append(asyncio.create_task(collected(client, Silent(ids))))
+            left.append(stream_of(client, Silent(ids)))
+            await left[1].__aenter__()
+            await asyncio.sleep(1)
+            raise CallersError
+
+    left = []
+    with pytest.raises(CallersError):
+        _run(main)
+    assert left[0].cancelled()
+    with pytest.warns(ResourceWarning, match="dropped"):
+        left.clear()
+    gc.collect()
+    assert not caplog.records
+
+
+# --- a client that is closed, or another's -----------------------------------------------------
+
+
+@BOTH
+async def test_closing_the_client_ends_the_batch(simulator, gather, busy):
+    """With `ClientStateError`, and nothing left running."""
+    client = make_client(simulator)
+    consumer = asyncio.create_task(gather(client, busy))
+    await asyncio.sleep(5)
+    await client.aclose()
+    assert "closed" in str(await error_of(consumer, ClientStateError))
+    await assert_idle(client)
+    assert busy.closed == 1
+
+
+async def test_outcomes_from_before_the_closing_can_still_be_taken(simulator):
+    """What was won is not lost with the client."""
+    ids = tasks(simulator, 3, duration=1.0)
+    client = make_client(simulator)
+    async with stream_of(client, [*ids, simulator.add_task(duration=FOR_EVER)]) as outcomes:
+        await asyncio.sleep(2)
+        await client.aclose()
+        assert names([await anext(outcomes) for _ in ids]) == ids
+        await error_of(anext(outcomes), ClientStateError)
+        assert await _all_of(outcomes) == []
+
+
+async def test_a_batch_on_a_closed_client_is_refused(simulator):
+    """Before anything is read."""
+    client = make_client(simulator)
+    await client.aclose()
+    ids = Counted(["task"])
+    for use in (collected(client, ids), ordered(client, ids), anext(stream_of(client, ids))):
+        await error_of(use, ClientStateError)
+    assert ids.read == 0
+
+
+async def test_closing_the_client_ends_a_batch_that_only_waits_for_its_source(simulator):
+    """Though no wait is under way that could be told."""
+    client = make_client(simulator)
+    source = then_silent(tasks(simulator, 2))
+    consumer = asyncio.create_task(collected(client, source))
+    await asyncio.sleep(5)
+    await client.aclose()
+    await error_of(consumer, ClientStateError)
+    assert source.ag_frame is None
+    await assert_idle(client)
+
+
+def test_a_batch_belongs_to_its_clients_loop():
+    """In another loop, starting one or going on with one is a clear error."""
+    kept = []
+
+    async def first():
+        simulator = await Simulator().__aenter__()
+        client = make_client(simulator)
+        stream = stream_of(client, tasks(simulator, 3, duration=FOR_EVER))
+        await stream.__aenter__()
+        await turns()
+        kept.extend([simulator, client, stream])
+
+    async def second():
+        for use in (
+            ordered(kept[1], ["task"]),
+            collected(kept[1], ["task"]),
+            anext(kept[2]),
+            kept[2].aclose(),
+        ):
+            assert "another event loop" in str(await error_of(use, ClientStateError))
+
+    async def last():
+        with contextlib.suppress(KontextError, asyncio.CancelledError):
+            await kept[2].aclose()
+        await kept[1].aclose()
+        await kept[0].aclose()
+
+    with asyncio.Runner(loop_factory=VirtualTimeLoop) as one:
+        one.run(first())
+        _run(second)
+        one.run(last())
+
+
+# --- pacing ------------------------------------------------------------------------------------
+
+
+async def test_a_batch_far_larger_than_the_quota_is_answered_whole():
+    """A thousand tasks of 3 s, 20 requests a second, 10 s for each: a thousand results."""
+    ids = [f"task{n}" for n in range(1000)]
+    async with Simulator(durations=3.0, auto_create=True) as simulator:
+        options = {"rate_limit": RateLimit(20, 1.0), "base_url": simulator.base_url}
+        async with KontextClient("marker-key", **options) as client:
+            outcomes = await client.wait_for_results(ids, timeout=10)
+            await assert_idle(client)
+    assert names(outcomes) == ids
+    assert sum(outcome.result is not None for outcome in outcomes) == 1000
+
+
+# --- holding the loop --------------------------------------------------------------------------
+
+MANY = 20_000
+AT_MOST = 0.05  # seconds of the processor's time for one callback of the loop
+
+
+class _Longest:
+    """The longest a single callback of the loop worked, by the clock of the thread's own work."""
+
+    def __init__(self):
+        self.seconds = 0.0
+        self.callback = ""
+
+    def run(self, main):
+        run = asyncio.Handle._run
+
+        def timed(handle):
+            began = time.thread_time()
+            name = handle._callback
+            run(handle)
+            took = time.thread_time() - began
+            if took > self.seconds:
+                self.seconds, self.callback = took, f"{name!r:.300}"
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(asyncio.Handle, "_run", timed)
+            gc.collect()
+            gc.disable()
+            try:
+                asyncio.run(main(), debug=False)
+            finally:
+                gc.enable()
+        assert self.seconds < AT_MOST, f"{self.seconds:.3f} s in {self.callback}"
+
+
+def _many(source):
+    """A client that may look at one task a year, and a batch of which many are waiting."""
+
+    @contextlib.asynccontextmanager
+    async def context(**options):
+        async with Simulator(auto_create=True, durations=FOR_EVER, **options) as simulator:
+            limit = RateLimit(1, 1e7)
+            ids = source(f"task{n}" for n in range(MANY))
+            async with make_client(simulator, rate_limit=limit) as client:
+                yield client, stream_of(client, ids, max_in_flight=2 * MANY, timeout=None)
+
+    return context
+
+
+async def _all_waiting(client):
+    while client.stats.waits < MANY - 1:  # noqa: ASYNC110  # the client has no event for it
+        await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("source", [list, aiter_of])
+def test_starting_and_leaving_many_waits_gives_the_loop_air(source):
+    """Neither is one long callback, whatever the ids come from."""
+
+    async def main():
+        async with _many(source)() as (client, stream):
+            async with stream:
+                await _all_waiting(client)
+            assert client.stats.waits == 0
+
+    _Longest().run(main)
+
+
+async def test_taking_thousands_of_outcomes_lets_others_run(client):
+    """A consumer that finds them all ready never has to wait, yet does not hold the loop."""
+    turns_of_others = 0
+
+    async def other():
+        nonlocal turns_of_others
+        while True:
+            await asyncio.sleep(0)
+            turns_of_others += 1
+
+    async with stream_of(client, (f"{n}\n" for n in range(3000))) as outcomes:
+        await asyncio.sleep(1)
+        running = asyncio.create_task(other())
+        taken = [await anext(outcomes) for _ in range(3000)]
+        running.cancel()
+    assert len(taken) == 3000
+    assert 3 <= turns_of_others <= 30
+
+
+def test_closing_a_client_amid_many_waits_gives_the_loop_air():
+    """So does what follows for the batch."""
+
+    async def main():
+        async with _many(list)() as (client, stream):
+            async with stream:
+                await _all_waiting(client)
+                await client.aclose()
+                await error_of(anext(stream), ClientStateError)
+            assert client.stats.waits == 0
+
+    _Longest().run(main)
+
+
+def test_a_refused_key_amid_many_waits_gives_the_loop_air():
+    """All of them end, with one request."""
+
+    async def main():
+        async with _many(list)(latency=2.0, api_key="another") as (client, stream):
+            async with stream:
+                await _all_waiting(client)
+                found = Counter([type(outcome.error) async for outcome in stream])
+            assert found == {AuthenticationError: MANY}
+            assert client.stats.requests == 1
+
+    _Longest().run(main)

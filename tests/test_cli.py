@@ -1,0 +1,588 @@
+"""The command line: what it prints, where, and with which exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import math
+import sys
+from datetime import datetime, timedelta
+
+import pytest
+import typer
+from background import serving
+from typer.testing import CliRunner
+
+from kontext_async import (
+    ApiError,
+    ConfigurationError,
+    GenerationFailedError,
+    KontextClient,
+    KontextError,
+    TaskOutcome,
+    TaskStatus,
+    TransportError,
+    WaitTimeoutError,
+)
+from kontext_async.cli import _app, _local, _progress, _waiting, main
+from kontext_async.cli._output import Exit, gravest, kind, outcome_line, silence_stdout
+from kontext_async.cli._running import run
+from kontext_async.cli._tally import Tally
+from kontext_async.simulator import Failure, Simulator
+
+KEY = "marker-key-5f1c"
+ANSI = "\x1b"
+
+
+@pytest.fixture(scope="module")
+def simulator():
+    with serving(api_key=KEY) as running:
+        yield running
+
+
+@pytest.fixture
+def kontext(simulator, monkeypatch):
+    """Run the command in this process, against the simulator."""
+    monkeypatch.setenv("APIKLEY_API_KEY", KEY)
+
+    def invoke(*args, input=None):  # noqa: A002 - the runner's name for it
+        return CliRunner().invoke(
+            _app.app, [*args, "--base-url", simulator.base_url], input=input, prog_name="kontext"
+        )
+
+    return invoke
+
+
+def lines(result):
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def failing(outcome=None, **task):
+    return {"duration": 0.0, "outcome": outcome or Failure(400, "It was flagged."), **task}
+
+
+def done(**task):
+    return {"duration": 0.0, "outcome": "success", **task}
+
+
+class TestGet:
+    def test_a_finished_task_is_one_line_with_everything_known(self, kontext, simulator):
+        """A success has its URLs, times, duration and expiry, and null for the rest."""
+        task_id = simulator.add_task(duration=12.0, outcome="success", age=60.0)
+        result = kontext("get", task_id)
+        assert result.exit_code == 0
+        (line,) = lines(result)
+        assert line == {
+            "taskId": task_id,
+            "outcome": "success",
+            "status": "SUCCESS",
+            "resultImageUrl": line["resultImageUrl"],
+            "originImageUrl": line["originImageUrl"],
+            "createTime": line["createTime"],
+            "completeTime": line["completeTime"],
+            "duration": 12.0,
+            "expiresAt": line["expiresAt"],
+            "error": None,
+            "errorCode": None,
+            "message": None,
+        }
+        assert line["resultImageUrl"].startswith(simulator.base_url)
+        lifetime = datetime.fromisoformat(line["expiresAt"]) - datetime.fromisoformat(
+            line["completeTime"]
+        )
+        assert lifetime == timedelta(days=14)
+
+    def test_a_running_task_is_no_failure(self, kontext, simulator):
+        """A look that finds the task generating has done its job."""
+        result = kontext("get", simulator.add_task(duration=math.inf))
+        assert result.exit_code == 0
+        assert [line["outcome"] for line in lines(result)] == ["generating"]
+
+    def test_a_failed_task_is_a_line_and_exit_code_1(self, kontext, simulator):
+        """The record of a failure is printed, and the exit code tells of it."""
+        result = kontext("get", simulator.add_task(**failing()))
+        assert result.exit_code == 1
+        (line,) = lines(result)
+        assert (line["outcome"], line["errorCode"], line["message"]) == (
+            "failed",
+            400,
+            "It was flagged.",
+        )
+
+    def test_a_success_without_a_url_says_so_by_its_null(self, kontext, simulator):
+        """A look reports what the record says; only a wait insists on the URL."""
+        result = kontext("get", simulator.add_task(script=["success_no_url"]))
+        assert [line["resultImageUrl"] for line in lines(result)] == [None]
+
+    def test_an_unknown_task_is_an_error_of_the_api(self, kontext):
+        """What the API refuses is a line like any other, and said to people too."""
+        result = kontext("get", "nobody-knows-me")
+        assert result.exit_code == 4
+        (line,) = lines(result)
+        assert (line["outcome"], line["error"]) == ("error", "TaskNotFoundError")
+        assert "nobody-knows-me" in result.stderr
+
+
+class TestWait:
+    def test_each_task_has_its_line(self, kontext, simulator):
+        """One line for each id however it ends, and the gravest exit code."""
+        good, bad = simulator.add_task(**done()), simulator.add_task(**failing())
+        result = kontext("wait", good, bad, good)
+        assert result.exit_code == 1
+        assert {line["taskId"]: line["outcome"] for line in lines(result)} == {
+            good: "success",
+            bad: "failed",
+        }
+        assert "1 done, 1 failed" in result.stderr
+        assert "It was flagged." in result.stderr
+
+    def test_a_deadline_is_no_failure(self, kontext, simulator):
+        """A task that still runs at its deadline has its own outcome and exit code."""
+        result = kontext("wait", simulator.add_task(duration=math.inf), "--timeout", "0")
+        assert result.exit_code == 3
+        (line,) = lines(result)
+        assert (line["outcome"], line["error"], line["status"]) == (
+            "timeout",
+            "WaitTimeoutError",
+            "GENERATING",
+        )
+        assert "0 done, 0 failed, 1 timed out" in result.stderr
+
+    def test_no_limit(self, kontext, simulator):
+        """inf waits without a deadline."""
+        assert kontext("wait", simulator.add_task(**done()), "--timeout", "inf").exit_code == 0
+
+    @pytest.mark.parametrize("seconds", ["nan", "-1", "soon"])
+    def test_a_timeout_is_a_number_of_seconds(self, kontext, seconds):
+        """Anything else is wrong usage."""
+        assert kontext("wait", "task1", "--timeout", seconds).exit_code == 2
+
+    def test_a_refused_key_is_the_outcome_of_all(self, kontext, simulator, monkeypatch):
+        """Every id gets its line, with the API's code."""
+        monkeypatch.setenv("APIKLEY_API_KEY", "another-key")
+        result = kontext("wait", "task1", "task2")
+        assert result.exit_code == 4
+        assert [(line["error"], line["errorCode"]) for line in lines(result)] == [
+            ("AuthenticationError", 401)
+        ] * 2
+
+    def test_ids_from_a_file(self, kontext, simulator, tmp_path):
+        """Lines and JSON Lines mix; blank lines, comments and repetitions are skipped."""
+        ids = [simulator.add_task(**done()) for _ in range(3)]
+        file = tmp_path / "ids.txt"
+        file.write_text(
+            f"# made today\n\n{ids[0]}\n  {ids[1]}  \n"
+            f'{{"taskId": "{ids[2]}", "other": 1}}\n{ids[0]}\n',
+            encoding="utf-8-sig",
+        )
+        result = kontext("wait", "--from", str(file))
+        assert result.exit_code == 0
+        assert sorted(line["taskId"] for line in lines(result)) == sorted(ids)
+
+    def test_results_are_ids_again(self, kontext, simulator):
+        """What the command printed can be given back to it, through standard input."""
+        first = kontext("get", simulator.add_task(**done()))
+        assert lines(kontext("wait", "--from", "-", input=first.stdout)) == lines(first)
+
+    @pytest.mark.parametrize(
+        ("line", "problem"),
+        [
+            ("{not json}", "not a JSON object"),
+            ('{"id": "x"}', "without taskId"),
+            ('{"taskId": 5}', "must be a str"),
+            ('{"taskId": " "}', "blank"),
+            ("a\x07b", "printable"),
+        ],
+    )
+    def test_a_bad_line_is_named_before_any_request(
+        self, kontext, simulator, tmp_path, line, problem
+    ):
+        """Its number and its fault are reported, and nothing is sent."""
+        file = tmp_path / "ids.txt"
+        file.write_text(f"task1\n{line}\n")
+        asked = len(simulator.requests)
+        result = kontext("wait", "--from", str(file))
+        assert result.exit_code == 2
+        assert "line 2" in result.stderr
+        assert problem in result.stderr
+        assert len(simulator.requests) == asked
+
+    def test_many_bad_lines_are_not_all_named(self, kontext):
+        """Ten are, and the rest are counted."""
+        result = kontext("wait", "--from", "-", input="{\n" * 15)
+        assert "line 10" in result.stderr
+        assert "line 11" not in result.stderr
+        assert "and 5 more" in result.stderr
+
+    def test_no_ids_is_wrong_usage(self, kontext):
+        """There is nothing to wait for."""
+        assert kontext("wait").exit_code == 2
+        assert kontext("wait", "--from", "-", input="# none\n").exit_code == 2
+
+    def test_a_file_that_cannot_be_read_is_wrong_usage(self, kontext, tmp_path):
+        """A missing file and one that is not text are reported by name."""
+        assert kontext("wait", "--from", str(tmp_path / "missing")).exit_code == 2
+        (tmp_path / "image").write_bytes(b"\xff\xd8\xff")
+        result = kontext("wait", "--from", str(tmp_path / "image"))
+        assert result.exit_code == 2
+        assert "UTF-8" in result.stderr
+
+    def test_the_summary_is_a_table_on_standard_error(self, kontext, simulator):
+        """Outcomes, error codes, durations, requests and lag; results stay alone on stdout."""
+        ids = [simulator.add_task(duration=12.0, outcome="success", age=60.0) for _ in range(3)]
+        result = kontext("wait", *ids, simulator.add_task(**failing()), "--summary")
+        assert len(lines(result)) == 4
+        for text in ("success", "GenerationFailedError 400", "12.0 s, 12.0 s", "requests", "lag"):
+            assert text in result.stderr
+
+    def test_what_a_task_does_not_tell_is_null(self, kontext, simulator):
+        """A success without readable times, and a failure told of without a record."""
+        timeless = simulator.add_task(script=["times_unreadable"])
+        refused = simulator.add_task(script=["code_501"])
+        result = kontext("wait", timeless, refused, "--summary")
+        by_id = {line["taskId"]: line for line in lines(result)}
+        assert by_id[timeless]["duration"] is None
+        assert by_id[timeless]["outcome"] == "success"
+        assert by_id[refused]["createTime"] is None
+        assert by_id[refused]["outcome"] == "failed"
+
+    def test_only_the_first_troubles_are_named(self, kontext, simulator):
+        """A large batch that fails does not flood the screen; every outcome is still printed."""
+        result = kontext("wait", *(simulator.add_task(**failing()) for _ in range(25)))
+        assert len(lines(result)) == 25
+        assert result.stderr.count("It was flagged.") == 20
+        assert result.stderr.count("More did not succeed") == 1
+
+    def test_text_from_outside_does_nothing_to_the_terminal(self, kontext, simulator):
+        """Escape sequences and markup in a message are shown, not obeyed."""
+        message = f"{ANSI}[31mred [bold]loud[/bold]\x07 [link=x]:smile:"
+        result = kontext("wait", simulator.add_task(**failing(Failure(500, message))))
+        assert lines(result)[0]["message"] == message
+        for stream in (result.stdout, result.stderr):
+            assert ANSI not in stream
+            assert "\x07" not in stream
+        assert "[bold]loud[/bold]" in result.stderr
+        assert ":smile:" in result.stderr
+
+
+class TestKey:
+    def test_from_a_file(self, kontext, simulator, tmp_path, monkeypatch):
+        """A key file may end in a newline."""
+        monkeypatch.delenv("APIKLEY_API_KEY")
+        (tmp_path / "key").write_text(f"{KEY}\n")
+        task_id = simulator.add_task(**done())
+        assert kontext("get", task_id, "--api-key-file", str(tmp_path / "key")).exit_code == 0
+
+    def test_missing(self, kontext, monkeypatch):
+        """Without a key the message says where one may come from."""
+        monkeypatch.delenv("APIKLEY_API_KEY")
+        result = kontext("wait", "task1")
+        assert result.exit_code == 2
+        assert "APIKLEY_API_KEY" in result.stderr
+        assert "--api-key-file" in result.stderr
+
+    def test_file_missing(self, kontext, tmp_path):
+        """A key file that cannot be read is wrong usage."""
+        assert kontext("get", "task1", "--api-key-file", str(tmp_path / "none")).exit_code == 2
+
+    def test_unusable(self, kontext, monkeypatch):
+        """A key that cannot be a header is refused without being shown."""
+        monkeypatch.setenv("APIKLEY_API_KEY", f"{KEY} two words")
+        result = kontext("get", "task1")
+        assert result.exit_code == 2
+        assert KEY not in result.output
+
+    def test_never_shown(self, kontext, simulator):
+        """No output holds the key, whatever happens."""
+        looping = simulator.add_task(script=["code_401", "html_502", "data_text"], duration=0.0)
+        for task_id in (looping, simulator.add_task(**done()), "unknown"):
+            assert KEY not in kontext("wait", task_id, "--timeout", "0").output
+
+
+class TestExitCodes:
+    @pytest.mark.parametrize(
+        ("error", "word", "code"),
+        [
+            (None, "success", 0),
+            (GenerationFailedError(task_id="t", status=TaskStatus.GENERATE_FAILED), "failed", 1),
+            (ConfigurationError("bad"), "error", 2),
+            (WaitTimeoutError(task_id="t", elapsed=1.0, polls=1), "timeout", 3),
+            (ApiError("no", code=402), "error", 4),
+            (TransportError("reset"), "error", 4),
+            (KontextError("?"), "error", 4),
+        ],
+    )
+    def test_each_end_has_its_own(self, error, word, code):
+        """The outcome's word and its exit code follow from the error's class."""
+        assert kind(error) == (word, code)
+
+    @pytest.mark.parametrize(
+        ("codes", "code"),
+        [
+            ([], 0),
+            ([0, 0], 0),
+            ([0, 1], 1),
+            ([1, 3, 0], 3),
+            ([1, 3, 4], 4),
+            ([4, 2, 3, 1], 2),
+        ],
+    )
+    def test_the_gravest_counts(self, codes, code):
+        """Wrong usage before API and network, before deadlines, before failures."""
+        assert gravest(Exit(c) for c in codes) == code
+
+    def test_an_error_without_a_record_has_a_line(self):
+        """What is not known is null."""
+        line = outcome_line(TaskOutcome(task_id="t", error=TransportError("reset", task_id="t")))
+        assert (line["error"], line["status"], line["errorCode"]) == ("TransportError", None, None)
+        assert "reset" in line["message"]
+
+
+class TestRunning:
+    def test_ctrl_c_has_the_last_word(self):
+        """An interrupt ends with 130, after the command's own last words."""
+        said = []
+
+        async def interrupted():
+            raise KeyboardInterrupt
+
+        with pytest.raises(typer.Exit) as caught:
+            run(interrupted(), interrupted=lambda: said.append("resume"))
+        assert caught.value.exit_code == 130
+        assert said == ["resume"]
+
+    def test_a_broken_pipe_ends_quietly(self, monkeypatch, tmp_path):
+        """Nobody reads the results any more: no message, and nothing more is written."""
+        with (tmp_path / "stdout").open("w") as stdout:
+            monkeypatch.setattr(sys, "stdout", stdout)
+
+            async def broken():
+                raise BrokenPipeError
+
+            with pytest.raises(typer.Exit) as caught:
+                run(broken())
+            print("lost")  # noqa: T201
+        assert caught.value.exit_code == 141
+        assert (tmp_path / "stdout").read_text() == ""
+
+    def test_stdout_can_be_silenced_twice(self, monkeypatch, tmp_path):
+        """Silencing leaves the descriptor in place, and open."""
+        with (tmp_path / "stdout").open("w") as stdout:
+            monkeypatch.setattr(sys, "stdout", stdout)
+            silence_stdout()
+            silence_stdout()
+
+
+class TestResuming:
+    def test_few_ids_are_all_named(self, capsys):
+        """The command to go on with can be copied."""
+        tally = Tally(["task 1", "task2"])
+        _waiting.say_how_to_resume(tally, None)
+        said = capsys.readouterr().err
+        assert "Still generating: task 1, task2" in said
+        assert "kontext wait 'task 1' task2" in said
+
+    @pytest.mark.parametrize(
+        ("source", "file"), [(None, "FILE"), ("-", "FILE"), ("my ids.txt", "'my ids.txt'")]
+    )
+    def test_many_ids_are_named_in_part(self, capsys, source, file):
+        """The first twenty, the number of the others, and the way to give them all again."""
+        _waiting.say_how_to_resume(Tally(f"task{n}" for n in range(1000)), source)
+        said = capsys.readouterr().err
+        assert "task19 and 980 more" in said
+        assert f"kontext wait --from {file}" in said
+
+    def test_nothing_left_is_nothing_said(self, capsys):
+        """An interrupt after the last outcome leaves nothing to resume."""
+        _waiting.say_how_to_resume(Tally([]), None)
+        assert capsys.readouterr().err == ""
+
+
+class Terminal(io.StringIO):
+    """Text that a terminal would have got."""
+
+    def isatty(self):
+        return True
+
+
+class TestProgress:
+    @pytest.fixture
+    async def near(self):
+        """A simulator and a client on the test's own loop."""
+        async with (
+            Simulator() as simulator,
+            KontextClient("any", base_url=simulator.base_url) as client,
+        ):
+            yield simulator, client
+
+    @pytest.mark.virtual_time
+    async def test_plain_lines_where_there_is_no_terminal(self, near, capsys):
+        """Every ten seconds a line, without cursor movements."""
+        simulator, client = near
+        ids = [simulator.add_task(duration=d, outcome="success") for d in (5.0, 15.0, 25.0)]
+        taken = []
+        tally = Tally(ids)
+        code = await _waiting.wait_for_all(client, tally, taken.append, timeout=60.0)
+        assert code == 0
+        said = capsys.readouterr().err
+        assert said.startswith("Waiting for 3 tasks\n")
+        assert "1 done, 0 failed, 2 in flight, 0.1/s, ETA 0:00:20\n" in said
+        assert said.splitlines()[-1].startswith("3 done, 0 failed in ")
+        assert ANSI not in said
+        assert len(tally.lags) == 3
+
+    @pytest.mark.virtual_time
+    async def test_a_live_bar_on_a_terminal(self, near, monkeypatch):
+        """One bar, redrawn, that makes way for results on the same terminal and goes at the end."""
+        simulator, client = near
+        monkeypatch.setenv("TERM", "xterm-256color")
+        screen = Terminal()
+        monkeypatch.setattr(sys, "stderr", screen)
+        monkeypatch.setattr(sys, "stdout", screen)
+        task_id = simulator.add_task(duration=20.0, outcome="success")
+        tally = Tally([task_id])
+        await _waiting.wait_for_all(
+            client,
+            tally,
+            lambda o: screen.write(f"<{o.task_id}>\n"),
+            timeout=60.0,
+        )
+        said = screen.getvalue()
+        assert "Waiting for 1 task\n" in said
+        assert "0 done, 0 failed, 1 in flight" in said
+        assert f"\x1b[2K<{task_id}>\n" in said
+
+    @pytest.mark.virtual_time
+    async def test_a_live_bar_beside_a_pipe(self, near, monkeypatch, capsys):
+        """Where results go elsewhere the bar need not make way."""
+        simulator, client = near
+        screen = Terminal()
+        monkeypatch.setenv("TERM", "xterm-256color")
+        monkeypatch.setattr(sys, "stderr", screen)
+        tally = Tally([simulator.add_task(**done())])
+        await _waiting.wait_for_all(client, tally, lambda o: None, timeout=60.0)
+        assert "1 done, 0 failed in" in screen.getvalue()
+
+    @pytest.mark.virtual_time
+    async def test_a_pause_is_shown(self, near, capsys, monkeypatch):
+        """While the service makes the client wait, the line says for how long."""
+        simulator, client = near
+        monkeypatch.setattr(_progress, "_REPORT", 1.0)
+        limited = ("rate_limited_until", "success")
+        tally = Tally([simulator.add_task(script=limited)])
+        await _waiting.wait_for_all(client, tally, lambda o: None, timeout=60.0)
+        assert "held back for " in capsys.readouterr().err
+
+
+class TestLocal:
+    @pytest.mark.virtual_time
+    async def test_the_demo_ends_with_a_table(self, capsys):
+        """Ten images and two failures, with results for programs on standard output."""
+        assert await _local.demonstrate() == 0
+        out, err = capsys.readouterr()
+        assert len(out.splitlines()) == 12
+        assert "10 done, 2 failed" in err
+        assert "400: The prompt was flagged as violating the content policies." in err
+        assert "501: The image could not be generated." in err
+        assert err.count("/images/demo-") == 10
+
+    @pytest.mark.virtual_time
+    async def test_the_demo_on_a_terminal_is_the_table(self, monkeypatch, capsys):
+        """On a terminal nobody needs the lines for programs."""
+        screen = Terminal()
+        monkeypatch.setattr(sys, "stdout", screen)
+        await _local.demonstrate()
+        assert screen.getvalue() == ""
+
+    def test_the_demo_is_a_command(self, monkeypatch):
+        """It runs without a key."""
+        monkeypatch.delenv("APIKLEY_API_KEY", raising=False)
+        monkeypatch.setattr(_local, "_TASKS", [("a lighthouse", 0.0, None)])
+        result = CliRunner().invoke(_app.app, ["demo"])
+        assert result.exit_code == 0
+        assert "1 done, 0 failed" in result.stderr
+
+    async def test_simulate_serves_until_it_is_cancelled(self, capsys):
+        """The address is a line for programs; a way to use it is said to people."""
+        serving = asyncio.create_task(_local.serve(Simulator()))
+        while not (said := capsys.readouterr()).out:  # noqa: ASYNC110 - output has no event
+            await asyncio.sleep(0.01)
+        address = json.loads(said.out)["baseUrl"]
+        assert f"--base-url {address}" in said.err
+        serving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await serving
+
+    def test_simulate_takes_its_options(self, monkeypatch):
+        """What the options say reaches the simulator."""
+        built = {}
+
+        class Built:
+            def __init__(self, **options):
+                built.update(options)
+
+        async def serve(simulator):
+            return Exit.DONE
+
+        monkeypatch.setattr(_app, "Simulator", Built)
+        monkeypatch.setattr(_app, "serve", serve)
+        options = "--port 0 --duration 3 --spread 0 --failure-rate 0.5 --rate-limit 20/10 --seed 7"
+        result = CliRunner().invoke(_app.app, ["simulate", *options.split(), "--no-auto-create"])
+        assert result.exit_code == 0
+        assert (built["failure_rate"], built["seed"], built["auto_create"]) == (0.5, 7, False)
+        assert (built["rate_limit"].max_requests, built["rate_limit"].period) == (20, 10.0)
+
+    def test_a_port_that_is_taken_is_wrong_usage(self, simulator):
+        """The message names the port."""
+        port = simulator.base_url.rpartition(":")[2]
+        result = CliRunner().invoke(_app.app, ["simulate", "--port", port])
+        assert result.exit_code == 2
+        assert f"port {port}" in result.stderr
+
+    def test_another_failure_of_the_system_is_not_hidden(self, monkeypatch):
+        """Only a port that cannot be had is the user's to mend."""
+
+        async def serve(simulator):
+            raise OSError(5, "Input/output error")
+
+        monkeypatch.setattr(_app, "serve", serve)
+        result = CliRunner().invoke(_app.app, ["simulate"])
+        assert isinstance(result.exception, OSError)
+
+    @pytest.mark.parametrize("limit", ["", "often", "0/10", "5/0", "5/x"])
+    def test_a_limit_that_is_none_is_wrong_usage(self, limit):
+        """Requests and seconds are positive numbers."""
+        result = CliRunner().invoke(_app.app, ["simulate", "--rate-limit", limit])
+        assert result.exit_code == 2
+
+
+class TestMain:
+    def test_version(self, monkeypatch, capsys):
+        """The installed version, alone."""
+        monkeypatch.setattr(sys, "argv", ["kontext", "--version"])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        assert caught.value.code == 0
+        assert capsys.readouterr().out.strip()[0].isdigit()
+
+    def test_without_its_extra_it_says_what_to_install(self, monkeypatch):
+        """A plain installation has the command, but not its libraries."""
+        for name in [name for name in sys.modules if name.startswith("kontext_async.cli._")]:
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.setitem(sys.modules, "typer", None)
+        with pytest.raises(SystemExit, match=r"pip install 'kontext-async\[cli\]'"):
+            main()
+
+    def test_another_missing_module_is_not_taken_for_the_extra(self, monkeypatch):
+        """A broken installation shows what is really missing."""
+        monkeypatch.setitem(sys.modules, "kontext_async.cli._app", None)
+        with pytest.raises(ModuleNotFoundError, match="_app"):
+            main()
+
+    def test_no_option_takes_the_key_itself(self):
+        """A key on a command line would show in process lists and histories."""
+        for command in ("get", "wait"):
+            text = CliRunner().invoke(_app.app, [command, "--help"]).output
+            assert "--api-key-file" in text
+            assert "--api-key " not in text

@@ -1,0 +1,161 @@
+"""The command as a process of its own: signals, pipes, terminals, start-up."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import pty
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from background import serving
+
+import kontext_async
+
+KEY = "marker-key-77aa"
+COMMAND = [sys.executable, "-P", "-c", "from kontext_async.cli import main; main()"]
+
+
+@pytest.fixture(scope="module")
+def simulator():
+    with serving() as running:
+        yield running
+
+
+@pytest.fixture
+def start():
+    """Start the command; what still runs at the end of the test is ended."""
+    environment = os.environ | {
+        "APIKLEY_API_KEY": KEY,
+        "PYTHONPATH": str(Path(kontext_async.__file__).parent.parent),
+    }
+    with contextlib.ExitStack() as stack:
+
+        def start(*args, command=COMMAND, **options):
+            streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+            process = subprocess.Popen([*command, *args], env=environment, text=True, **streams)
+            stack.enter_context(process)
+            stack.callback(process.kill)
+            return process
+
+        yield start
+
+
+def looked_at(simulator, *task_ids):
+    """Wait until each task has been asked about."""
+    end = time.monotonic() + 20
+    while not all(simulator.polls(task_id) for task_id in task_ids):
+        assert time.monotonic() < end, "never asked about"
+        time.sleep(0.01)
+
+
+def test_help_answers_quickly(start):
+    """`--help` costs less than half a second of computing, at the best of three tries."""
+    costs = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        out, _ = (process := start("--help")).communicate(timeout=20)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        costs.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        assert process.returncode == 0
+        assert "wait" in out
+    assert min(costs) < 0.5
+
+
+def test_results_and_exit_code(start, simulator):
+    """Results are the only thing on standard output, and the exit code is the gravest."""
+    good = simulator.add_task(duration=0.0, outcome="success")
+    bad = simulator.add_task(duration=0.0, outcome="failure")
+    process = start("wait", good, bad, "--base-url", simulator.base_url)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 1
+    assert {json.loads(line)["taskId"] for line in out.splitlines()} == {good, bad}
+    assert KEY not in out + err
+
+
+def test_results_come_as_tasks_end(start, simulator):
+    """The line of a finished task is there while another still runs."""
+    done = simulator.add_task(duration=0.0, outcome="success")
+    process = start(
+        "wait", simulator.add_task(duration=math.inf), done, "--base-url", simulator.base_url
+    )
+    assert json.loads(process.stdout.readline())["taskId"] == done
+    assert process.poll() is None
+
+
+def test_ctrl_c_names_what_still_generates(start, simulator):
+    """It ends at once, cleanly, with 130 and the command to go on with."""
+    done = simulator.add_task(duration=0.0, outcome="success")
+    running = [simulator.add_task(duration=math.inf) for _ in range(2)]
+    process = start("wait", done, *running, "--base-url", simulator.base_url)
+    process.stdout.readline()
+    looked_at(simulator, *running)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=5)
+    assert process.returncode == 130
+    assert f"kontext wait {running[0]} {running[1]}" in err
+    assert done not in err
+    assert "Traceback" not in err
+
+
+def test_a_reader_that_goes_away_ends_it_quietly(start, simulator):
+    """As with `| head -1`: no message, and the exit code the shell knows for it."""
+    ids = [simulator.add_task(duration=0.0, outcome="success") for _ in range(3)]
+    process = start("wait", *ids, "--base-url", simulator.base_url)
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait(timeout=20) == 141
+    assert "Traceback" not in err
+    assert "Broken" not in err
+
+
+def test_simulate_serves_until_ctrl_c(start):
+    """Its address is on standard output, and the command can wait there."""
+    server = start("simulate", "--duration", "0")
+    address = json.loads(server.stdout.readline())["baseUrl"]
+    waiting = start("wait", "any-task", "--base-url", address)
+    out, _ = waiting.communicate(timeout=20)
+    assert json.loads(out)["outcome"] == "success"
+    server.send_signal(signal.SIGINT)
+    _, err = server.communicate(timeout=5)
+    assert server.returncode == 130
+    assert "kontext wait --base-url" in err
+    assert "Traceback" not in err
+
+
+def test_a_terminal_gets_a_live_bar(start, simulator):
+    """On a pseudo-terminal the bar is drawn, and taken away again."""
+    screen, end = pty.openpty()
+    task_id = simulator.add_task(duration=0.0, outcome="success")
+    process = start("wait", task_id, "--base-url", simulator.base_url, stderr=end)
+    os.close(end)
+    out, _ = process.communicate(timeout=20)
+    drawn = os.read(screen, 4096).decode(errors="replace")
+    os.close(screen)
+    assert process.returncode == 0
+    assert json.loads(out)["outcome"] == "success"
+    assert "\x1b[?25l" in drawn
+    assert "1 done, 0 failed in" in drawn
+
+
+def test_a_crash_shows_no_locals(start, simulator):
+    """A traceback of a defect has the lines, but not the values in them."""
+    crash = (
+        "import kontext_async.cli._app as app\n"
+        "def broken(*args, **kwargs):\n"
+        "    secret = args[0]\n"
+        "    raise ZeroDivisionError\n"
+        "app.KontextClient = broken\n"
+        "app.app()\n"
+    )
+    process = start("get", "task1", command=[sys.executable, "-P", "-c", crash])
+    out, err = process.communicate(timeout=20)
+    assert "ZeroDivisionError" in err
+    assert KEY not in out + err

@@ -1,0 +1,136 @@
+"""The README and the documentation: every program in them runs, and every table is true."""
+
+from __future__ import annotations
+
+import asyncio
+import doctest
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from background import serving
+from typer.testing import CliRunner
+from virtual_time import VirtualTimeLoop
+
+import kontext_async
+from kontext_async import KontextClient, errors
+from kontext_async.cli._app import app
+from kontext_async.cli._output import _FIELDS, Exit
+from kontext_async.simulator import Failure
+
+CHECKOUT = Path(__file__).parent.parent
+PAGES = [CHECKOUT / "README.md", *sorted((CHECKOUT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+SESSION = re.compile(r"^```\{doctest\}\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def snippets():
+    """Each Python block of each page, by the page's name and the line it begins on."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for match in BLOCK.finditer(text):
+            line = text.count("\n", 0, match.start()) + 1
+            yield pytest.param(match[1], id=f"{page.name}:{line}")
+
+
+def is_for_pytest(code):
+    return "def test_" in code or "pytest_plugins" in code
+
+
+@pytest.fixture(scope="module")
+def simulator():
+    """The tasks that the pages speak of."""
+    with serving() as running:
+        for task_id in ("task12345", "task12346", "task12347"):
+            running.add_task(task_id, duration=12.0, outcome="success", age=60.0)
+        running.add_task("task-flagged", duration=1.0, outcome=Failure(400, "flagged"), age=60.0)
+        yield running
+
+
+@pytest.fixture
+def user(simulator, monkeypatch, tmp_path):
+    """A folder and settings as a user has them; the API's own address leads to the simulator."""
+    monkeypatch.setenv("APIKLEY_API_KEY", "key")
+    monkeypatch.setitem(KontextClient.__init__.__kwdefaults__, "base_url", simulator.base_url)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ids.txt").write_text("task12345\ntask12346\n")
+
+
+@pytest.mark.parametrize("code", [s for s in snippets() if not is_for_pytest(s.values[0])])
+def test_programs_run_as_they_stand(code, user, monkeypatch):
+    """Each program in the pages runs to its end; on virtual time where it brings its simulator."""
+    if "Simulator(" in code:
+        monkeypatch.setattr(asyncio.events, "new_event_loop", VirtualTimeLoop)
+    exec(compile(code, "<snippet>", "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.parametrize("code", [s for s in snippets() if is_for_pytest(s.values[0])])
+def test_example_tests_pass(code, tmp_path):
+    """Each example of a test passes, in a project that has nothing else."""
+    (tmp_path / "test_example.py").write_text(code)
+    (tmp_path / "conftest.py").write_text('pytest_plugins = ["kontext_async.testing"]\n')
+    environment = os.environ | {"PYTHONPATH": str(Path(kontext_async.__file__).parent.parent)}
+    environment.pop("PYTEST_ADDOPTS", None)
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, "-o", "asyncio_default_fixture_loop_scope=function"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    # 5: a block that holds only fixtures or settings, with no test to run.
+    assert done.returncode == (0 if "def test_" in code else 5), done.stdout
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_sessions_give_what_they_show(page):
+    """Each interactive session in the pages answers as it is written."""
+    text = "\n".join(SESSION.findall(page.read_text(encoding="utf-8")))
+    session = doctest.DocTestParser().get_doctest(text, {}, page.name, str(page), 0)
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+    assert runner.run(session).failed == 0
+
+
+def test_the_patterns_find_what_they_look_for():
+    """There are programs, example tests and sessions in the pages."""
+    assert len(list(snippets())) > 15
+    assert any(is_for_pytest(snippet.values[0]) for snippet in snippets())
+    assert any(SESSION.search(page.read_text(encoding="utf-8")) for page in PAGES)
+
+
+def test_the_readme_has_the_two_commands():
+    """One line installs and shows, one installs and tests."""
+    lines = (CHECKOUT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert "python -m pip install '.[cli]' && kontext demo" in lines
+    assert sum(bool(re.match("python -m pip install .*python -m pytest", x)) for x in lines) == 1
+
+
+def test_every_error_has_a_row():
+    """The errors' page explains each class that can be raised."""
+    text = (CHECKOUT / "docs" / "errors.md").read_text(encoding="utf-8")
+    rows = set(re.findall(r"^\| \{class\}`~kontext_async\.(\w+)`", text, re.MULTILINE))
+    assert rows == set(errors.__all__) - {"KontextError"}
+
+
+def test_every_field_and_exit_code_has_a_row():
+    """The command's page lists the fields of a result and the exit codes."""
+    text = (CHECKOUT / "docs" / "cli.md").read_text(encoding="utf-8")
+    fields = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", text, re.MULTILINE)
+    assert re.findall(r"\w+", " ".join(fields)) == list(_FIELDS)
+    assert [int(code) for code in re.findall(r"^\| (\d+) \|", text, re.MULTILINE)] == list(Exit)
+
+
+def test_options_that_pages_name_exist():
+    """No page speaks of an option that the command does not have."""
+    helps = "".join(
+        CliRunner().invoke(app, [command.callback.__name__, "--help"]).output
+        for command in app.registered_commands
+    )
+    for page in PAGES:
+        for line in re.findall(r"^(?:.*\| )?kontext .*$", page.read_text("utf-8"), re.MULTILINE):
+            assert set(re.findall(r"--[a-z-]+", line)) <= set(re.findall(r"--[a-z-]+", helps))

@@ -1,0 +1,1265 @@
+"""One wait, against the simulator on a loop whose clock jumps: every time here is exact."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import itertools
+import math
+import random
+from datetime import timedelta
+from unittest.mock import AsyncMock
+
+import pytest
+import tenacity
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tenacity import wait_fixed, wait_none
+from virtual_time import VirtualTimeLoop
+
+from kontext_async import (
+    ApiError,
+    AuthenticationError,
+    CompletedTask,
+    ConfigurationError,
+    DurationModel,
+    GenerationFailedError,
+    InvalidRequestError,
+    KontextClient,
+    KontextError,
+    MaintenanceError,
+    PollEvent,
+    RateLimit,
+    RateLimitedError,
+    ResponseFormatError,
+    ServerError,
+    TaskNotFoundError,
+    TaskStatus,
+    TransportError,
+    WaitTimeoutError,
+)
+from kontext_async.pacing import RequestBudget
+from kontext_async.polling import TaskWait, WaitPolicy
+from kontext_async.simulator import STEPS, Simulator
+from kontext_async.simulator.replies import refusal
+
+pytestmark = pytest.mark.virtual_time
+
+# A limit that never bites, so that nothing but the wait itself decides when it looks.
+UNBOUND = RateLimit(1_000_000, 1.0)
+EVERY_SECOND = wait_fixed(1)
+
+
+def seconds(value):
+    return pytest.approx(value, abs=1e-6)
+
+
+def gaps(times):
+    return [b - a for a, b in itertools.pairwise(times)]
+
+
+def asked_at(simulator, task_id=None):
+    return [r.time for r in simulator.requests if task_id in (None, r.task_id)]
+
+
+def make_client(simulator, **options):
+    options = {"rate_limit": UNBOUND, **options}
+    return KontextClient("marker-key", base_url=simulator.base_url, **options)
+
+
+async def error_of(awaitable):
+    with pytest.raises(KontextError) as caught:
+        await awaitable
+    return caught.value
+
+
+async def outcome_of(awaitable):
+    """What it returns, or the error of ours that it raises."""
+    try:
+        return await awaitable
+    except KontextError as error:
+        return error
+
+
+@pytest.fixture
+async def simulator():
+    async with Simulator() as simulator:
+        yield simulator
+
+
+@pytest.fixture
+async def client(simulator):
+    async with make_client(simulator) as client:
+        yield client
+
+
+class _Wait:
+    """Waits for one scripted task and remembers when it looked and ended."""
+
+    def __init__(self, client, simulator):
+        self.client = client
+        self.simulator = simulator
+        self.events = []
+
+    async def __call__(self, *script, duration=None, age=0.0, task_id=None, **keywords):
+        """The outcome, as a value, of a wait that looks every second unless told otherwise."""
+        task_id = self.simulator.add_task(task_id, script=script, duration=duration, age=age)
+        return await self.again(task_id, **keywords)
+
+    async def again(self, task_id, **keywords):
+        keywords = {"wait": EVERY_SECOND, "on_event": self.events.append, **keywords}
+        before = len(asked_at(self.simulator, task_id))
+        began, self.began = asyncio.get_running_loop().time(), self.simulator.now
+        try:
+            return await outcome_of(self.client.wait_for_result(task_id, **keywords))
+        finally:
+            self.took = asyncio.get_running_loop().time() - began
+            self.looks = [t - self.began for t in asked_at(self.simulator, task_id)[before:]]
+
+
+@pytest.fixture
+def wait(client, simulator):
+    return _Wait(client, simulator)
+
+
+# What each variant of an answer is to a wait.
+DONE = "the task is done"
+AGAIN = "still generating"
+PATIENCE = "the whole client pauses"
+VARIANTS = {
+    # name: how it is treated; for an error, (its class, whether looking again may help)
+    "generating": AGAIN,
+    "generating_sparse": AGAIN,
+    "success": DONE,
+    "success_nulls": DONE,
+    "success_error_400": DONE,
+    "success_error_0": DONE,
+    "success_no_url": (ResponseFormatError, True),
+    "response_text": DONE,
+    "response_empty": (ResponseFormatError, True),
+    "response_null": (ResponseFormatError, True),
+    "flag_text": DONE,
+    "flag_missing": (ResponseFormatError, True),
+    "flag_unknown": (ResponseFormatError, True),
+    "code_text": DONE,
+    "failed": (GenerationFailedError, False),
+    "failed_create": (GenerationFailedError, False),
+    "failed_flagged": (GenerationFailedError, False),
+    "failed_code_text": (GenerationFailedError, False),
+    "failed_code_blank": (GenerationFailedError, False),
+    "failed_code_null": (GenerationFailedError, False),
+    "failed_code_unknown": (GenerationFailedError, False),
+    "failed_no_message": (GenerationFailedError, False),
+    "times_plain": DONE,
+    "times_ms": DONE,
+    "times_ms_text": DONE,
+    "times_unreadable": DONE,
+    "params_broken": DONE,
+    "params_null": DONE,
+    "extra_fields": DONE,
+    "no_task_id": DONE,
+    "other_task": (ResponseFormatError, True),
+    "not_an_object": (ResponseFormatError, True),
+    "data_text": (ResponseFormatError, True),
+    "code_401": (AuthenticationError, False),
+    "code_402": (ApiError, False),
+    "code_403": (AuthenticationError, False),
+    "code_404": (TaskNotFoundError, True),
+    "code_408": (ApiError, True),
+    "code_422": (InvalidRequestError, False),
+    "code_429": PATIENCE,
+    "code_451": (ApiError, False),
+    "code_455": PATIENCE,
+    "code_500": (ServerError, True),
+    "code_501": (GenerationFailedError, False),
+    "code_501_record": (GenerationFailedError, False),
+    "code_502": (ServerError, True),
+    "code_503": (ServerError, True),
+    "code_504": (ServerError, True),
+    "code_505": (ServerError, False),
+    "code_524": (ServerError, True),
+    "http_429": PATIENCE,
+    "http_500": (ServerError, True),
+    "http_502": (ServerError, True),
+    "http_503": (ServerError, True),
+    "http_504": (ServerError, True),
+    "rate_limited": PATIENCE,
+    "rate_limited_until": PATIENCE,
+    "rate_limited_in_body": PATIENCE,
+    "not_found": (TaskNotFoundError, True),
+    "not_visible": (TaskNotFoundError, True),
+    "data_null": (TaskNotFoundError, True),
+    "data_missing": (TaskNotFoundError, True),
+    "html_403": (ApiError, True),
+    "gateway_403": (ApiError, True),
+    "html_404": (ApiError, False),
+    "empty_404": (ApiError, False),
+    "html_429": PATIENCE,
+    "empty_429": PATIENCE,
+    "html_500": (ServerError, True),
+    "html_502": (ServerError, True),
+    "html_503": (ServerError, True),
+    "html_504": (ServerError, True),
+    "empty_500": (ServerError, True),
+    "empty_502": (ServerError, True),
+    "empty_503": (ServerError, True),
+    "empty_504": (ServerError, True),
+    "html_503_retry_after": PATIENCE,
+    "html_200": (ResponseFormatError, True),
+    "empty_200": (ResponseFormatError, True),
+    "reset": (TransportError, True),
+    "reset_mid_body": (TransportError, True),
+    "closed": (TransportError, True),
+    "closed_after": DONE,
+    "stall": (TransportError, True),
+    "stall_mid_body": (TransportError, True),
+    "slow": DONE,
+    "truncated": (TransportError, True),
+    "overrun": (TransportError, True),
+    "not_http": (TransportError, True),
+    "chunked": DONE,
+    "gzip": DONE,
+    "oversized": (ResponseFormatError, True),
+    "oversized_chunked": (ResponseFormatError, True),
+    "oversized_gzip": (ResponseFormatError, True),
+    "redirect": (TransportError, False),
+}
+# A request that a closing connection leaves unanswered is sent once more by aiohttp itself.
+RESENT = ("reset", "closed")
+
+
+def test_every_variant_that_the_simulator_knows_is_tried():
+    """The table above names each variant of an answer."""
+    assert VARIANTS.keys() == STEPS.keys()
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+async def test_a_wait_survives_a_variant_that_may_mend_and_ends_with_any_other(wait, name):
+    """Looking again happens exactly where it may help; the result then comes all the same."""
+    treatment = VARIANTS[name]
+    outcome = await wait(name, *([name] if name in RESENT else []))
+    if treatment is DONE or treatment in (AGAIN, PATIENCE) or treatment[1]:
+        assert isinstance(outcome, CompletedTask)
+        assert outcome.result_image_url.startswith(wait.simulator.base_url)
+        assert len(wait.events) == (1 if treatment is DONE else 2)
+    else:
+        assert type(outcome) is treatment[0]
+        assert outcome.task_id in str(outcome)
+        assert len(wait.events) == 1
+        assert wait.events[0].error is (None if wait.events[0].record else outcome)
+
+
+@pytest.mark.parametrize("name", [n for n, t in VARIANTS.items() if isinstance(t, tuple)])
+async def test_with_no_grace_a_variant_raises_its_own_error_at_once(wait, name):
+    """Each kind of refusal, breakage and unreadable answer comes out as its own class."""
+    outcome = await wait(*[name] * 2, error_grace=0, not_found_grace=0)
+    assert type(outcome) is VARIANTS[name][0]
+    assert len(wait.events) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "message", "status"),
+    [
+        ("failed", 501, "The image could not be generated.", TaskStatus.GENERATE_FAILED),
+        ("failed_create", 500, "Could not be created.", TaskStatus.CREATE_TASK_FAILED),
+        ("failed_code_text", 500, "The image could not be generated.", TaskStatus.GENERATE_FAILED),
+        (
+            "failed_code_blank",
+            None,
+            "The image could not be generated.",
+            TaskStatus.GENERATE_FAILED,
+        ),
+        ("failed_code_null", None, "The image could not be generated.", TaskStatus.GENERATE_FAILED),
+        (
+            "failed_code_unknown",
+            433,
+            "The image could not be generated.",
+            TaskStatus.GENERATE_FAILED,
+        ),
+        ("failed_no_message", 501, "", TaskStatus.GENERATE_FAILED),
+    ],
+)
+async def test_a_failed_task_says_why(wait, name, code, message, status):
+    """The reason is the record's own, not the envelope's "success"."""
+    error = await wait(name)
+    assert (error.error_code, error.error_message, error.status) == (code, message, status)
+    assert error.record.status is status
+    assert error.record == wait.events[-1].record
+
+
+async def test_a_failure_told_without_a_record_has_none(wait):
+    """Envelope code 501 alone ends the wait."""
+    error = await wait("code_501")
+    assert error.record is None
+    assert (error.error_code, error.status) == (501, TaskStatus.GENERATE_FAILED)
+
+
+async def test_an_envelope_501_with_a_record_of_success_is_a_success(wait):
+    """Where there is a record, its flag decides."""
+
+    def step(look):
+        look.task.end(look.now, None)
+        return refusal(501, data=look.record())
+
+    assert isinstance(await wait(step), CompletedTask)
+
+
+async def test_what_a_completed_task_tells_is_the_records(wait):
+    """The result has the record's fields, and times of its own."""
+    done = await wait(duration=10.0, age=5.0)
+    assert done.task_id == wait.events[-1].task_id
+    assert done.duration == timedelta(seconds=10)
+    assert done.params["prompt"] == "A lighthouse at dusk"
+    assert done.expires_at - done.complete_time == timedelta(days=14)
+
+
+# --- how failures are treated -------------------------------------------------------------------
+
+
+async def test_an_unknown_task_is_looked_for_until_its_grace_is_over(wait):
+    """10 s by default, and the last look is at their very end."""
+    error = await wait(*["not_found"] * 99, wait=wait_fixed(3))
+    assert type(error) is TaskNotFoundError
+    assert wait.looks == seconds([0, 3, 6, 9, 10])
+    assert wait.took == seconds(10)
+
+
+async def test_without_grace_an_unknown_task_raises_at_once(wait):
+    """not_found_grace=0."""
+    assert type(await wait("not_visible", not_found_grace=0)) is TaskNotFoundError
+    assert wait.looks == [0]
+
+
+async def test_with_endless_grace_an_unknown_task_is_looked_for_until_the_deadline(wait):
+    """not_found_grace=None."""
+    error = await wait(*["not_found"] * 99, not_found_grace=None, wait=wait_fixed(9), timeout=30)
+    assert type(error) is WaitTimeoutError
+    assert type(error.last_error) is TaskNotFoundError
+    assert wait.took == seconds(30)
+
+
+async def test_a_good_record_begins_the_grace_of_an_unknown_task_anew(wait):
+    """The grace counts from the first such look since the last good record."""
+    script = ["not_found"] * 4 + ["generating"] + ["not_found"] * 99
+    await wait(*script, not_found_grace=4.5)
+    assert wait.looks == seconds([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9.5])
+
+
+@pytest.mark.parametrize("step", ["http_500", "code_408", "gateway_403", "empty_200", "truncated"])
+async def test_trouble_is_borne_until_its_grace_is_over(wait, step):
+    """error_grace counts from the end of the first failed look; then the last error is raised."""
+    error = await wait(*[step] * 99, error_grace=4.5)
+    assert type(error) is VARIANTS[step][0]
+    assert wait.looks == seconds([0, 1, 2, 3, 4, 4.5])
+    assert error is wait.events[-1].error
+
+
+async def test_trouble_is_borne_for_two_minutes_by_default(wait):
+    """The default error_grace is 120 s."""
+    assert type(await wait(*["http_500"] * 99, wait=wait_fixed(50))) is ServerError
+    assert wait.looks == seconds([0, 50, 100, 120])
+
+
+async def test_the_grace_counts_trouble_of_all_kinds_together(wait):
+    """A gateway that fails each time in another way is still one trouble; the last is raised."""
+    script = ["http_500", "truncated", "empty_200", "gateway_403", "code_408", "html_502"]
+    error = await wait(*script, error_grace=4.5)
+    assert type(error) is ServerError
+    assert error.code == 502
+    assert wait.looks == seconds([0, 1, 2, 3, 4, 4.5])
+
+
+async def test_a_good_record_ends_the_trouble(wait):
+    """After it, the grace is whole again."""
+    script = ["http_500"] * 4 + ["generating"] + ["http_500"] * 4
+    assert isinstance(await wait(*script, error_grace=4.5), CompletedTask)
+
+
+async def test_with_endless_grace_trouble_is_borne_until_the_deadline(wait):
+    """error_grace=None."""
+    error = await wait(*["http_500"] * 99, error_grace=None, wait=wait_fixed(150), timeout=400)
+    assert type(error) is WaitTimeoutError
+    assert type(error.last_error) is ServerError
+
+
+async def test_a_success_without_a_url_is_waited_for_within_the_grace(wait):
+    """The flag may be set a moment before the URL is there; not for ever."""
+    error = await wait(*["success_no_url"] * 99, error_grace=2.5)
+    assert type(error) is ResponseFormatError
+    assert "resultImageUrl" in str(error)
+    assert wait.looks == seconds([0, 1, 2, 2.5])
+
+
+def refused_for(retry_after, code=429):
+    return refusal(code, status=code, retry_after=retry_after)
+
+
+@pytest.mark.parametrize("step", ["code_408", "not_found"])
+async def test_time_in_a_pause_does_not_count_as_trouble(wait, step):
+    """After 4 s of trouble and 20 s of pause there is one second of grace left."""
+    script = [step, step, refused_for(20), *[step] * 9]
+    error = await wait(*script, error_grace=5, not_found_grace=5, wait=wait_fixed(2))
+    assert type(error) is VARIANTS[step][0]
+    assert wait.looks == seconds([0, 2, 4, 24, 25])
+
+
+async def test_a_refusal_neither_begins_nor_ends_trouble(wait):
+    """429 says nothing of the task: with no grace at all it is borne, and the grace goes on."""
+    outcome = await wait("code_429", "code_455", error_grace=0, not_found_grace=0)
+    assert isinstance(outcome, CompletedTask)
+    script = ["code_408", "code_429", "code_408", "code_408", "code_408", "success"]
+    assert type(await wait(*script, error_grace=2.5)) is ApiError
+
+
+# --- the client-wide pause ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("step", "pause"),
+    [
+        ("rate_limited", 2),
+        ("rate_limited_until", 2),
+        ("html_503_retry_after", 2),
+        (refused_for(7, code=455), 7),
+        (refused_for(7, code=503), 7),
+        (refused_for(100_000), 300),
+        (refused_for(0), 1),
+        ("code_429", 1),
+        ("code_455", 5),
+        ("rate_limited_in_body", 1),
+    ],
+)
+async def test_a_pause_is_as_long_as_the_service_asks(wait, step, pause):
+    """Retry-After as seconds or date, believed up to 300 s; 1 s for 429 and 5 s for 455 else."""
+    await wait(step, wait=wait_none())
+    assert wait.looks == seconds([0, pause])
+    assert wait.events[0].next_delay == seconds(pause)
+
+
+async def test_a_wait_sleeps_the_longer_of_pause_and_schedule(wait):
+    """A pause does not shorten the schedule's own delay."""
+    await wait("rate_limited", wait=wait_fixed(5))
+    assert wait.looks == seconds([0, 5])
+    assert wait.events[0].next_delay == seconds(5)
+
+
+async def test_a_pause_doubles_up_to_a_minute_while_it_lasts(wait):
+    """The service goes on refusing: 1, 2, 4, … 60 s; one good answer, and it is 1 s again."""
+    await wait(*["code_429"] * 9, "generating", "code_429")
+    assert gaps(wait.looks) == seconds([1, 2, 4, 8, 16, 32, 60, 60, 60, 1, 1])
+
+
+async def test_maintenance_pauses_begin_at_five_seconds(wait):
+    """455 doubles likewise."""
+    await wait(*["code_455"] * 6)
+    assert gaps(wait.looks) == seconds([5, 10, 20, 40, 60, 60])
+
+
+async def test_a_probe_that_meets_trouble_prolongs_the_pause(wait):
+    """An outage behind a refusal is probed ever more rarely, and a wait ends at its deadline."""
+    error = await wait("code_429", *["http_500"] * 99, error_grace=1, timeout=100)
+    assert type(error) is WaitTimeoutError
+    assert wait.looks == seconds([0, 1, 3, 7, 15, 31, 63])
+    assert type(error.last_error) is ServerError
+
+
+async def test_a_pause_holds_all_waits_of_the_client_and_one_request_probes_its_end(simulator):
+    """While the probe is unanswered nobody else looks; a good answer lets all go on."""
+    simulator._latency = 0.5
+    refused = simulator.add_task(script=[refused_for(10)], duration=30.0)
+    others = [simulator.add_task(duration=30.0) for _ in range(5)]
+    async with make_client(simulator) as client:
+        waits = [client.wait_for_result(t, wait=EVERY_SECOND) for t in (*others, refused)]
+        await asyncio.gather(*waits)
+    # All look at 0; the refusal is known at 0.5, and asks for 10 s.
+    assert [t for t in asked_at(simulator) if 0 < t < 10.5] == []
+    assert [t for t in asked_at(simulator) if 10.5 <= t < 11] == seconds([10.5])
+    assert [t for t in asked_at(simulator) if 11 <= t < 11.5] == seconds([11] * 5)
+
+
+async def test_a_cancelled_probe_lets_the_next_one_go(simulator, client):
+    """The pause does not hang on a wait that was given up on."""
+    probe = simulator.add_task(script=[refused_for(10), "stall"])
+    probing = asyncio.create_task(client.wait_for_result(probe, wait=wait_none()))
+    await asyncio.sleep(1)
+    other = simulator.add_task(duration=0.0)
+    waiting = asyncio.create_task(client.wait_for_result(other))
+    await asyncio.sleep(14)
+    assert asked_at(simulator) == seconds([0, 10])
+    probing.cancel()
+    await waiting
+    assert asked_at(simulator) == seconds([0, 10, 15])
+    with pytest.raises(asyncio.CancelledError):
+        await probing
+
+
+async def test_an_outage_is_one_pause_for_all_probed_by_single_requests(simulator, client):
+    """Five tasks in trouble at once are the service's trouble; a success ends it for all."""
+    tasks = [simulator.add_task(script=["http_503"] * 3) for _ in range(6)]
+    await asyncio.gather(*(client.wait_for_result(t, wait=EVERY_SECOND) for t in tasks))
+    later = [t for t in asked_at(simulator) if t > 0]
+    # One probe at a time: after 1 s, 2 s, 4 s …
+    assert later[:4] == seconds([1, 3, 7, 15])
+    assert len(later) == len(tasks) * 3
+    assert client.stats.pause == 0
+
+
+# --- the deadline -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("timeout", [0.01, 0.04, 0.05, 0.3, 1.0, 7.5, 600])
+async def test_a_wait_ends_exactly_at_its_deadline(wait, timeout):
+    """Not a moment later, and not much earlier: somebody asked for this long."""
+    error = await wait(duration=math.inf, timeout=timeout)
+    assert type(error) is WaitTimeoutError
+    assert wait.took == seconds(timeout)
+    assert error.elapsed == seconds(timeout)
+    assert error.polls == len(wait.looks) == len(wait.events)
+
+
+async def test_the_last_look_is_50_ms_before_the_deadline(wait):
+    """Sooner than the schedule wanted it, so that a task done by then is not given up on."""
+    assert isinstance(await wait(duration=9.9, timeout=10, wait=wait_fixed(6)), CompletedTask)
+    assert wait.looks == seconds([0, 6, 9.95])
+    assert type(await wait(duration=9.96, timeout=10, wait=wait_fixed(6))) is WaitTimeoutError
+    assert wait.looks == seconds([0, 6, 9.95])
+
+
+async def test_the_last_look_leaves_time_for_two_round_trips(simulator, wait):
+    """With answers that take 0.3 s it is sent 0.6 s before the deadline."""
+    simulator._latency = 0.3
+    await wait(duration=math.inf, timeout=10, wait=wait_fixed(6))
+    assert wait.looks == seconds([0, 6.3, 9.4])
+    assert wait.took == seconds(10)
+
+
+async def test_no_look_follows_one_that_came_back_too_late_for_another(simulator, wait):
+    """The schedule may want one, but its answer could not come in time."""
+    simulator._latency = 0.3
+    error = await wait(duration=math.inf, timeout=0.8, wait=wait_none())
+    assert wait.looks == seconds([0])
+    assert wait.events[-1].next_delay is None
+    assert (wait.took, error.polls) == (seconds(0.8), 1)
+
+
+@pytest.mark.parametrize("step", ["stall", "stall_mid_body"])
+async def test_a_request_is_cut_at_the_deadline(wait, step):
+    """An answer that does not come, or does not end, does not hold the wait."""
+    error = await wait(step, timeout=7.3)
+    assert (type(error), error.polls, error.last_error) == (WaitTimeoutError, 1, None)
+    assert wait.took == seconds(7.3)
+    assert wait.client.stats.in_flight == 0
+
+
+async def test_a_request_is_cut_at_the_request_timeout_before_that(simulator, wait):
+    """A stalled answer is trouble, and the next look brings the result."""
+    async with make_client(simulator, request_timeout=5.5) as wait.client:
+        assert isinstance(await wait("stall", "stall_mid_body"), CompletedTask)
+    assert wait.looks == seconds([0, 6.5, 13])
+    assert type(wait.events[0].error) is TransportError
+    assert "5.5 s" in str(wait.events[0].error)
+
+
+async def test_a_deadline_that_coincides_with_the_request_timeout_is_the_deadline(wait):
+    """Both at 30 s."""
+    assert type(await wait("stall", timeout=30)) is WaitTimeoutError
+    assert wait.took == seconds(30)
+
+
+async def test_without_a_timeout_a_wait_has_no_end_but_the_tasks(wait):
+    """timeout=None: longer than the default, and longer than an hour."""
+    assert isinstance(
+        await wait(duration=4000.0, timeout=None, wait=wait_fixed(900)), CompletedTask
+    )
+    assert wait.looks == seconds([0, 900, 1800, 2700, 3600, 4500])
+
+
+async def test_by_default_a_wait_lasts_ten_minutes(simulator, client):
+    """The provider gives up on a task after as long."""
+    began = asyncio.get_running_loop().time()
+    error = await error_of(client.wait_for_result(simulator.add_task(duration=math.inf)))
+    assert type(error) is WaitTimeoutError
+    assert asyncio.get_running_loop().time() - began == seconds(600)
+
+
+async def test_a_timeout_tells_what_was_seen(wait):
+    """The last good record and the last error, whichever came last."""
+    error = await wait("generating", "http_500", "generating", duration=math.inf, timeout=2.5)
+    assert error.last_record == wait.events[-1].record
+    assert error.last_record.status is TaskStatus.GENERATING
+    assert error.last_error is wait.events[1].error
+    assert error.polls == 4
+    assert isinstance(error, TimeoutError)
+    assert error.task_id in str(error)
+
+
+async def test_a_timeout_after_nothing_but_good_looks_has_no_error(wait):
+    """And one that saw no record has none."""
+    error = await wait(duration=math.inf, timeout=3)
+    assert error.last_error is None
+    error = await wait(*["http_500"] * 9, timeout=3)
+    assert error.last_record is None
+    assert type(error.last_error) is ServerError
+
+
+async def test_a_wait_that_timed_out_can_be_resumed(wait):
+    """A timeout is no failure: waiting for the same id again brings the result."""
+    error = await wait(duration=20.0, timeout=5)
+    assert type(error) is WaitTimeoutError
+    assert isinstance(await wait.again(error.task_id, timeout=60), CompletedTask)
+    assert wait.took == seconds(15)
+
+
+async def test_a_timeout_in_a_pause_names_the_pause(wait):
+    """last_error is what holds the client, with what is left of it; the last look is not sent."""
+    error = await wait("generating", refused_for(60), timeout=11)
+    assert type(error.last_error) is RateLimitedError
+    assert error.last_error.retry_after == seconds(50)
+    assert error.last_error.task_id == error.task_id
+    assert (wait.looks, wait.took) == (seconds([0, 1]), seconds(11))
+    assert wait.events[-1].next_delay is None
+
+
+async def test_a_pause_that_another_task_met_is_named_too(simulator, client, wait):
+    """A wait that was never refused itself says why it did not look."""
+    await error_of(client.record_info(simulator.add_task(script=[refused_for(60, code=455)])))
+    error = await wait(duration=0.0, timeout=5)
+    assert type(error.last_error) is MaintenanceError
+    assert error.last_error.retry_after == seconds(55)
+    assert error.last_error.task_id == error.task_id
+    assert (error.polls, wait.looks, wait.took) == (0, [], seconds(5))
+
+
+async def test_a_pause_that_ends_before_the_deadline_is_followed_by_a_look(wait):
+    """Even where the moment for the last look has passed."""
+    assert isinstance(await wait(refused_for(10), timeout=10.02), CompletedTask)
+    assert wait.looks == seconds([0, 10])
+
+
+async def test_a_timeout_under_a_full_quota_names_the_quota(simulator, wait):
+    """One request in 100 s: the second look cannot be sent."""
+    async with make_client(simulator, rate_limit=RateLimit(1, 100.0)) as wait.client:
+        error = await wait(duration=math.inf, timeout=30)
+    assert type(error.last_error) is RateLimitedError
+    assert error.last_error.http_status is None
+    assert error.last_error.retry_after == seconds(70)
+    assert "rate limit" in str(error.last_error)
+    assert (wait.looks, wait.took) == ([0], seconds(30))
+
+
+async def test_a_timeout_while_all_slots_are_taken_says_nothing_of_a_pause(simulator, wait):
+    """The service refused nothing; max_concurrency is the user's own choice."""
+    async with make_client(simulator, max_concurrency=1) as wait.client:
+        stalled = wait.client.wait_for_result(simulator.add_task(script=["stall"]))
+        stalling = asyncio.create_task(stalled)
+        await asyncio.sleep(0)
+        error = await wait(duration=0.0, timeout=3)
+        assert (error.polls, error.last_error, wait.took) == (0, None, seconds(3))
+        stalling.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await stalling
+
+
+async def test_with_no_timeout_left_a_wait_is_one_look(wait):
+    """timeout=0 gives the result of a finished task, and else ends at once."""
+    assert isinstance(await wait(duration=0.0, timeout=0), CompletedTask)
+    error = await wait(duration=5.0, timeout=0)
+    assert (type(error), error.polls, error.last_error) == (WaitTimeoutError, 1, None)
+    assert error.last_record.status is TaskStatus.GENERATING
+    assert (wait.looks, wait.took) == ([0], 0)
+    assert wait.events[-1].next_delay is None
+
+
+async def test_one_look_that_meets_trouble_is_a_timeout_that_tells_of_it(wait):
+    """It would be looked at again, were there time."""
+    error = await wait("http_500", timeout=0)
+    assert type(error) is WaitTimeoutError
+    assert type(error.last_error) is ServerError
+    assert type(await wait("http_500", timeout=0, error_grace=0)) is ServerError
+
+
+async def test_one_look_may_take_as_long_as_a_request(simulator, wait):
+    """timeout=0 is bounded by request_timeout."""
+    async with make_client(simulator, request_timeout=4.5) as wait.client:
+        error = await wait("stall", timeout=0)
+        assert (type(error), error.polls, wait.took) == (WaitTimeoutError, 1, seconds(4.5))
+        simulator._latency = 4.0
+        assert isinstance(await wait(duration=0.0, timeout=0), CompletedTask)
+        assert wait.took == seconds(4)
+
+
+async def test_one_look_in_a_pause_ends_with_the_pause_as_its_reason(simulator, wait):
+    """timeout=0 waits for its turn no longer than for an answer."""
+    async with make_client(simulator, request_timeout=4.5) as wait.client:
+        await error_of(wait.client.record_info(simulator.add_task(script=[refused_for(60)])))
+        error = await wait(duration=0.0, timeout=0)
+    assert (error.polls, wait.took) == (0, seconds(4.5))
+    assert type(error.last_error) is RateLimitedError
+
+
+@pytest.mark.parametrize("value", [-1, -0.001, math.nan, math.inf, -math.inf, True, "5", b"5", [1]])
+@pytest.mark.parametrize("name", ["timeout", "error_grace", "not_found_grace"])
+async def test_what_is_no_number_of_seconds_is_refused_before_any_request(wait, name, value):
+    """Negative, endless, not a number, a bool, a str: the message names the argument."""
+    error = await wait(**{name: value})
+    assert type(error) is ConfigurationError
+    assert name in str(error)
+    assert not wait.simulator.requests
+
+
+@pytest.mark.parametrize("task_id", ["", "  ", "a\nb", "a\0", None, 5, b"task"])
+async def test_what_is_no_task_id_is_refused_before_any_request(simulator, client, task_id):
+    """Blank, unprintable, or no str at all."""
+    assert type(await error_of(client.wait_for_result(task_id))) is ConfigurationError
+    assert not simulator.requests
+
+
+# --- wait strategies ---------------------------------------------------------------------------
+
+
+def by_attempt(state):
+    return state.attempt_number * 2
+
+
+STRATEGIES = {
+    # what tenacity has, and plain callables: when the first four looks are due
+    "fixed": (tenacity.wait_fixed(3), [0, 3, 6, 9]),
+    "fixed_timedelta": (tenacity.wait_fixed(timedelta(seconds=3)), [0, 3, 6, 9]),
+    "chain": (tenacity.wait_chain(wait_fixed(1), wait_fixed(5)), [0, 1, 6, 11]),
+    "incrementing": (tenacity.wait_incrementing(start=1, increment=2), [0, 1, 4, 9]),
+    "exponential": (tenacity.wait_exponential(multiplier=1, max=60), [0, 1, 3, 7]),
+    "jitter": (tenacity.wait_exponential_jitter(multiplier=1, jitter=0), [0, 1, 3, 7]),
+    "combined": (wait_fixed(1) + tenacity.wait_incrementing(1, 1), [0, 2, 5, 9]),
+    "with_callable": (wait_fixed(1) + by_attempt, [0, 3, 8, 15]),
+    "function": (by_attempt, [0, 2, 6, 12]),
+    "lambda": (lambda state: 1.5, [0, 1.5, 3, 4.5]),
+    "partial": (functools.partial(lambda factor, state: factor, 2), [0, 2, 4, 6]),
+    "int_like": (lambda state: True, [0, 1, 2, 3]),
+}
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+async def test_any_wait_strategy_decides_when_to_look(wait, name):
+    """tenacity's own, sums of them, and plain functions of the retry state."""
+    strategy, due = STRATEGIES[name]
+    await wait(*["generating"] * 3, wait=strategy)
+    assert wait.looks == seconds(due)
+    assert [event.next_delay for event in wait.events] == [
+        *map(seconds, gaps(due)),
+        None,
+    ]
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        tenacity.wait_random(1, 3),
+        tenacity.wait_random_exponential(multiplier=1, max=3),
+        tenacity.wait_exponential_jitter(multiplier=1, max=2, jitter=1),
+    ],
+)
+async def test_random_strategies_are_accepted(wait, strategy):
+    """Their draws stay within their bounds here too."""
+    await wait(*["generating"] * 5, wait=strategy)
+    assert all(0 <= gap <= 3 for gap in gaps(wait.looks))
+
+
+async def test_a_wait_of_nothing_looks_again_at_once(wait):
+    """wait_none: only the answers take time."""
+    await wait(*["generating"] * 5, wait=wait_none())
+    assert wait.looks == seconds([0] * 6)
+
+
+async def test_a_strategy_that_asks_for_the_error_gets_it(wait):
+    """tenacity's wait_exception reads it from the state's outcome."""
+    by_error = tenacity.wait_exception(lambda error: 4 if error.code == 502 else 2)
+    await wait("http_502", "http_500", wait=by_error)
+    assert wait.looks == seconds([0, 4, 6])
+
+
+@pytest.mark.parametrize(
+    "value", [math.nan, math.inf, -math.inf, -1, -1e-9, "1", None, 1j, timedelta(seconds=1)]
+)
+@pytest.mark.parametrize("step", ["generating", "http_500"])
+async def test_what_is_no_delay_is_refused(wait, step, value):
+    """A strategy that returns it ends the wait, and the message shows what it was."""
+    error = await wait(step, wait=lambda state: value)
+    assert type(error) is ConfigurationError
+    assert repr(value) in str(error)
+    assert wait.looks == [0]
+    assert wait.client.stats.in_flight == wait.client.stats.waits == 0
+
+
+async def test_a_strategy_is_not_asked_where_no_look_will_follow(wait):
+    """Neither after the end nor when only the deadline is left."""
+    asked = []
+    await wait("success", wait=asked.append)
+    await wait("failed", wait=asked.append)
+    await wait("generating", wait=asked.append, timeout=0.04)
+    await wait("generating", wait=asked.append, timeout=0)
+    assert not asked
+
+
+async def test_what_a_strategy_raises_reaches_the_caller(wait):
+    """Unchanged."""
+    with pytest.raises(ZeroDivisionError):
+        await wait("generating", wait=lambda state: 1 / 0)
+
+
+async def test_a_strategy_is_told_how_the_wait_stands(simulator, wait):
+    """Times, attempts, the last answer, failures in a row, and all that tenacity's state has."""
+    simulator._latency = 0.25
+    seen = []
+
+    def strategy(state):
+        outcome = state.outcome
+        seen.append(
+            (
+                state.attempt_number,
+                state.seconds_since_start,
+                state.record and state.record.status,
+                type(state.error),
+                state.failures,
+                state.idle_for,
+                outcome.failed,
+                outcome.exception() is state.error,
+                None if outcome.failed else outcome.result() is state.record,
+            )
+        )
+        assert (state.args, state.kwargs, state.fn) == ((), {}, None)
+        return 2.0
+
+    await wait("generating", "http_500", "truncated", "generating", wait=strategy)
+    nothing, running = type(None), TaskStatus.GENERATING
+    assert seen == [
+        (1, seconds(0.25), running, nothing, 0, 0.0, False, True, True),
+        (2, seconds(2.5), None, ServerError, 1, 2.0, True, True, None),
+        (3, seconds(4.75), None, TransportError, 2, 4.0, True, True, None),
+        (4, seconds(7.0), running, nothing, 0, 6.0, False, True, True),
+    ]
+
+
+async def test_a_strategy_is_told_the_tasks_age_by_the_services_clock(wait):
+    """Date minus createTime, which are whole seconds; it then grows with the wait."""
+    ages = []
+
+    def strategy(state):
+        ages.append(state.age)
+        return 10.0
+
+    await wait(*["generating"] * 3, age=100.0, wait=strategy)
+    assert ages[0] == pytest.approx(100, abs=1)
+    assert ages == seconds([ages[0], ages[0] + 10, ages[0] + 20])
+
+
+@pytest.mark.parametrize("age", [-5.0, 4000.0])
+async def test_an_unbelievable_age_is_the_time_since_the_wait_began(wait, age):
+    """A task from the future, or one more than an hour old."""
+    ages = []
+
+    def strategy(state):
+        ages.append(state.age)
+        return 10.0
+
+    await wait(*["generating"] * 3, age=age, wait=strategy)
+    # A task from the future grows older, and is believed from then on.
+    assert ages[0] == 0
+    assert ages[1] == pytest.approx(10 if age > 0 else 5, abs=1)
+
+
+async def test_without_a_record_the_age_is_the_time_since_the_wait_began(wait):
+    """An error tells no age; the first record does."""
+    ages = []
+
+    def strategy(state):
+        ages.append(state.age)
+        return 10.0
+
+    await wait("http_500", "http_500", "generating", age=500.0, wait=strategy)
+    assert ages == [0, seconds(10), pytest.approx(520, abs=1)]
+
+
+async def test_the_default_schedule_is_the_learned_one(simulator):
+    """It asks the client's own model when to look."""
+
+    class Every(DurationModel):
+        def next_age(self, age, step=1.0):
+            return age + 7.0
+
+    async with make_client(simulator, durations=Every()) as client:
+        task_id = simulator.add_task(duration=20.0)
+        await client.wait_for_result(task_id)
+    assert asked_at(simulator, task_id) == seconds([0, 7, 14, 21])
+
+
+# --- the duration model -------------------------------------------------------------------------
+
+
+class _Noted(DurationModel):
+    def __init__(self):
+        super().__init__()
+        self.told = []
+
+    def look(self, task_id, age, duration=None):
+        self.told.append((task_id, age, duration))
+        super().look(task_id, age, duration)
+
+    def forget(self, task_id):
+        self.told.append((task_id, "forgotten"))
+        super().forget(task_id)
+
+
+@pytest.fixture
+async def noted(simulator, wait):
+    model = _Noted()
+    async with make_client(simulator, durations=model) as wait.client:
+        yield model.told
+
+
+async def test_the_model_is_told_of_every_good_look(wait, noted):
+    """While the task runs its age, at the end its exact duration; of failed looks, nothing."""
+    script = ["generating", "http_500", "generating", "code_429", "not_found"]
+    await wait(*script, duration=6.0, task_id="a")
+    running = [("a", seconds(at), None) for at in (0, 2, 5)]
+    assert noted == [*running, ("a", seconds(6), 6.0), ("a", "forgotten")]
+
+
+async def test_the_model_learns_from_a_task_that_failed(wait, noted):
+    """It took its time too."""
+    await wait("generating", "failed", task_id="a")
+    assert noted == [("a", 0, None), ("a", seconds(1), 1.0), ("a", "forgotten")]
+
+
+async def test_the_model_is_not_told_of_an_end_without_times(wait, noted):
+    """No createTime, no duration."""
+    await wait("times_unreadable", task_id="a")
+    assert noted == [("a", "forgotten")]
+
+
+async def test_the_model_forgets_a_task_that_is_given_up_on(wait, noted):
+    """After a timeout, an error of the callback, or cancelling."""
+    await wait(duration=math.inf, timeout=0.5, task_id="a")
+    with pytest.raises(ZeroDivisionError):
+        await wait(duration=math.inf, task_id="b", on_event=lambda event: 1 / 0)
+    waiting = asyncio.create_task(wait(duration=math.inf, task_id="c"))
+    await asyncio.sleep(0.5)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert [told[0] for told in noted if told[1] == "forgotten"] == ["a", "b", "c"]
+
+
+# --- events -------------------------------------------------------------------------------------
+
+
+async def test_each_look_is_one_event(simulator, wait):
+    """In order, each with the record or the error, the time, and when to look next."""
+    simulator._latency = 0.5
+    done = await wait("generating", "http_500", "code_429", "generating", wait=wait_fixed(2))
+    first, second, third, fourth, last = events = wait.events
+    assert {event.task_id for event in events} == {done.task_id}
+    assert [event.attempt for event in events] == [1, 2, 3, 4, 5]
+    assert [event.elapsed for event in events] == seconds([0.5, 3, 5.5, 8, 10.5])
+    assert [event.next_delay for event in events] == [*seconds([2] * 4).expected, None]
+    assert [event.error and event.error.code for event in events] == [None, 500, 429, None, None]
+    assert all((event.record is None) != (event.error is None) for event in events)
+    assert first.record.status is fourth.record.status is TaskStatus.GENERATING
+    assert (type(second.error), type(third.error)) == (ServerError, RateLimitedError)
+    assert last.record.result_image_url == done.result_image_url
+
+
+async def test_a_look_cut_by_the_deadline_is_no_event(wait):
+    """There is nothing to tell of it; the error counts it as a look."""
+    error = await wait("generating", "stall", timeout=5)
+    assert (len(wait.events), error.polls) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("script", "count"),
+    [
+        (["success"], 1),
+        (["failed"], 1),
+        (["generating"], 1),
+        (["http_500"], 1),
+        (["code_401"], 1),
+        (["code_429"], 1),
+        (["generating", "not_found"], 2),
+    ],
+)
+@pytest.mark.parametrize(
+    "raised",
+    [
+        ValueError("mine"),
+        TimeoutError("mine"),
+        ServerError("mine", code=500),
+        WaitTimeoutError(task_id="mine", elapsed=0.0, polls=0),
+        ConfigurationError("mine"),
+        asyncio.CancelledError("mine"),
+        KeyboardInterrupt("mine"),
+    ],
+    ids=lambda raised: type(raised).__name__,
+)
+async def test_what_a_callback_raises_reaches_the_caller_unchanged(wait, script, count, raised):
+    """It ends the wait, at any look, and is never taken for one of ours."""
+    events = []
+
+    def callback(event):
+        events.append(event)
+        if len(events) == count:
+            raise raised
+
+    task_id = wait.simulator.add_task(script=[*script, "generating"])
+    waiting = wait.client.wait_for_result(task_id, wait=EVERY_SECOND, on_event=callback)
+    with pytest.raises(type(raised)) as caught:
+        await waiting
+    assert caught.value is raised
+    assert raised.__cause__ is None
+    assert len(events) == count
+    assert wait.client.stats.in_flight == wait.client.stats.waits == 0
+
+
+async def coroutine_function(event):
+    """Never to be called."""
+
+
+class _AsyncCallable:
+    async def __call__(self, event):
+        """Never to be called."""
+
+    async def method(self, event):
+        """Never to be called."""
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        coroutine_function,
+        functools.partial(coroutine_function),
+        functools.partial(functools.partial(coroutine_function)),
+        _AsyncCallable(),
+        functools.partial(_AsyncCallable()),
+        _AsyncCallable().method,
+        functools.partial(_AsyncCallable().method),
+        AsyncMock(),
+    ],
+)
+@pytest.mark.parametrize("name", ["on_event", "wait"])
+async def test_a_coroutine_function_is_refused_before_any_request(wait, name, function):
+    """It would never be awaited."""
+    error = await wait(**{name: function})
+    assert type(error) is ConfigurationError
+    assert name in str(error)
+    assert "async def" in str(error)
+    assert not wait.simulator.requests
+
+
+@pytest.mark.parametrize("name", ["on_event", "wait"])
+async def test_what_cannot_be_called_is_refused_before_any_request(wait, name):
+    """A number is no strategy: wait=5 is refused, not taken for five seconds."""
+    error = await wait(**{name: 5})
+    assert type(error) is ConfigurationError
+    assert "callable" in str(error)
+    assert not wait.simulator.requests
+
+
+async def test_what_a_callback_returns_is_ignored(wait):
+    """Even what is true, or an exception."""
+    assert isinstance(await wait("generating", on_event=lambda event: ValueError()), CompletedTask)
+
+
+def test_an_event_shows_no_prompt():
+    """Events are printed and logged; records keep prompts out of their repr."""
+    names = {attribute.name for attribute in PollEvent.__attrs_attrs__}
+    assert names == {"task_id", "attempt", "elapsed", "record", "error", "next_delay"}
+
+
+# --- without a client ---------------------------------------------------------------------------
+
+
+class _Scripted:
+    """A transport whose turns and looks come at once, as they are told."""
+
+    request_timeout = 30.0
+
+    def __init__(self, turns, looks=()):
+        self.budget = RequestBudget(max_concurrency=1, rate_limit=None)
+        self.durations = DurationModel()
+        self.turns = list(turns)
+        self.looks = list(looks)
+
+    async def turn(self, at, *, seen, until):
+        return self.turns.pop(0)
+
+    async def look(self, task_id, sent, *, until):
+        return self.looks.pop(0)
+
+
+def policy(**options):
+    keywords = {"timeout": 5.0, "error_grace": 0.0, "not_found_grace": 0.0, "on_event": None}
+    return WaitPolicy(wait=EVERY_SECOND, **{**keywords, **options})
+
+
+async def test_a_wait_that_never_got_a_turn_has_looked_at_nothing():
+    """The transport says so with None."""
+    error = await TaskWait("task", policy(), _Scripted([None])).outcome()
+    assert (type(error), error.polls, error.last_error) == (WaitTimeoutError, 0, None)
+
+
+async def test_a_look_that_was_cut_ends_the_wait():
+    """Again the transport says None, and that look counts."""
+    error = await TaskWait("task", policy(), _Scripted([0.0], [None])).outcome()
+    assert (type(error), error.polls) == (WaitTimeoutError, 1)
+
+
+async def test_a_batchs_wait_counts_from_its_first_look(simulator):
+    """However long that had to queue; the latest instant of all holds in any case."""
+    loop = asyncio.get_running_loop()
+    async with make_client(simulator, rate_limit=RateLimit(1, 10.0)) as client:
+        await client.record_info(simulator.add_task(script=["generating"]))
+        task_id = simulator.add_task(duration=math.inf)
+        transport = client._transport
+        wait = TaskWait(task_id, policy(timeout=15.0), transport, from_first_look=True)
+        error = await wait.outcome()
+        assert (error.elapsed, loop.time()) == (seconds(15), seconds(25))
+        wait = TaskWait(task_id, policy(), transport, from_first_look=True, latest=28.0)
+        error = await wait.outcome()
+        assert (error.elapsed, loop.time(), error.polls) == (seconds(3), seconds(28), 0)
+        wait = TaskWait(task_id, policy(timeout=None), transport, latest=40.0)
+        error = await wait.outcome()
+        assert (error.elapsed, loop.time(), error.polls) == (seconds(12), seconds(40), 1)
+
+
+# --- whole lives --------------------------------------------------------------------------------
+
+
+async def test_a_wait_survives_a_hard_life(wait):
+    """Three 500s, an HTML 502, resets, a truncated body, and a 429 that asks for two seconds."""
+    script = ["http_500"] * 3 + ["html_502", "reset", "reset", "truncated", "rate_limited"]
+    assert isinstance(await wait(*script, "generating"), CompletedTask)
+    assert wait.looks[-3:] == seconds([6, 8, 9])
+
+
+PATIENT = {"code_429": 1.0, "rate_limited": 2.0, "code_455": 5.0}
+TROUBLED = ("code_408", "http_500", "empty_200", "success_no_url", "truncated")
+FINAL = {
+    "success": CompletedTask,
+    "failed": GenerationFailedError,
+    "code_401": AuthenticationError,
+    "code_402": ApiError,
+}
+PROBES_FAIL = ("http_500", "empty_200", "truncated")
+
+
+def foretold(script, *, timeout, delay, error_grace, not_found_grace):
+    """How a wait ends and when it looks, by the contract's words: answers take no time here."""
+    now = paused = until = late = 0.0
+    streak = 0
+    since = {"trouble": None, "missing": None}
+    grace = {"trouble": error_grace, "missing": not_found_grace}
+    looks = []
+    while True:
+        looks.append(now)
+        step = script[len(looks) - 1] if len(looks) <= len(script) else "success"
+        left = math.inf
+        if step in FINAL:
+            return FINAL[step], looks, now
+        if step == "generating":
+            since = dict.fromkeys(since)
+        elif step not in PATIENT:
+            kind = "missing" if step == "not_found" else "trouble"
+            if since[kind] is None:
+                since[kind] = now - paused
+            left = math.inf if grace[kind] is None else grace[kind] - (now - paused - since[kind])
+            if left < 1e-6:
+                error = {"not_found": TaskNotFoundError, "code_408": ApiError}
+                error |= {"http_500": ServerError, "truncated": TransportError}
+                return error.get(step, ResponseFormatError), looks, now
+        if step in PATIENT or (streak and step in PROBES_FAIL):
+            streak += 1
+            first = 5.0 if step == "code_455" else 1.0
+            pause = 2.0 if step == "rate_limited" else min(first * 2 ** (streak - 1), 60.0)
+            until = now + pause
+            paused += pause
+        else:
+            streak = 0
+        last = timeout - 0.05
+        # A turn may come late again: the last look is planned so much earlier, and once more then.
+        early = last - late if now < last - late else last
+        wanted = min(now + min(delay, left), early) if now < last else math.inf
+        now = max(wanted, until)
+        late = max(0.99 * late, now - wanted)
+        if now >= timeout:
+            return WaitTimeoutError, looks, timeout
+
+
+graces = st.one_of(st.none(), st.sampled_from([0.0, 0.7, 3.3, 12.1]))
+
+
+@given(
+    script=st.lists(
+        st.sampled_from(["generating", "not_found", *PATIENT, *TROUBLED, *FINAL]), max_size=12
+    ),
+    timeout=st.sampled_from([0.37, 4.27, 33.83, 600.0]),
+    delay=st.sampled_from([0.31, 1.03, 7.19]),
+    error_grace=graces,
+    not_found_grace=graces,
+)
+@example(script=["code_429"] * 12, timeout=33.83, delay=1.03, error_grace=0.0, not_found_grace=0.0)
+@example(
+    script=["code_455", "http_500", "truncated"] * 4,
+    timeout=600.0,
+    delay=1.03,
+    error_grace=3.3,
+    not_found_grace=0.0,
+)
+@settings(max_examples=80)
+def test_any_script_ends_as_the_contract_foretells(script, **policy):
+    """A reference model, written from the contract's words, names the same end and times."""
+    outcome, looks, end = foretold(script, **policy)
+
+    async def main():
+        async with Simulator() as simulator, make_client(simulator) as client:
+            wait = _Wait(client, simulator)
+            policy["wait"] = wait_fixed(policy.pop("delay"))
+            assert type(await wait(*script, "success", **policy)) is outcome
+            assert wait.looks == seconds(looks)
+            assert wait.took == seconds(end)
+
+    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+        runner.run(main())
+
+
+@given(data=st.data(), seed=st.integers(0, 2**32))
+@settings(max_examples=25)
+def test_no_wait_lasts_longer_than_its_deadline(data, seed):
+    """Whatever comes, however slowly, for several tasks at once, under an unknown rate limit."""
+    names = st.sampled_from([n for n in sorted(STEPS) if not n.startswith("oversized")])
+    scripts = data.draw(st.lists(st.lists(names, max_size=8), min_size=1, max_size=5))
+    latency = data.draw(st.sampled_from([0.0, 0.013, 0.4, 2.5]))
+    timeouts = [data.draw(st.floats(0.001, 40.0)) for _ in scripts]
+    draw = random.Random(seed)
+
+    async def one(client, task_id, timeout):
+        began = asyncio.get_running_loop().time()
+        ended = await outcome_of(
+            client.wait_for_result(
+                task_id, timeout=timeout, wait=lambda state: draw.choice([0.0, 0.1, 3.0, 50.0])
+            )
+        )
+        took = asyncio.get_running_loop().time() - began
+        assert ended.task_id == task_id
+        assert took <= timeout + 1e-6
+        if isinstance(ended, WaitTimeoutError):
+            assert (took, ended.elapsed) == (seconds(timeout), seconds(timeout))
+
+    async def main():
+        async with (
+            Simulator(latency=latency, durations=5.0) as simulator,
+            make_client(simulator, rate_limit=None, max_concurrency=2) as client,
+        ):
+            tasks = [simulator.add_task(script=script) for script in scripts]
+            await asyncio.gather(*map(one, [client] * len(tasks), tasks, timeouts))
+            assert client.stats.in_flight == client.stats.waits == 0
+
+    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+        runner.run(main())

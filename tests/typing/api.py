@@ -1,0 +1,103 @@
+"""How a user writes against the library; type checkers read it, nothing runs it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from datetime import datetime, timedelta
+from typing import Any, assert_type
+
+import aiohttp
+import tenacity
+
+from kontext_async import (
+    ApiError,
+    CompletedTask,
+    DurationModel,
+    GenerationFailedError,
+    KontextClient,
+    KontextError,
+    PollEvent,
+    RateLimit,
+    TaskOutcome,
+    TaskRecord,
+    TaskStatus,
+    WaitTimeoutError,
+    wait_learned,
+)
+
+
+async def look(client: KontextClient) -> None:
+    record = await client.record_info("task12345")
+    assert_type(record, TaskRecord)
+    assert_type(record.status, TaskStatus)
+    assert_type(record.params, Mapping[str, Any])
+    assert_type(record.create_time, datetime | None)
+    assert_type(record.result_image_url, str | None)
+    assert_type(record.error_code, int | None)
+
+
+def show(event: PollEvent) -> None:
+    assert_type(event.task_id, str)
+    assert_type(event.attempt, int)
+    assert_type(event.elapsed, float)
+    assert_type(event.record, TaskRecord | None)
+    assert_type(event.error, KontextError | None)
+    assert_type(event.next_delay, float | None)
+
+
+async def wait(client: KontextClient) -> timedelta | None:
+    try:
+        done = await client.wait_for_result(
+            "task12345",
+            timeout=None,
+            wait=tenacity.wait_fixed(2) + tenacity.wait_random(0, 1),
+            error_grace=60,
+            not_found_grace=None,
+            on_event=show,
+        )
+    except GenerationFailedError as error:
+        assert_type(error.error_code, int | None)
+        raise
+    except WaitTimeoutError as error:
+        assert_type(error.last_record, TaskRecord | None)
+        raise
+    except ApiError as error:
+        assert_type(error.retry_after, float | None)
+        raise
+    assert_type(done, CompletedTask)
+    assert_type(done.result_image_url, str)
+    assert_type(done.expires_at, datetime | None)
+    return done.duration
+
+
+async def ids() -> AsyncIterator[str]:
+    yield "task12345"
+
+
+async def batch(client: KontextClient) -> list[CompletedTask]:
+    results: list[CompletedTask] = []
+    async with client.as_completed(ids(), max_in_flight=100, batch_timeout=3600.0) as outcomes:
+        async for outcome in outcomes:
+            assert_type(outcome, TaskOutcome)
+            assert_type(outcome.result, CompletedTask | None)
+            assert_type(outcome.error, KontextError | None)
+            results.append(outcome.unwrap())
+    in_order = await client.wait_for_results({"task1", "task2"}, timeout=60)
+    assert_type(in_order, list[TaskOutcome])
+    return results
+
+
+async def build(session: aiohttp.ClientSession) -> None:
+    model = DurationModel()
+    async with KontextClient(
+        "key",
+        base_url="http://127.0.0.1:8080",
+        session=session,
+        request_timeout=10,
+        max_concurrency=8,
+        rate_limit=RateLimit(20, 10.0),
+        durations=model,
+        allow_http=True,
+    ) as client:
+        assert_type(client, KontextClient)
+        await client.wait_for_result("task12345", wait=wait_learned(model))
