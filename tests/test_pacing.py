@@ -87,13 +87,13 @@ async def test_turns_come_in_the_order_they_are_wanted_at():
     assert order == [1.0, 1.5, 2.0, 3.0]
 
 
-async def test_looks_at_tasks_already_seen_go_before_first_looks():
-    pace = budget(max_concurrency=1)
+async def order_of_turns(pace, *, until, late):
+    """Two first looks, then two at known tasks, waiting for a slot until ``late``."""
     pace.take(now(), seen=True)
     order = []
 
     async def want(name, *, seen):
-        sent = await pace.turn(now(), seen=seen)
+        sent = await pace.turn(now(), seen=seen, until=until)
         order.append(name)
         pace.end(sent)
 
@@ -103,8 +103,42 @@ async def test_looks_at_tasks_already_seen_go_before_first_looks():
         await asyncio.sleep(1)
         for name in ("seen 1", "seen 2"):
             group.create_task(want(name, seen=True))
-        await asyncio.sleep(1)
+        await asyncio.sleep(late)
         pace.end(0.0)
+    return order
+
+
+@pytest.mark.parametrize(
+    ("until", "late", "first"),
+    [
+        (61.0, 0.1, "seen 1"),
+        (601.0, 13.4, "first 1"),
+        (601.0, 13.6, "seen 1"),
+        (math.inf, 13.4, "first 1"),
+        (math.inf, 13.6, "seen 1"),
+    ],
+)
+async def test_looks_at_known_tasks_go_first_unless_they_have_time(until, late, first):
+    order = await order_of_turns(budget(max_concurrency=1), until=until, late=late)
+    assert order[0] == first
+    assert sorted(order) == ["first 1", "first 2", "seen 1", "seen 2"]
+
+
+async def test_under_a_quota_looks_at_known_tasks_go_first():
+    pace = budget(max_concurrency=1, rate_limit=RateLimit(1000, 1.0))
+    order = await order_of_turns(pace, until=math.inf, late=1.0)
+    assert order == ["seen 1", "seen 2", "first 1", "first 2"]
+
+
+async def test_a_quota_that_was_found_out_is_one_as_well():
+    pace = budget(max_concurrency=1)
+    pace.take(now(), seen=True)
+    pace.end(now(), RateLimitedError("slow down", code=429))
+    await asyncio.sleep(2)
+    assert pace.take(now(), seen=True)  # the probe that ends the pause
+    pace.end(now())
+    await asyncio.sleep(10)
+    order = await order_of_turns(pace, until=math.inf, late=1.0)
     assert order == ["seen 1", "seen 2", "first 1", "first 2"]
 
 
