@@ -66,3 +66,11 @@ def docs(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     session.install("-e", ".[bench]")
     session.run("python", "tests/benchmarks/run.py", *session.posargs)
+
+
+@nox.session
+def crash(session: nox.Session) -> None:
+    """Kill and restart twenty batches, where the tests have three."""
+    session.install("-e", ".[test]")
+    environment = {"KONTEXT_CRASHES": "20"}
+    session.run("pytest", "tests/test_crash.py", *session.posargs, env=environment)

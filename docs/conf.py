@@ -48,7 +48,7 @@ def link_from_the_top(
     if node.get("refdomain") != "py":
         return None
     python = env.get_domain("py")
-    for package in ("kontext_async",):
+    for package in ("kontext_async", "kontext_async.results"):
         found = python.resolve_xref(
             env,
             node["refdoc"],

@@ -6,7 +6,16 @@ import asyncio
 import importlib.util
 
 import pytest
-from benchmarks import cpu, discovery, fast_server, scale, schedule_efficiency, soak
+from benchmarks import (
+    cpu,
+    discovery,
+    fast_server,
+    ledger_cost,
+    saving,
+    scale,
+    schedule_efficiency,
+    soak,
+)
 
 from kontext_async import TaskOutcome, WaitTimeoutError
 
@@ -93,6 +102,27 @@ def test_a_wrong_outcome_is_seen_to_be_wrong():
 def test_the_schedules_are_compared():
     rows = schedule_efficiency.compare("tight", "one a second", tasks=20, seeds=(1,))
     assert [row["schedule"] for row in rows][::2] == ["exponential", "learned"]
+
+
+def test_other_durations_are_ratios_to_their_optimum():
+    rows = schedule_efficiency.run_lognormals(medians=(6, 60), sigmas=(0.8,), tasks=20, seeds=(1,))
+    assert [row["median_s"] for row in rows] == [6, 60]
+    assert all(row["one a second"] > 0 and row["all at once"] > 0 for row in rows)
+    assert schedule_efficiency.lognormals_table(rows).count("\n") == 3
+
+
+def test_saving_is_a_ratio_to_the_bare_loop_in_the_same_run():
+    rows = saving.run(images=3, image_bytes=5_000, rounds=1)
+    assert [row["way"] for row in rows] == list(saving.WAYS)
+    assert [row["ratio"] for row in rows if row["way"] == "bare aiohttp"] == [1.0]
+    assert saving.table(rows).count("\n") == 4
+
+
+def test_what_a_ledger_adds_is_a_ratio_to_what_sqlite_takes_alone():
+    rows = ledger_cost.run(tasks=100, rounds=1)
+    assert [row["recorded"] for row in rows] == ["outcomes", "outcomes and images"]
+    assert all(row["us_with"] > row["us_without"] and row["us_sqlite"] > 0 for row in rows)
+    assert ledger_cost.table(rows).count("\n") == 3
 
 
 @needs_matplotlib

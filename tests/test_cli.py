@@ -86,6 +86,7 @@ class TestGet:
             "error": None,
             "errorCode": None,
             "message": None,
+            "file": None,
         }
         assert line["resultImageUrl"].startswith(simulator.base_url)
         lifetime = datetime.fromisoformat(line["expiresAt"]) - datetime.fromisoformat(
@@ -476,33 +477,6 @@ class TestProgress:
 
 
 class TestLocal:
-    @pytest.mark.virtual_time
-    async def test_the_demo_ends_with_a_table(self, capsys):
-        """Ten images and two failures, with results for programs on standard output."""
-        assert await _local.demonstrate() == 0
-        out, err = capsys.readouterr()
-        assert len(out.splitlines()) == 12
-        assert "10 done, 2 failed" in err
-        assert "400: The prompt was flagged as violating the content policies." in err
-        assert "501: The image could not be generated." in err
-        assert err.count("/images/demo-") == 10
-
-    @pytest.mark.virtual_time
-    async def test_the_demo_on_a_terminal_is_the_table(self, monkeypatch, capsys):
-        """On a terminal nobody needs the lines for programs."""
-        screen = Terminal()
-        monkeypatch.setattr(sys, "stdout", screen)
-        await _local.demonstrate()
-        assert screen.getvalue() == ""
-
-    def test_the_demo_is_a_command(self, monkeypatch):
-        """It runs without a key."""
-        monkeypatch.delenv("APIKLEY_API_KEY", raising=False)
-        monkeypatch.setattr(_local, "_TASKS", [("a lighthouse", 0.0, None)])
-        result = CliRunner().invoke(_app.app, ["demo"])
-        assert result.exit_code == 0
-        assert "1 done, 0 failed" in result.stderr
-
     async def test_simulate_serves_until_it_is_cancelled(self, capsys):
         """The address is a line for programs; a way to use it is said to people."""
         serving = asyncio.create_task(_local.serve(Simulator()))

@@ -106,7 +106,7 @@ def test_the_patterns_find_what_they_look_for():
 def test_the_readme_has_the_two_commands():
     """One line installs and shows, one installs and tests."""
     lines = (CHECKOUT / "README.md").read_text(encoding="utf-8").splitlines()
-    assert "python -m pip install '.[cli]' && kontext demo" in lines
+    assert "python -m pip install '.[cli,images,report]' && kontext demo" in lines
     assert sum(bool(re.match("python -m pip install .*python -m pytest", x)) for x in lines) == 1
 
 

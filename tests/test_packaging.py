@@ -41,7 +41,8 @@ ALLOWED = {
     "": CLIENT | {"_version"},
     "simulator": {"models"},
     "testing": {"", "client", "simulator"},
-    "cli": {"", "_version", *CLIENT, "simulator"},
+    "results": {"", "_version", *CLIENT},
+    "cli": {"", "_version", *CLIENT, "results", "simulator"},
 }
 PURE = ["errors", "limits", "models", "schedule", "wire"]
 IMPURE = {"aiohttp", "asyncio", "random", "sqlite3", "time"}
@@ -174,7 +175,8 @@ def test_the_wheel_holds_the_package_its_types_and_its_command(distributions):
         (entry_points,) = (n for n in names if n.endswith("entry_points.txt"))
         assert "kontext = kontext_async.cli:main" in archive.read(entry_points).decode()
     assert "kontext_async/py.typed" in names
-    assert {str(p.relative_to(PACKAGE.parent)) for p in sources()} <= names
+    templates = (PACKAGE / "results" / "templates").iterdir()
+    assert {str(p.relative_to(PACKAGE.parent)) for p in (*sources(), *templates)} <= names
     assert {n.split("/")[0] for n in names} == {
         "kontext_async",
         f"kontext_async-{__version__}.dist-info",
@@ -187,6 +189,7 @@ def test_the_sdist_holds_what_it_takes_to_build_and_test(distributions):
     with tarfile.open(sdist) as archive:
         names = {n.partition("/")[2] for n in archive.getnames()}
     assert {"LICENSE", "README.md", "pyproject.toml", "tests/conftest.py"} <= names
+    assert "kontext_async/results/templates/report.html.j2" in names
     assert {n.split("/")[0] for n in names} <= {
         "CHANGELOG.md",
         "LICENSE",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import math
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -11,12 +12,24 @@ import typer
 
 from kontext_async._version import __version__
 from kontext_async.batch import TaskOutcome
+from kontext_async.cli._batch import (
+    BatchTally,
+    batch_ids,
+    keep_all,
+    make_folder,
+    make_report,
+    print_kept,
+    require_report,
+    say_how_to_go_on,
+    show_status,
+)
 from kontext_async.cli._input import distinct_ids, read_key
 from kontext_async.cli._local import demonstrate, serve
 from kontext_async.cli._output import (
     Exit,
     error_console,
     fail,
+    gravest,
     kind,
     print_outcome,
     record_line,
@@ -51,7 +64,30 @@ KeyFile = Annotated[
         help="File with the API key. Without it the environment's APIKLEY_API_KEY is used.",
     ),
 ]
+Source = Annotated[
+    str | None,
+    typer.Option(
+        "--from",
+        metavar="FILE|-",
+        help="Read ids from a file, or from standard input: one a line, or JSON objects with "
+        "taskId. Blank lines and those that begin with # are skipped.",
+    ),
+]
+Timeout = Annotated[
+    float,
+    typer.Option(
+        min=0,
+        metavar="SECONDS",
+        help="How long to wait for each task from the first look at it; 0 looks once, "
+        "inf waits without limit.",
+    ),
+]
+Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="What a batch was saved into.")]
 _BASE_URL = "https://api.apikley.ru"
+
+
+def _limit(timeout: float) -> float | None:
+    return None if math.isinf(timeout) else timeout
 
 
 def _show_version(wanted: bool) -> None:  # noqa: FBT001 - typer's way of calling it
@@ -101,42 +137,80 @@ def wait(
         list[str] | None, typer.Argument(metavar="ID", help="The tasks.", show_default=False)
     ] = None,
     *,
-    source: Annotated[
-        str | None,
-        typer.Option(
-            "--from",
-            metavar="FILE|-",
-            help="Read ids from a file, or from standard input: one a line, or JSON objects with "
-            "taskId. Blank lines and those that begin with # are skipped.",
-        ),
-    ] = None,
-    timeout: Annotated[
-        float,
-        typer.Option(
-            min=0,
-            metavar="SECONDS",
-            help="How long to wait for each task from the first look at it; 0 looks once, "
-            "inf waits without limit.",
-        ),
-    ] = 600.0,
+    source: Source = None,
+    timeout: Timeout = 600.0,
     summary: Annotated[
         bool, typer.Option("--summary", help="End with a table of figures.")
     ] = False,
     base_url: BaseUrl = _BASE_URL,
     api_key_file: KeyFile = None,
 ) -> None:
-    """Wait for tasks side by side, and print a JSON line for each as it ends."""
+    """Wait for tasks side by side: a JSON line as each ends."""
     tally = Tally(distinct_ids(task_ids or [], source))
 
     async def wait_for_them() -> Exit:
         async with KontextClient(read_key(api_key_file), base_url=base_url) as client:
-            limit = None if math.isinf(timeout) else timeout
-            code = await wait_for_all(client, tally, print_outcome, timeout=limit)
+            code = await wait_for_all(client, tally, print_outcome, timeout=_limit(timeout))
         if summary:
             error_console().print(tally.summary())
         return code
 
     run(wait_for_them(), interrupted=lambda: say_how_to_resume(tally, source))
+
+
+@app.command()
+def batch(
+    *,
+    into: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="Where the images go, made where it is missing.")
+    ],
+    source: Source = None,
+    report: Annotated[bool, typer.Option("--report", help="End with a page about it all.")] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Ask again about generations that failed.")
+    ] = False,
+    timeout: Timeout = 600.0,
+    base_url: BaseUrl = _BASE_URL,
+    api_key_file: KeyFile = None,
+) -> None:
+    """Wait for tasks, save their images, and record both.
+
+    The folder holds the images and the ledger. The same command again goes on where the last one
+    stopped, however that ended: what has finished is not asked about again, and what is saved is
+    not fetched again. Without --from it goes on with the ids that the folder knows.
+    """
+    if report:
+        require_report()
+    tally = BatchTally(batch_ids(source, into))
+    key = read_key(api_key_file)
+    make_folder(into)
+
+    async def keep_them() -> Exit:
+        async with KontextClient(key, base_url=base_url) as client:
+            code = await keep_all(
+                client,
+                tally,
+                into,
+                print_kept,
+                timeout=_limit(timeout),
+                retry_failed=retry_failed,
+            )
+        return gravest({code, make_report(into)}) if report else code
+
+    run(keep_them(), interrupted=lambda: say_how_to_go_on(tally, into))
+
+
+@app.command()
+def report(folder: Folder) -> None:
+    """Write a page about what a batch has saved."""
+    require_report()
+    raise typer.Exit(make_report(folder))
+
+
+@app.command()
+def status(folder: Folder) -> None:
+    """Count what has become of a batch, now or so far."""
+    raise typer.Exit(show_status(folder))
 
 
 def _rate_limit(text: str) -> SlidingLimit:
@@ -203,5 +277,7 @@ def simulate(
 
 @app.command()
 def demo() -> None:
-    """Wait for a dozen simulated tasks: no key, no network, a few seconds."""
-    run(demonstrate())
+    """See it work on a dozen simulated tasks, without a key."""
+    folder = Path(tempfile.mkdtemp(prefix="kontext-"), "demo")
+    make_folder(folder)
+    run(demonstrate(folder))

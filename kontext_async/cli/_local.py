@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 from rich.table import Column, Table
 
 from kontext_async.batch import TaskOutcome
+from kontext_async.cli._batch import BatchTally, can_report, keep_all, make_report, print_kept
 from kontext_async.cli._output import Exit, error_console, outcome_line, plain, say, write_line
-from kontext_async.cli._tally import Tally
-from kontext_async.cli._waiting import wait_for_all
 from kontext_async.client import KontextClient
+from kontext_async.errors import KontextError
+from kontext_async.results import SavedImage
 from kontext_async.simulator import Failure, Simulator
 
 _FLAGGED = Failure(400, "The prompt was flagged as violating the content policies.")
@@ -44,14 +46,14 @@ async def serve(simulator: Simulator) -> NoReturn:
             await asyncio.sleep(3600)
 
 
-async def demonstrate() -> Exit:
-    """Wait for a dozen simulated tasks, and show what became of each."""
+async def demonstrate(folder: Path) -> Exit:
+    """Wait for a dozen simulated tasks, save their images, and show what became of each."""
     ended: list[TaskOutcome] = []
 
-    def take(outcome: TaskOutcome) -> None:
+    def take(outcome: TaskOutcome, saved: SavedImage | KontextError | None) -> None:
         ended.append(outcome)
         if not sys.stdout.isatty():
-            write_line(outcome_line(outcome))
+            print_kept(outcome, saved)
 
     async with Simulator() as simulator:
         say(f"The API is simulated at {simulator.base_url}")
@@ -65,8 +67,12 @@ async def demonstrate() -> Exit:
             for number, (prompt, duration, failure) in enumerate(_TASKS, 1)
         ]
         async with KontextClient("demo", base_url=simulator.base_url) as client:
-            await wait_for_all(client, Tally(ids), take, timeout=60.0)
+            await keep_all(client, BatchTally(ids), folder, take, timeout=60.0)
     error_console().print(_table(ended))
+    if can_report():
+        return make_report(folder)
+    say(f"Images: {folder}")
+    say("For a page about them: pip install 'kontext-async[images,report]'")
     return Exit.DONE
 
 

@@ -40,6 +40,7 @@ _FIELDS = (
     "error",
     "errorCode",
     "message",
+    "file",
 )
 
 

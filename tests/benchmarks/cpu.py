@@ -173,17 +173,20 @@ def run(
 def _row(
     name: str, kind: str, concurrency: int, taken: Mapping[str, Sequence[float]]
 ) -> dict[str, Any]:
-    bare = taken["bare aiohttp"]
-    ratios = [mine / its for mine, its in zip(taken[name], bare, strict=True)]
-    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
     return {
         "client": name,
         "looks": _LOOKS[kind],
         "concurrency": concurrency,
         "us_per_wait": statistics.median(taken[name]),
-        "ratio": statistics.median(ratios),
-        "ratio_quartiles": [low, high],
+        **compared(taken[name], taken["bare aiohttp"]),
     }
+
+
+def compared(mine: Sequence[float], its: Sequence[float]) -> dict[str, Any]:
+    """How the times of each round compare: the median of the ratios, and where half of them lie."""
+    ratios = [one / other for one, other in zip(mine, its, strict=True)]
+    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    return {"ratio": statistics.median(ratios), "ratio_quartiles": [low, high]}
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -221,7 +224,7 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         [row["ratio"] for row in shown],
         color=[colours.get(row["client"], "#c9ced6") for row in shown],
     )
-    axes.bar_label(bars, fmt="%.1f", padding=4)
+    axes.bar_label(bars, fmt="%.2f", padding=4)
     axes.axvline(1, color="#6b7380", linewidth=0.8, linestyle=":")
     axes.set_xlabel("CPU time of a wait that ends at its first look, bare aiohttp = 1")
     axes.spines[["top", "right"]].set_visible(False)

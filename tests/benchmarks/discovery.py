@@ -203,23 +203,25 @@ def plot(path: Path, *, requests: int = 40, windows: int = 60) -> None:
 
     case = Case(requests, 1, "window", windows)
     ways = _ways(case)
-    figure = Figure(figsize=(9, 5.2), layout="constrained")
+    colours = {"answered": "#1f6fb4", "refused with 429": "#b4541f"}
+    figure = Figure(figsize=(9, 5.4), layout="constrained")
     for i, way in enumerate(("kontext-async", "gather"), start=1):
         log = in_process.run(_log(case, ways[way][1]))
         axes = figure.add_subplot(2, 1, i)
         bottom = [0] * windows
-        for label, colour in (("answered", "#1f6fb4"), ("answered 429", "#b4541f")):
-            seconds = Counter(
-                int(r.time) for r in log if (r.code == 429) == (label == "answered 429")
-            )
+        totals = []
+        for label, colour in colours.items():
+            seconds = Counter(int(r.time) for r in log if (r.code != 429) == (label == "answered"))
             heights = [seconds[k] for k in range(windows)]
-            axes.bar(range(windows), heights, 1.0, bottom, color=colour, label=label)
+            axes.bar(range(windows), heights, 0.9, bottom, align="edge", color=colour, label=label)
             bottom = heights
-        axes.axhline(requests, color="#444b55", linewidth=0.8, linestyle=":")
-        axes.set_title(way, loc="left", fontsize="medium")
-        axes.set_ylabel("requests")
+            totals.append(f"{sum(heights):,} {label}")
+        axes.axhline(requests, color="black", linewidth=1, linestyle=":", label="the limit")
+        axes.set_title(f"{way}: {', '.join(totals)}", loc="left", fontsize="medium")
+        axes.set_ylabel("requests a second")
         axes.spines[["top", "right"]].set_visible(False)
-        axes.margins(x=0)
+        axes.set_xlim(0, windows)
     axes.set_xlabel("second")
-    figure.axes[0].legend(frameon=False, ncols=2)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, ncols=3, loc="outside upper right")
     figure.savefig(path, dpi=110)

@@ -22,7 +22,7 @@ from typing import Any
 # As for the tests, which import from there as well.
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks import cpu, discovery, scale, schedule_efficiency, soak
+from benchmarks import cpu, discovery, ledger_cost, saving, scale, schedule_efficiency, soak
 
 CHECKOUT = Path(__file__).parent.parent.parent
 _INTO = CHECKOUT / "build" / "benchmarks"  # git leaves it alone
@@ -39,8 +39,11 @@ def _cpu(plots: Path) -> Any:
 def _schedule(plots: Path) -> Any:
     rows = schedule_efficiency.run()
     print(schedule_efficiency.table(rows))
+    lognormals = schedule_efficiency.run_lognormals()
+    print("\nLearned, J / optimum: tasks one a second · all at once\n")
+    print(schedule_efficiency.lognormals_table(lognormals))
     schedule_efficiency.plot(plots / "learned-schedule.png")
-    return rows
+    return {"shapes": rows, "lognormals": lognormals}
 
 
 def _discovery(plots: Path) -> Any:
@@ -64,12 +67,26 @@ def _soak(plots: Path) -> Any:
     return result
 
 
+def _saving(plots: Path) -> Any:
+    rows = saving.run()
+    print(saving.table(rows))
+    return rows
+
+
+def _ledger(plots: Path) -> Any:
+    rows = ledger_cost.run()
+    print(ledger_cost.table(rows))
+    return rows
+
+
 BENCHMARKS: dict[str, Callable[[Path], Any]] = {
     "cpu": _cpu,
     "schedule": _schedule,
     "discovery": _discovery,
     "scale": _scale,
     "soak": _soak,
+    "saving": _saving,
+    "ledger": _ledger,
 }
 
 

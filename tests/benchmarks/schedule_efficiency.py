@@ -1,7 +1,5 @@
 """How good are polling schedules? Simulated tasks, nothing sleeps.
 
-    python tests/benchmarks/schedule_efficiency.py --plot docs/images/learned-schedule.png
-
 A schedule costs J = mean lag + COST x mean requests for each task, in seconds; lower is better.
 The look at age 0, which every wait makes, costs all schedules the same and is not counted. Every
 schedule is a tenacity wait strategy that is handed a `PollState`, as in a real wait; the learned
@@ -10,9 +8,8 @@ one is what ships. The optimum knows the true distribution, by dynamic programmi
 
 from __future__ import annotations
 
-import argparse
 import heapq
-import json
+import itertools
 import math
 import random
 import statistics
@@ -32,6 +29,7 @@ Spent = Sequence[tuple[int, float]]  # each task's requests, and its lag in seco
 COST = 1.0  # seconds of lag that one request is worth
 FIXED = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20)  # s; the best of them is chosen in hindsight
 SETTLED = 200  # tasks ended after a shift, from which on "settled" counts
+ARRIVALS = ("one a second", "all at once")
 PAUSE = 600.0  # s between two batches where all tasks of a batch begin at once
 
 
@@ -223,9 +221,51 @@ def run(*, tasks: int = 2000, seeds: Sequence[int] = (7, 8, 9)) -> list[dict[str
     return [
         row
         for shape in SHAPES
-        for arrivals in ("one a second", "all at once")
+        for arrivals in ARRIVALS
         for row in compare(shape, arrivals, tasks=tasks, seeds=seeds)
     ]
+
+
+def run_lognormals(
+    *,
+    medians: Sequence[float] = (6, 12, 25, 60),
+    sigmas: Sequence[float] = (0.2, 0.4, 0.6, 0.8),
+    tasks: int = 2000,
+    seeds: Sequence[int] = (7, 8, 9),
+) -> list[dict[str, Any]]:
+    """The learned schedule's J over that of the optimum, one row for each median and sigma."""
+    rows = []
+    for median, sigma in itertools.product(medians, sigmas):
+        draw = lognormal(median, sigma)
+        plan = Planned(optimum(draw))
+        row: dict[str, Any] = {"median_s": median, "sigma": sigma}
+        for arrivals in ARRIVALS:
+            costs, best = [], []
+            for seed in seeds:
+                rng = random.Random(seed)
+                durations = [draw(rng) for _ in range(tasks)]
+                starts = [float(k) if arrivals == "one a second" else 0.0 for k in range(tasks)]
+                costs.append(mean_cost(learned(durations, starts, seed=seed)[0], range(tasks)))
+                best.append(mean_cost(simulate(plan, durations, starts)[0], range(tasks)))
+            row[arrivals] = statistics.fmean(costs) / statistics.fmean(best)
+        rows.append(row)
+    return rows
+
+
+def lognormals_table(rows: Iterable[dict[str, Any]]) -> str:
+    """The rows as a Markdown table: both arrivals by median and sigma."""
+    by_median: dict[float, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_median.setdefault(row["median_s"], []).append(row)
+    sigmas = [row["sigma"] for row in next(iter(by_median.values()))]
+    lines = [
+        "| median | " + " | ".join(f"sigma {sigma}" for sigma in sigmas) + " |",
+        "|--:" * (len(sigmas) + 1) + "|",
+    ]
+    for median, same in by_median.items():
+        cells = [" · ".join(f"{row[arrivals]:.2f}" for arrivals in ARRIVALS) for row in same]
+        lines.append(f"| {median} s | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def table(rows: Iterable[dict[str, Any]]) -> str:
@@ -283,22 +323,3 @@ def plot(path: Path, *, tasks: int = 2000, until: float = 60.0) -> None:
     axes.set_xlabel("age in seconds at which tasks ended (grey) and are looked at (marks)")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
-
-
-def main() -> None:
-    """Run from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--tasks", type=int, default=2000)
-    parser.add_argument("--json", type=Path, help="write the rows here as well")
-    parser.add_argument("--plot", type=Path, help="draw poll times and durations here, as PNG")
-    options = parser.parse_args()
-    rows = run(tasks=options.tasks)
-    print(table(rows))
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    if options.plot:
-        plot(options.plot)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,22 @@
+"""Keeping results: images on disk, what happened to each task, and a page to look at."""
+
+from kontext_async.results._files import SavedImage
+from kontext_async.results.download import ImageSaver, SaveStream, download, save_outcomes
+from kontext_async.results.errors import DownloadError, LedgerError, ResultExpiredError
+from kontext_async.results.ledger import Ledger, LedgerEntry, RecordedOutcomes
+from kontext_async.results.report import write_report
+
+__all__ = [
+    "DownloadError",
+    "ImageSaver",
+    "Ledger",
+    "LedgerEntry",
+    "LedgerError",
+    "RecordedOutcomes",
+    "ResultExpiredError",
+    "SaveStream",
+    "SavedImage",
+    "download",
+    "save_outcomes",
+    "write_report",
+]

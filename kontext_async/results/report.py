@@ -1,0 +1,224 @@
+"""One HTML page about a folder of results, beside the images it shows."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+import attrs
+
+from kontext_async.errors import ConfigurationError
+from kontext_async.results._histogram import histogram
+from kontext_async.results._thumbnails import make_thumbnails, write_whole
+from kontext_async.results.ledger import LedgerEntry
+
+if TYPE_CHECKING:
+    import jinja2
+
+__all__ = ["write_report"]
+
+_NAME = "report.html"
+# What browsers show as a picture. A link to another kind (SVG, HTML) could open a script.
+_SUFFIXES = {".avif", ".gif", ".jpeg", ".jpg", ".png", ".webp"}
+_LABELS = {
+    "done": "Done",
+    "failed": "Failed",
+    "error": "Error",
+    "unfinished": "Unfinished",
+    "waiting": "Waiting",
+}
+_NO_PICTURE = {
+    "done": "Not saved",
+    "failed": "No image",
+    "error": "No answer",
+    "unfinished": "Not finished",
+    "waiting": "Not finished yet",
+}
+# In words, by a generation's error code or by the kind of error.
+_MEANINGS: dict[int | str | None, str] = {
+    400: "Prompt flagged",
+    500: "Internal error",
+    501: "Generation failed",
+    "AuthenticationError": "Key refused",
+    "DownloadError": "Image not saved",
+    "ResultExpiredError": "Image expired",
+    "TaskNotFoundError": "Task unknown",
+    "TransportError": "Network trouble",
+    "WaitTimeoutError": "Not finished in time",
+}
+_MOST_MESSAGES = 10  # of one group
+
+
+@attrs.frozen(kw_only=True)
+class _Card:
+    """A task as the page shows it; ``image`` and ``thumbnail`` are URLs relative to the page."""
+
+    entry: LedgerEntry
+    prompt: str
+    model: str
+    duration: float | None
+    image: str | None
+    thumbnail: str | None
+    no_picture: str
+
+
+@attrs.frozen(kw_only=True)
+class _Group:
+    """The failures of one code and kind, with the messages that occur most often."""
+
+    title: str
+    kind: str
+    count: int
+    messages: Sequence[tuple[str, int]]
+    others: int
+
+
+def write_report(folder: Path, entries: Iterable[LedgerEntry]) -> Path:
+    """Write ``report.html`` into a folder of results and return its path.
+
+    The page refers to images that lie in the folder and to nothing else. With Pillow (extra
+    ``images``) it shows thumbnails, which are made in ``thumbnails/``; this takes a while for
+    many images, so call it in a thread where a loop runs. Raises `ConfigurationError` without
+    Jinja2 (extra ``report``), and `OSError` where the folder cannot be written.
+    """
+    environment = _environment()
+    folder = folder.resolve()
+    cards = _cards(folder, list(entries))
+    page = environment.get_template("report.html.j2").generate(
+        title=folder.name,
+        cards=cards,
+        counts=_counts(cards),
+        labels=_LABELS,
+        groups=_groups(card.entry for card in cards),
+        chart=histogram([card.duration for card in cards if card.duration is not None]),
+        size=sum(card.entry.size or 0 for card in cards if card.image),
+        updated=max((card.entry.updated_at for card in cards), default=None),
+        **_inline("style", "report.css"),
+        **_inline("script", "report.js"),
+    )
+    # Half a character (a lone surrogate) in a message becomes a question mark.
+    write_whole(folder / _NAME, (part.encode("utf-8", "replace") for part in page))
+    return folder / _NAME
+
+
+def _environment() -> jinja2.Environment:
+    try:
+        import jinja2  # noqa: PLC0415  # an extra
+    except ImportError as exc:
+        raise ConfigurationError(
+            "a report needs its extra: pip install 'kontext-async[report]'"
+        ) from exc
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("kontext_async.results"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"bytes": _bytes, "percent": "{:.3f}%".format, "seconds": _seconds}
+    return environment
+
+
+def _inline(role: str, name: str) -> dict[str, Any]:
+    """A part of the page and the digest by which its security policy admits it."""
+    from markupsafe import Markup  # noqa: PLC0415  # comes with Jinja2
+
+    text = (files("kontext_async.results") / "templates" / name).read_text("utf-8")
+    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return {role: Markup(text), f"{role}_digest": f"sha256-{digest}"}  # noqa: S704  # our own
+
+
+def _cards(folder: Path, entries: Sequence[LedgerEntry]) -> list[_Card]:
+    images = [_image(folder, entry.saved_path) for entry in entries]
+    found = [image for image in images if image]
+    thumbnails = dict(zip(found, make_thumbnails(folder, found), strict=True))
+    return [
+        _card(folder, entry, image, image and thumbnails[image])
+        for entry, image in zip(entries, images, strict=True)
+    ]
+
+
+def _image(folder: Path, saved_path: str | None) -> Path | None:
+    """The saved image, where it is one and lies in the folder, links followed."""
+    try:
+        path = (folder / (saved_path or "")).resolve()
+        fits = path.suffix.lower() in _SUFFIXES and path.is_relative_to(folder) and path.is_file()
+    except (OSError, RuntimeError, ValueError):  # a loop of links, a name no file can have
+        return None
+    return path if fits else None
+
+
+def _card(folder: Path, entry: LedgerEntry, image: Path | None, thumbnail: Path | None) -> _Card:
+    record = entry.record
+    params: Mapping[str, Any] = {} if record is None else record.params
+    taken = None if record is None else record.duration
+    return _Card(
+        entry=entry,
+        prompt=_text(params.get("prompt")),
+        model=_text(params.get("model")),
+        duration=None if taken is None else taken.total_seconds(),
+        image=_url(folder, image),
+        thumbnail=_url(folder, thumbnail),
+        no_picture="The file is missing" if entry.saved_path else _NO_PICTURE[entry.state],
+    )
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _url(folder: Path, path: Path | None) -> str | None:
+    return None if path is None else quote(os.fsencode(path.relative_to(folder).as_posix()))
+
+
+def _counts(cards: Iterable[_Card]) -> dict[str, int]:
+    """How many tasks are in each state that occurs, in the order of the labels."""
+    counts: Counter[str] = Counter(card.entry.state for card in cards)
+    return {state: counts[state] for state in _LABELS if counts[state]}
+
+
+def _groups(entries: Iterable[LedgerEntry]) -> list[_Group]:
+    """What went wrong, the most frequent first."""
+    found: defaultdict[tuple[int | None, str], Counter[str]] = defaultdict(Counter)
+    for entry in entries:
+        if entry.error_type is not None:
+            found[entry.error_code, entry.error_type][entry.error_message] += 1
+    groups = [_group(code, kind, messages) for (code, kind), messages in found.items()]
+    return sorted(groups, key=lambda group: -group.count)
+
+
+def _group(code: int | None, kind: str, messages: Counter[str]) -> _Group:
+    meaning = _MEANINGS.get(code if kind == "GenerationFailedError" else kind)
+    number = None if code is None else f"Code {code}"
+    return _Group(
+        title=" · ".join(filter(None, [number, meaning])),
+        kind=kind,
+        count=messages.total(),
+        messages=messages.most_common(_MOST_MESSAGES),
+        others=max(len(messages) - _MOST_MESSAGES, 0),
+    )
+
+
+def _seconds(duration: float) -> str:
+    """A duration in the units one would say it in."""
+    if duration < 59.95:
+        return f"{duration:.1f} s"
+    minutes, seconds = divmod(round(duration), 60)
+    if minutes < 60:
+        return f"{minutes} min {seconds:02} s"
+    return f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "KB", "MB"):
+        if size < 999.5:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:,.1f} GB"

@@ -1,0 +1,164 @@
+"""What a ledger costs in CPU time for a task, against SQLite writing the same rows at once.
+
+A batch whose outcomes are there at once goes through `Ledger.as_completed`, then also through
+`Ledger.save_outcomes` with a saver that does nothing. What the same loops cost without a ledger is
+taken off. Beside it stands `executemany` in one transaction, of the rows that the ledger then has.
+The time is this process's, threads and kernel included; each file is a new one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import sqlite3
+import statistics
+import tempfile
+import time
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cpu import compared
+
+from kontext_async import CompletedTask, TaskOutcome
+from kontext_async.results import Ledger, SavedImage, save_outcomes
+
+_NOW = datetime.now(UTC)
+_PARAMS = json.dumps({"prompt": "A lighthouse at dusk, " * 8, "model": "flux-kontext-pro"})
+
+
+def _outcome(task_id: str) -> TaskOutcome:
+    url = f"https://images.example.com/results/{task_id}.png"
+    result = CompletedTask(
+        task_id=task_id,
+        param_json=_PARAMS,
+        create_time=_NOW,
+        complete_time=_NOW,
+        origin_image_url=url,
+        result_image_url=url,
+    )
+    return TaskOutcome(task_id=task_id, result=result)
+
+
+class _Instant:
+    """Stands for a client: every task of a batch is done at once."""
+
+    def as_completed(self, task_ids: Any, **_: Any) -> Any:
+        return contextlib.aclosing(self._outcomes(task_ids))
+
+    async def _outcomes(
+        self, task_ids: Iterable[str] | AsyncIterable[str]
+    ) -> AsyncGenerator[TaskOutcome, None]:
+        if isinstance(task_ids, AsyncIterable):
+            async for task_id in task_ids:
+                yield _outcome(task_id)
+        else:
+            for task_id in task_ids:
+                yield _outcome(task_id)
+
+
+class _Idle:
+    """Stands for a saver: every image is saved at once."""
+
+    max_concurrency = 8
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    async def find(self, task_id: str) -> None:
+        return None
+
+    async def save(self, task: CompletedTask) -> SavedImage:
+        path = self._folder / f"{task.task_id}.png"
+        return SavedImage(path=path, size=100_000, sha256="0" * 64, kind="png")
+
+
+async def _batch(
+    task_ids: Sequence[str], folder: Path, ledger: Ledger | None, *, images: bool
+) -> None:
+    client: Any = _Instant()
+    saver: Any = _Idle(folder)
+    waiting = ledger.as_completed(client, task_ids) if ledger else client.as_completed(task_ids)
+    save = ledger.save_outcomes if ledger else save_outcomes
+    async with waiting as outcomes:
+        async for _ in save(outcomes, saver) if images else outcomes:
+            pass
+
+
+async def _recorded(task_ids: Sequence[str], path: Path, *, images: bool) -> None:
+    async with Ledger(path) as ledger:
+        await _batch(task_ids, path.parent, ledger, images=images)
+
+
+def _written_at_once(path: Path, layout: str, rows: Sequence[Sequence[Any]]) -> None:
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute(layout)
+        marks = ",".join("?" * len(rows[0]))
+        connection.executemany(f"INSERT INTO tasks VALUES ({marks})", rows)
+
+
+def _cpu(work: Callable[[], None]) -> float:
+    began = time.process_time()
+    work()
+    return time.process_time() - began
+
+
+def _round(task_ids: Sequence[str], *, images: bool) -> list[float]:
+    """Microseconds for a task: without a ledger, with one, and by SQLite alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kontext.sqlite3"
+        without = _cpu(lambda: asyncio.run(_batch(task_ids, path.parent, None, images=images)))
+        recorded = _cpu(lambda: asyncio.run(_recorded(task_ids, path, images=images)))
+        with contextlib.closing(sqlite3.connect(path)) as connection:
+            [layout] = connection.execute("SELECT sql FROM sqlite_schema WHERE name = 'tasks'")
+            rows = connection.execute("SELECT * FROM tasks").fetchall()
+        plain = path.with_name("plain.sqlite3")
+        alone = _cpu(lambda: _written_at_once(plain, *layout, rows))
+    return [seconds / len(task_ids) * 1e6 for seconds in (without, recorded, alone)]
+
+
+def run(*, tasks: int = 5_000, rounds: int = 9) -> list[dict[str, Any]]:
+    """One row for each thing that is recorded; ``us_per_task`` is what the ledger adds."""
+    task_ids = [f"{number * 2654435761 % 2**32:032x}" for number in range(tasks)]
+    kinds = {"outcomes": False, "outcomes and images": True}
+    taken: dict[str, list[list[float]]] = {kind: [] for kind in kinds}
+    for round_number in range(-1, rounds):  # the first is to warm up
+        for kind, images in kinds.items():
+            three = _round(task_ids, images=images)
+            if round_number >= 0:
+                taken[kind].append(three)
+    return [_row(kind, tasks, taken[kind]) for kind in kinds]
+
+
+def _row(kind: str, tasks: int, taken: Sequence[Sequence[float]]) -> dict[str, Any]:
+    added = [recorded - without for without, recorded, _ in taken]
+    without, recorded, alone = zip(*taken, strict=True)
+    return {
+        "recorded": kind,
+        "tasks": tasks,
+        "us_without": statistics.median(without),
+        "us_with": statistics.median(recorded),
+        "us_per_task": statistics.median(added),
+        "us_sqlite": statistics.median(alone),
+        **compared(added, alone),
+    }
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as a Markdown table."""
+    lines = [
+        "| recorded | without a ledger | with one | added | SQLite alone | to it | middle half |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        low, high = row["ratio_quartiles"]
+        lines.append(
+            f"| {row['recorded']} | {row['us_without']:.0f} µs | {row['us_with']:.0f} µs "
+            f"| {row['us_per_task']:.0f} µs | {row['us_sqlite']:.0f} µs "
+            f"| {row['ratio']:.1f} | {low:.1f} to {high:.1f} |"
+        )
+    return "\n".join(lines)

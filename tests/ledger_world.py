@@ -1,0 +1,152 @@
+"""What the tests of a ledger have in common: a batch through it, and what is seen from outside."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import tempfile
+import threading
+from pathlib import Path
+
+import pytest
+from tenacity import wait_fixed
+
+from kontext_async import KontextClient, RateLimit
+from kontext_async.results import Ledger
+
+NOBODY = 65534
+
+# A limit that never bites; looks so frequent that a test need not wait; and one look for each id.
+UNBOUND = RateLimit(1_000_000, 1.0)
+SOON = wait_fixed(0.02)
+AT_ONCE = {"timeout": 0, "error_grace": 0, "not_found_grace": 0}
+
+
+def make_client(simulator, key="marker-key"):
+    return KontextClient(key, base_url=simulator.base_url, rate_limit=UNBOUND)
+
+
+async def collected(ledger, client, task_ids, **keywords):
+    """The outcomes of a batch through the ledger, by id; no id has two."""
+    found = {}
+    async with ledger.as_completed(client, task_ids, **{"wait": SOON, **keywords}) as outcomes:
+        async for outcome in outcomes:
+            assert outcome.task_id not in found
+            found[outcome.task_id] = outcome
+    return found
+
+
+async def run(path, client, task_ids, **keywords):
+    """The same, with a ledger opened for it: one run of a program."""
+    async with Ledger(path) as ledger:
+        return await collected(ledger, client, task_ids, **keywords)
+
+
+def entries(path):
+    return {entry.task_id: entry for entry in Ledger.read(path)}
+
+
+def states(path):
+    return {entry.task_id: entry.state for entry in Ledger.read(path)}
+
+
+def errors(outcomes):
+    return {task_id: type(outcome.error) for task_id, outcome in outcomes.items()}
+
+
+def fill_disk(store):
+    """Let the file of an open store grow no more, as on a disk that is full."""
+    connection = store._connections[0]
+    (pages,) = connection.execute("PRAGMA page_count").fetchone()
+    connection.execute(f"PRAGMA max_page_count = {pages}")
+
+
+def free_disk(store):
+    store._connections[0].execute("PRAGMA max_page_count = 1000000")
+
+
+@contextlib.contextmanager
+def busy_disk(store):
+    """Let nothing get to the disk within the block."""
+    free = threading.Event()
+    store._thread.submit(free.wait)
+    try:
+        yield
+    finally:
+        free.set()
+
+
+async def until(condition):
+    """Wait for what is about to come true."""
+    for _ in range(5_000):
+        if condition():
+            return
+        await asyncio.sleep(0.002)
+    raise TimeoutError
+
+
+async def error_of(awaitable, kind):
+    with pytest.raises(kind) as caught:
+        await awaitable
+    return caught.value
+
+
+def open_files(folder):
+    """The names of the files in a folder that this process has open."""
+    found = []
+    for link in Path("/proc/self/fd").glob("*"):
+        with contextlib.suppress(OSError):
+            target = Path(os.readlink(link))  # noqa: PTH115  # as it is
+            if target.parent == folder.resolve():
+                found.append(target.name)
+    return found
+
+
+def ledger_threads():
+    return [t for t in threading.enumerate() if t.name.startswith("kontext-ledger")]
+
+
+def ours_running():
+    """The tasks and timers of the library in this loop."""
+    tasks = {task: task.get_coro().cr_code.co_filename for task in asyncio.all_tasks()}
+    timers = (h._callback for h in asyncio.get_running_loop()._scheduled if not h.cancelled())
+    owners = (type(getattr(callback, "__self__", None)).__module__ for callback in timers)
+    return [
+        *(task for task, file in tasks.items() if "kontext_async" in file and "sim" not in file),
+        *(name for name in owners if name.startswith(("kontext_async.res", "asyncio.timeouts"))),
+    ]
+
+
+async def assert_nothing_left(folder, client=None):
+    """No task, timer, thread, connection or open file; and no request comes later either."""
+    await until(lambda: not ours_running() and not ledger_threads())
+    assert open_files(folder) == []
+    if client is not None:
+        assert (client.stats.waits, client.stats.in_flight) == (0, 0)
+
+
+@contextlib.contextmanager
+def read_only_folder(make):
+    """A folder in which nothing can be written any more, once ``make`` has filled it.
+
+    Root writes everywhere, and is nobody meanwhile.
+    """
+    if not hasattr(os, "geteuid"):
+        pytest.skip("folders are not read-only here")
+    folder = Path(tempfile.mkdtemp())
+    try:
+        make(folder)
+        folder.chmod(0o555)
+        is_root = os.geteuid() == 0
+        if is_root:
+            os.seteuid(NOBODY)
+        try:
+            yield folder
+        finally:
+            if is_root:
+                os.seteuid(0)
+            folder.chmod(0o755)
+    finally:
+        shutil.rmtree(folder)

@@ -1,0 +1,372 @@
+"""The commands about a folder of results: what they keep, print and say, and how they end."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from background import serving
+from typer.testing import CliRunner
+
+import kontext_async
+from kontext_async import TaskOutcome, TransportError
+from kontext_async.cli import _app, _batch, _local
+from kontext_async.results import Ledger
+from kontext_async.results._store import open_writer
+from kontext_async.simulator import Failure
+
+KEY = "marker-key-19ab"
+LEDGER = "kontext.sqlite3"
+
+
+@pytest.fixture(scope="module")
+def simulator():
+    with serving(api_key=KEY, log_limit=None) as running:
+        yield running
+
+
+@pytest.fixture
+def kontext(simulator, monkeypatch, tmp_path):
+    """Run the command in this process and in a folder of its own, against the simulator."""
+    monkeypatch.setenv("APIKLEY_API_KEY", KEY)
+    monkeypatch.chdir(tmp_path)
+
+    def invoke(command, *args, input=None):  # noqa: A002 - the runner's name for it
+        if command == "batch":
+            args = (*args, "--base-url", simulator.base_url)
+        return CliRunner().invoke(_app.app, [command, *args], input=input, prog_name="kontext")
+
+    return invoke
+
+
+def lines(result):
+    return {line["taskId"]: line for line in map(json.loads, result.stdout.splitlines())}
+
+
+def add(simulator, count=1, **task):
+    """Tasks that are over, and a text that names them."""
+    known = {"duration": 0.0, "outcome": "success", **task}
+    ids = [simulator.add_task(**known) for _ in range(count)]
+    return ids, "\n".join(ids)
+
+
+def asked(simulator, task_id):
+    """What a task was asked for: ``record-info``, or a path of its image."""
+    return [r.path.rpartition("/")[2] for r in simulator.requests if r.task_id == task_id]
+
+
+class TestBatch:
+    def test_it_saves_the_images_and_records_the_rest(self, kontext, simulator):
+        """Each success has its file, each task a line, and the ledger knows of all."""
+        good, text = add(simulator, 3)
+        (bad,), more = add(simulator, outcome=Failure(400, "It was flagged."))
+        result = kontext("batch", "--from", "-", "--into", "out", input=f"{text}\n{more}\n")
+        assert result.exit_code == 1
+        printed = lines(result)
+        assert set(printed) == {*good, bad}
+        for task_id in good:
+            assert printed[task_id]["outcome"] == "success"
+            assert Path(printed[task_id]["file"]).read_bytes().startswith(b"\x89PNG")
+        assert (printed[bad]["errorCode"], printed[bad]["file"]) == (400, None)
+        states = {entry.task_id: entry.state for entry in Ledger.read(f"out/{LEDGER}")}
+        assert states == {**dict.fromkeys(good, "done"), bad: "failed"}
+        assert "3 done, 1 failed, 3 saved in " in result.stderr
+        assert "It was flagged." in result.stderr
+
+    def test_again_it_asks_for_nothing_that_it_has(self, kontext, simulator):
+        """The same lines come again, without a request; only what is gone is fetched anew."""
+        (kept, lost), text = add(simulator, 2)
+        first = kontext("batch", "--from", "-", "--into", "out", input=text)
+        Path(lines(first)[lost]["file"]).write_bytes(b"\x89PNG")
+        again = kontext("batch", "--into", "out")
+        assert again.exit_code == 0
+        assert lines(again) == lines(first)
+        assert asked(simulator, kept) == ["record-info", f"{kept}.png"]
+        assert asked(simulator, lost) == ["record-info", f"{lost}.png", f"{lost}.png"]
+
+    def test_a_deadline_is_taken_up_again(self, kontext, simulator):
+        """What was not finished in time is asked about again, with exit code 3 until it is."""
+        (slow,), text = add(simulator, script=["generating", "success"])
+        assert (
+            kontext("batch", "--from", "-", "--into", "out", "--timeout", "0", input=text).exit_code
+            == 3
+        )
+        result = kontext("batch", "--into", "out", "--timeout", "inf")
+        assert result.exit_code == 0
+        assert lines(result)[slow]["outcome"] == "success"
+
+    def test_failed_generations_are_asked_about_again_only_on_demand(self, kontext, simulator):
+        """A failure is final unless --retry-failed doubts it."""
+        (bad,), text = add(simulator, outcome="failure")
+        for options in ((), (), ("--retry-failed",)):
+            result = kontext("batch", "--from", "-", "--into", "out", *options, input=text)
+            assert result.exit_code == 1
+            assert lines(result)[bad]["outcome"] == "failed"
+        assert asked(simulator, bad) == ["record-info"] * 2
+
+    def test_an_image_that_cannot_be_saved_is_an_error_of_its_own(self, kontext, simulator):
+        """The task keeps its success and URL, the line tells the error, and the exit code is 4."""
+        (odd,), text = add(simulator, image_script=["html_as_image"] * 9)
+        (good,), more = add(simulator)
+        result = kontext("batch", "--from", "-", "--into", "out", input=f"{text}\n{more}")
+        assert result.exit_code == 4
+        line = lines(result)[odd]
+        assert (line["outcome"], line["error"], line["file"]) == ("success", "DownloadError", None)
+        assert "is no image" in line["message"]
+        assert "2 done, 0 failed, 1 saved, 1 not saved" in result.stderr
+        assert lines(result)[good]["file"]
+
+    def test_it_ends_with_a_report(self, kontext, simulator):
+        """--report names a page that shows the images of the folder."""
+        (task_id,), text = add(simulator)
+        result = kontext("batch", "--from", "-", "--into", "out", "--report", input=text)
+        assert result.exit_code == 0
+        page = Path(result.stderr.rpartition("Report: ")[2].strip())
+        assert page == Path("out/report.html").resolve()
+        assert f"{task_id}.png" in page.read_text("utf-8")
+
+    def test_a_bad_line_is_told_before_anything_is_made(self, kontext, simulator):
+        """No request, no folder, exit code 2 and the line's number."""
+        before = len(simulator.requests)
+        result = kontext("batch", "--from", "-", "--into", "out", input="task-1\n{}\n")
+        assert result.exit_code == 2
+        assert "standard input, line 2: a JSON object without taskId" in result.stderr
+        assert len(simulator.requests) == before
+        assert not Path("out").exists()
+
+    def test_without_ids_and_without_a_ledger_there_is_nothing_to_do(self, kontext):
+        """The message names the folder."""
+        result = kontext("batch", "--into", "out")
+        assert result.exit_code == 2
+        assert "out holds no results" in result.stderr
+
+    def test_a_folder_that_cannot_be_is_wrong_usage(self, kontext, tmp_path):
+        """A file lies where the folder should."""
+        (tmp_path / "out").write_text("")
+        result = kontext("batch", "--from", "-", "--into", "out", input="task-1")
+        assert result.exit_code == 2
+        assert "cannot use the folder out: " in result.stderr
+
+    @pytest.mark.parametrize("source", [(), ("--from", "-")])
+    def test_a_ledger_that_is_none_is_left_as_it_is(self, kontext, tmp_path, source):
+        """It may be somebody's data."""
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / LEDGER).write_bytes(b"precious" * 100)
+        result = kontext("batch", *source, "--into", "out", input="task-1")
+        assert result.exit_code == 4
+        assert "it is not a ledger; it has been left as it is" in result.stderr
+        assert (tmp_path / "out" / LEDGER).read_bytes() == b"precious" * 100
+
+    def test_one_batch_at_a_time(self, kontext, simulator, tmp_path):
+        """A second one on the same folder is told so, and sends nothing."""
+        (task_id,), text = add(simulator)
+        (tmp_path / "out").mkdir()
+        with contextlib.ExitStack() as writers:
+            for connection in open_writer(tmp_path / "out" / LEDGER):
+                writers.callback(connection.close)
+            result = kontext("batch", "--from", "-", "--into", "out", input=text)
+        assert result.exit_code == 4
+        assert "another process is writing to it" in result.stderr
+        assert asked(simulator, task_id) == []
+
+    def test_without_its_extra_no_report_is_promised(self, kontext, simulator, monkeypatch):
+        """The extra is named before anything is sent."""
+        monkeypatch.setattr(_batch, "can_report", lambda: False)
+        (task_id,), text = add(simulator)
+        result = kontext("batch", "--from", "-", "--into", "out", "--report", input=text)
+        assert result.exit_code == 2
+        assert "pip install 'kontext-async[report]'" in result.stderr
+        assert asked(simulator, task_id) == []
+
+    def test_the_key_is_nowhere(self, kontext, simulator):
+        """Neither in what is printed nor in the folder, whatever happens."""
+        _, text = add(simulator, 2)
+        _, more = add(simulator, outcome="failure")
+        _, most = add(simulator, image_script=["redirect_host"] * 9)
+        texts = f"{text}\n{more}\n{most}"
+        result = kontext("batch", "--from", "-", "--into", "out", "--report", input=texts)
+        assert KEY not in result.output
+        for path in Path("out").rglob("*"):
+            assert path.is_dir() or KEY.encode() not in path.read_bytes(), path
+
+
+class TestFolder:
+    def test_status_counts(self, kontext, simulator):
+        """A line for programs, a table for people, and an exit code as the batch would have."""
+        _, text = add(simulator, 2)
+        _, more = add(simulator, outcome="failure")
+        kontext("batch", "--from", "-", "--into", "out", input=f"{text}\n{more}")
+        result = kontext("status", "out")
+        assert result.exit_code == 1
+        assert json.loads(result.stdout) == {
+            "waiting": 0,
+            "done": 2,
+            "failed": 1,
+            "unfinished": 0,
+            "error": 0,
+            "saved": 2,
+            "notSaved": 0,
+        }
+        assert "images saved" in result.stderr
+
+    def test_status_tells_of_images_that_are_missing(self, kontext, simulator):
+        """A success without its file is not all done."""
+        _, text = add(simulator, image_script=["html_as_image"] * 9)
+        kontext("batch", "--from", "-", "--into", "out", input=text)
+        result = kontext("status", "out")
+        assert result.exit_code == 4
+        assert json.loads(result.stdout)["notSaved"] == 1
+
+    def test_status_on_a_terminal_is_the_table(self, kontext, simulator, monkeypatch, capsys):
+        """Nobody there needs the line."""
+
+        class Terminal(io.StringIO):
+            def isatty(self):
+                return True
+
+        _, text = add(simulator)
+        kontext("batch", "--from", "-", "--into", "out", input=text)
+        screen = Terminal()
+        monkeypatch.setattr(sys, "stdout", screen)
+        assert _batch.show_status(Path("out")) == 0
+        assert screen.getvalue() == ""
+        assert "done" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("command", ["status", "report"])
+    def test_a_folder_without_a_ledger_is_wrong_usage(self, kontext, tmp_path, command):
+        """The message says what is missing."""
+        result = kontext(command, str(tmp_path))
+        assert result.exit_code == 2
+        assert f"there is no {LEDGER} in it" in result.stderr
+
+    @pytest.mark.parametrize("command", ["status", "report"])
+    def test_a_damaged_ledger_is_an_error(self, kontext, tmp_path, command):
+        """What is no ledger is told and left."""
+        (tmp_path / LEDGER).write_bytes(b"x" * 5000)
+        result = kontext(command, str(tmp_path))
+        assert result.exit_code == 4
+        assert "not a ledger" in result.stderr
+
+    def test_a_report_can_be_made_at_any_time(self, kontext, simulator):
+        """It tells where it is."""
+        _, text = add(simulator)
+        kontext("batch", "--from", "-", "--into", "out", input=text)
+        result = kontext("report", "out")
+        assert result.exit_code == 0
+        assert result.stderr.strip().endswith("report.html")
+
+    def test_a_report_that_cannot_be_written_is_an_error(self, kontext, simulator, tmp_path):
+        """Something else lies where the page should."""
+        _, text = add(simulator)
+        kontext("batch", "--from", "-", "--into", "out", input=text)
+        (tmp_path / "out" / "report.html").mkdir()
+        result = kontext("report", "out")
+        assert result.exit_code == 4
+        assert "cannot write the report into out: " in result.stderr
+
+
+class TestDemo:
+    @pytest.fixture(autouse=True)
+    def _soon_over(self, monkeypatch, tmp_path):
+        tasks = [("a lighthouse", 0.0, None), ("a face", 0.0, Failure(400, "It was flagged."))]
+        monkeypatch.setattr(_local, "_TASKS", tasks)
+        monkeypatch.setattr(_app.tempfile, "mkdtemp", lambda prefix: str(tmp_path))
+        monkeypatch.delenv("APIKLEY_API_KEY", raising=False)
+
+    def test_it_ends_by_naming_the_report(self, tmp_path):
+        """A table, results for programs, images in a folder, and a page about them."""
+        result = CliRunner().invoke(_app.app, ["demo"])
+        assert result.exit_code == 0
+        assert [line["outcome"] for line in lines(result).values()].count("success") == 1
+        assert "1 done, 1 failed, 1 saved" in result.stderr
+        assert "400: It was flagged." in result.stderr
+        assert "/images/demo-01" in result.stderr
+        page = tmp_path.resolve() / "demo" / "report.html"
+        assert result.stderr.strip().endswith(str(page))
+        assert page.exists()
+
+    def test_without_the_extra_it_names_the_folder(self, monkeypatch, tmp_path):
+        """And says what a page about the images needs."""
+        monkeypatch.setattr(_local, "can_report", lambda: False)
+        result = CliRunner().invoke(_app.app, ["demo"])
+        assert result.exit_code == 0
+        assert f"Images: {tmp_path / 'demo'}" in result.stderr
+        assert "pip install 'kontext-async[images,report]'" in result.stderr
+
+    async def test_on_a_terminal_it_is_the_table(self, monkeypatch, capsys, tmp_path):
+        """On a terminal nobody needs the lines for programs."""
+
+        class Terminal(io.StringIO):
+            def isatty(self):
+                return True
+
+        screen = Terminal()
+        monkeypatch.setattr(sys, "stdout", screen)
+        await _local.demonstrate(tmp_path)
+        assert screen.getvalue() == ""
+        assert "demo-02" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("over", [0, 2])
+def test_an_interrupted_batch_is_told_how_it_stands(over, capsys):
+    """What is paid for and not yet over is named only where there is such a thing."""
+    tally = _batch.BatchTally(["task-1", "task-2"])
+    for task_id in ("task-1", "task-2")[:over]:
+        tally.ended(TaskOutcome(task_id=task_id, error=TransportError("reset", task_id=task_id)))
+    _batch.say_how_to_go_on(tally, Path("out"))
+    said = capsys.readouterr().err
+    assert ("paid for" in said) is (over == 0)
+    assert said.endswith("kontext batch --into out\n")
+
+
+@contextlib.contextmanager
+def started(simulator, *args):
+    """The command as a process of its own."""
+    environment = os.environ | {
+        "APIKLEY_API_KEY": KEY,
+        "PYTHONPATH": str(Path(kontext_async.__file__).parent.parent),
+    }
+    command = [sys.executable, "-P", "-c", "from kontext_async.cli import main; main()"]
+    with subprocess.Popen(
+        [*command, *args, "--base-url", simulator.base_url],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_ctrl_c_says_how_to_go_on(simulator, tmp_path):
+    """It ends at once with 130; what has ended is kept, and the command to go on is named."""
+    (good,), text = add(simulator)
+    running = simulator.add_task(duration=math.inf)
+    (tmp_path / "ids.txt").write_text(f"{text}\n{running}\n")
+    folder = tmp_path / "my results"
+    args = ("batch", "--from", tmp_path / "ids.txt", "--into", folder)
+    with started(simulator, *args) as process:
+        assert json.loads(process.stdout.readline())["taskId"] == good
+        end = time.monotonic() + 20
+        while not simulator.polls(running):
+            assert time.monotonic() < end, "never asked about"
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert "1 done, 0 failed, 1 saved, of 2 tasks" in errors
+    assert f"kontext batch --into '{folder}'" in errors
+    assert "Traceback" not in errors
+    states = {entry.task_id: entry.state for entry in Ledger.read(folder / LEDGER)}
+    assert states == {good: "done", running: "waiting"}

@@ -1,0 +1,1089 @@
+"""Saving the images of finished tasks, against the simulator and servers that misbehave."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import gzip
+import hashlib
+import io
+import itertools
+import pickle
+import threading
+import traceback
+import types
+import warnings
+from contextlib import nullcontext
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from PIL import Image
+from raw_server import http, raw_server
+from tenacity import wait_fixed
+
+from kontext_async import (
+    ClientStateError,
+    CompletedTask,
+    ConfigurationError,
+    GenerationFailedError,
+    KontextClient,
+    KontextError,
+    TaskOutcome,
+    TaskStatus,
+)
+from kontext_async.results import (
+    DownloadError,
+    ImageSaver,
+    ResultExpiredError,
+    SavedImage,
+    SaveStream,
+    _files,
+    download,
+    save_outcomes,
+)
+from kontext_async.simulator import IMAGE_STEPS, Simulator, steps
+from kontext_async.simulator.images import make_image, plain_png
+
+virtual_time = pytest.mark.virtual_time
+KEY = "marker-0123456789-key"
+MIB = 1024 * 1024
+DAY = timedelta(days=1)
+
+PNG = plain_png(2, 2, b"abc")
+LARGE = make_image('{"prompt": "a boat"}', "png", MIB * 3 // 2)
+IMAGE = http(PNG, "Content-Type: image/png")
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_is_left():
+    yield
+    for thread in saver_threads():
+        thread.join(2)
+        assert not thread.is_alive()
+
+
+def saver_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("kontext-saver")]
+
+
+@pytest.fixture
+async def simulator():
+    async with Simulator(api_key=KEY) as simulator:
+        yield simulator
+
+
+@pytest.fixture
+async def client(simulator):
+    async with KontextClient(KEY, base_url=simulator.base_url) as client:
+        yield client
+
+
+def client_of(server):
+    """A client whose API is where the images are."""
+    return KontextClient(KEY, base_url=server.base_url)
+
+
+def task_at(server, task_id="t", *, path="/x", age=timedelta(0), origin=None):
+    return CompletedTask(
+        task_id=task_id,
+        result_image_url=server.base_url + path,
+        origin_image_url=origin,
+        complete_time=datetime.now(UTC) - age,
+    )
+
+
+def task_in(simulator, task_id="t", *script, **params):
+    """A task of the simulator that has ended, its image served after ``script``."""
+    params = {"prompt": "a boat", "outputFormat": "png", **params}
+    simulator.add_task(task_id, duration=0, outcome="success", params=params, image_script=script)
+    return task_at(
+        simulator,
+        task_id,
+        path=f"/images/{task_id}.png",
+        origin=f"{simulator.base_url}/origins/{task_id}.png",
+    )
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def now():
+    return asyncio.get_running_loop().time()
+
+
+async def error_of(awaitable, kind=KontextError):
+    with pytest.raises(kind) as caught:
+        await awaitable
+    return caught.value
+
+
+async def refusal_of(awaitable):
+    error = await error_of(awaitable, DownloadError)
+    assert type(error) is DownloadError
+    return error
+
+
+# --- one image ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "ending"), [("png", ".png"), ("jpeg", ".jpg")])
+async def test_an_image_is_saved_into_a_folder(kind, ending, simulator, client, tmp_path):
+    """The folder is made; the file is named after the task, with the ending of what it holds."""
+    task = task_in(simulator, "task12345", outputFormat=kind)
+    path = await download(client, task, tmp_path / "a" / "b")
+    assert path == tmp_path / "a" / "b" / f"task12345{ending}"
+    assert _files.image_kind(path.read_bytes()) == kind
+    assert names(path.parent) == [path.name]
+
+
+async def test_the_result_of_a_wait_can_be_saved(simulator, client, tmp_path):
+    """From the id to the file."""
+    simulator.add_task("t", duration=0, params={"outputFormat": "png"})
+    path = await download(client, await client.wait_for_result("t"), str(tmp_path))
+    assert path == tmp_path / "t.png"
+
+
+async def test_a_path_with_a_suffix_is_the_file(simulator, client, tmp_path):
+    """Called just as the caller says, in a folder that is made; a folder is one all the same."""
+    task = task_in(simulator)
+    path = await download(client, task, tmp_path / "a" / "boat.jpeg")
+    assert path == tmp_path / "a" / "boat.jpeg"
+    assert path.read_bytes()[:4] == b"\x89PNG"
+    (tmp_path / "v1.0").mkdir()
+    assert await download(client, task, tmp_path / "v1.0") == tmp_path / "v1.0" / "t.png"
+
+
+async def test_a_relative_path_is_relative_to_the_working_folder(
+    simulator, client, tmp_path, monkeypatch
+):
+    """A bare file name too."""
+    monkeypatch.chdir(tmp_path)
+    await download(client, task_in(simulator), "boat.png")
+    await download(client, task_in(simulator, "u"), ".")
+    assert names(tmp_path) == ["boat.png", "u.png"]
+
+
+@pytest.mark.parametrize("target", ["", "t.png"])
+async def test_a_file_that_is_there_is_replaced_only_when_asked(
+    target, simulator, client, tmp_path
+):
+    """It is not even asked for: a folder is read once, so a batch begun again costs no traffic."""
+    task = task_in(simulator)
+    (tmp_path / "t.png").write_bytes(b"old")
+    error = await refusal_of(download(client, task, tmp_path / target))
+    assert "'t.png' already" in str(error)
+    assert (error.task_id, error.retryable) == ("t", False)
+    assert not simulator.requests
+    assert (tmp_path / "t.png").read_bytes() == b"old"
+    await download(client, task, tmp_path / target, overwrite=True)
+    assert (tmp_path / "t.png").read_bytes()[:4] == b"\x89PNG"
+    assert names(tmp_path) == ["t.png"]
+
+
+@pytest.mark.parametrize(
+    "task_id",
+    ["../../x", "..", "CON", "nul.txt", "x" * 300, "Ж" * 300, "\ud800", "a\0b", "/etc/passwd", ""],
+    ids=ascii,
+)
+async def test_a_hostile_id_names_a_file_in_the_folder(task_id, tmp_path):
+    """Nothing is written anywhere else."""
+    folder = tmp_path / "a" / "b"
+    async with raw_server(IMAGE) as server, client_of(server) as client:
+        path = await download(client, task_at(server, task_id), folder)
+    assert [*tmp_path.rglob("*.png")] == [path] == [*folder.iterdir()]
+    assert path.parent == folder
+
+
+@pytest.mark.parametrize("folder", ["file", "file/below"])
+async def test_a_folder_that_cannot_be_made_is_an_error(folder, simulator, client, tmp_path):
+    """Before anything is asked for."""
+    (tmp_path / "file").write_bytes(b"")
+    error = await refusal_of(download(client, task_in(simulator), tmp_path / folder))
+    assert (error.task_id, error.retryable, error.http_status) == (None, False, None)
+    assert not simulator.requests
+
+
+@virtual_time
+async def test_a_file_that_cannot_be_written_is_not_asked_for_again(simulator, client, tmp_path):
+    """The host is not at fault; here the folder goes away meanwhile."""
+    task = task_in(simulator)
+    async with ImageSaver(client, tmp_path / "a") as saver:
+        (tmp_path / "a").rmdir()
+        error = await refusal_of(saver.save(task))
+    assert "No such file" in str(error)
+    assert (error.task_id, error.retryable, len(simulator.requests)) == ("t", False, 1)
+
+
+async def test_a_disk_that_fills_up_leaves_nothing(tmp_path, monkeypatch):
+    """In the middle of a long image: here the kernel lets no file grow over a mebibyte."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    async with raw_server(http(LARGE)) as server, client_of(server) as client:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (MIB, limits[1]))
+        try:
+            error = await refusal_of(download(client, task_at(server), tmp_path))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert "File too large" in str(error)
+        assert (error.retryable, len(server.heads)) == (False, 1)
+    assert names(tmp_path) == []
+
+
+async def test_a_long_image_is_the_sum_of_its_pieces(tmp_path):
+    """Written as it comes, and described without reading it again."""
+    async with (
+        raw_server(http(LARGE)) as server,
+        client_of(server) as client,
+        ImageSaver(client, tmp_path) as saver,
+    ):
+        saved = await saver.save(task_at(server))
+    assert saved.path.read_bytes() == LARGE
+    digest = hashlib.sha256(LARGE).hexdigest()
+    assert (saved.size, saved.sha256, saved.kind) == (len(LARGE), digest, "png")
+
+
+# --- what hosts do ------------------------------------------------------------------------------
+
+AT_ONCE = [
+    *["image", "wrong_type", "no_type", "gzip", "chunked", "slow", "closed_after"],
+    "redirect",
+]
+FINAL = {
+    "html_410": "no image for us",
+    "huge": "larger than 52428800 bytes",
+    "huge_chunked": "larger than 52428800 bytes",
+    "redirect_loopback": "localhost is refused",
+    "redirect_file": "not http(s): file:",
+    "redirect_host": "images.invalid is plain http",
+    "redirect_private": "169.254.169.254 is plain http",
+}
+AGAIN = sorted(IMAGE_STEPS.keys() - {*AT_ONCE, *FINAL})
+
+
+@virtual_time
+@pytest.mark.parametrize("step", AT_ONCE)
+async def test_some_answers_are_unusual_and_good(step, simulator, client, tmp_path):
+    """No type or a general one, compressed, in chunks, slow, closing, elsewhere."""
+    path = await download(client, task_in(simulator, "t", step), tmp_path)
+    assert path.read_bytes() == make_image('{"prompt": "a boat"}', "png", 0)
+    assert len(simulator.requests) == 1 + (step == "redirect")
+
+
+@virtual_time
+@pytest.mark.parametrize("step", AGAIN)
+async def test_what_may_pass_is_tried_again(step, simulator, client, tmp_path):
+    """Trouble, silence, a body too short or too long, a page, nothing, another kind."""
+    task = task_in(simulator, "t", step, step)
+    path = await download(client, task, tmp_path, timeout=None)
+    assert path.read_bytes() == make_image('{"prompt": "a boat"}', "png", 0)
+    assert names(tmp_path) == ["t.png"]
+    assert len(simulator.requests) == 3
+
+
+@virtual_time
+async def test_trouble_on_the_way_does_not_count_as_an_answer(simulator, client, tmp_path):
+    """What a host says of the image is believed the third time, however often it was down."""
+    script = ["reset", "html_500", "truncated", "empty", "html_as_image"]
+    path = await download(client, task_in(simulator, "t", *script), tmp_path)
+    assert path.read_bytes() == make_image('{"prompt": "a boat"}', "png", 0)
+    assert len(simulator.requests) == 6
+
+
+@pytest.mark.parametrize("step", FINAL)
+async def test_what_cannot_pass_ends_it_at_once(step, simulator, client, tmp_path):
+    """Gone, too large, or where nobody should follow."""
+    error = await refusal_of(download(client, task_in(simulator, "t", step), tmp_path))
+    assert FINAL[step] in str(error)
+    assert error.retryable is False
+    assert names(tmp_path) == []
+    assert len(simulator.requests) == 1
+
+
+@virtual_time
+@pytest.mark.parametrize(
+    ("step", "said", "status"),
+    [
+        ("html_as_image", "what came is no image", 200),
+        ("html_200", "what came is no image", 200),
+        ("empty", "nothing came", 200),
+        ("other_type", "announced as webp, but is png", 200),
+        ("cut_short", "the png is broken", 200),
+        ("html_403", "127.0.0.1 has no image for us", 403),
+        ("html_404", "127.0.0.1 has no image for us", 404),
+    ],
+)
+async def test_a_host_that_answers_no_is_asked_three_times(
+    step, said, status, simulator, client, tmp_path
+):
+    """It may mean it; the error says what came, and leaves no file."""
+    task = task_in(simulator, "t", *[step] * 5)
+    error = await refusal_of(download(client, task, tmp_path, timeout=None))
+    assert said in str(error)
+    assert f"(HTTP {status})" in str(error)
+    assert (error.http_status, error.retryable, error.task_id) == (status, True, "t")
+    assert names(tmp_path) == []
+    assert len(simulator.requests) == 3
+
+
+@virtual_time
+@pytest.mark.parametrize("progressive", [False, True])
+async def test_a_jpeg_cut_short_is_not_saved(progressive, tmp_path):
+    """Its length is as announced, so that only a decoder can tell."""
+    out = io.BytesIO()
+    Image.effect_noise((64, 64), 50).save(out, "jpeg", progressive=progressive)
+    async with raw_server(http(out.getvalue()[:-200])) as server, client_of(server) as client:
+        error = await refusal_of(download(client, task_at(server), tmp_path, timeout=None))
+    assert "the jpeg is broken" in str(error)
+    assert names(tmp_path) == []
+
+
+@virtual_time
+async def test_without_pillow_the_signature_has_to_do(simulator, client, tmp_path, monkeypatch):
+    """What is no image at all is still refused."""
+    monkeypatch.setattr(_files, "_HAS_PILLOW", False)
+    await download(client, task_in(simulator, "t", "cut_short"), tmp_path)
+    page = task_in(simulator, "u", *["html_as_image"] * 3)
+    await refusal_of(download(client, page, tmp_path))
+    assert names(tmp_path) == ["t.png"]
+
+
+@virtual_time
+@pytest.mark.parametrize("kind", ["image/jpg", "image/pjpeg", "image/jpeg", "IMAGE/JPEG; a=b"])
+async def test_a_kind_may_go_by_other_names(kind, tmp_path):
+    """As some hosts write them."""
+    jpeg = make_image("{}", "jpeg", 0)
+    answer = http(jpeg, f"Content-Type: {kind}")
+    async with raw_server(answer) as server, client_of(server) as client:
+        path = await download(client, task_at(server), tmp_path)
+    assert path.name == "t.jpg"
+
+
+@virtual_time
+async def test_a_body_longer_than_announced_is_what_was_announced(tmp_path):
+    """What follows belongs to no answer of ours."""
+    async with raw_server([IMAGE, 0.01, b"x" * 5000]) as server, client_of(server) as client:
+        path = await download(client, task_at(server), tmp_path)
+        assert path.read_bytes() == PNG
+
+
+@virtual_time
+@pytest.mark.parametrize("extra", [5, 5000])
+async def test_a_body_that_does_not_fit_what_was_announced_is_not_saved(extra, tmp_path):
+    """Seen where both come at once: neither the length nor the image is to be believed."""
+    async with raw_server(IMAGE + b"x" * extra) as server, client_of(server) as client:
+        error = await refusal_of(download(client, task_at(server), tmp_path, timeout=5))
+    assert error.retryable
+    assert names(tmp_path) == []
+
+
+@virtual_time
+async def test_a_body_shorter_than_announced_is_never_whole(tmp_path):
+    """Even where all of an image is in it; it is asked for as long as there is time."""
+    answer = [b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n" + PNG, None]
+    async with raw_server(answer) as server, client_of(server) as client:
+        error = await refusal_of(download(client, task_at(server), tmp_path))
+        assert len(server.heads) > 5
+    assert "ClientPayloadError" in str(error)
+    assert error.retryable
+    assert names(tmp_path) == []
+    assert 90 < now() <= 120
+
+
+@virtual_time
+async def test_a_host_in_trouble_is_asked_until_the_deadline(simulator, client, tmp_path):
+    """More and more seldom, and not beyond it."""
+    task = task_in(simulator, "t", *["html_503"] * 99)
+    error = await refusal_of(download(client, task, tmp_path, timeout=60))
+    assert (error.http_status, error.retryable) == (503, True)
+    assert 8 <= len(simulator.requests) <= 14
+    assert 40 < now() <= 60
+
+
+@virtual_time
+async def test_without_a_deadline_a_host_is_waited_for(simulator, client, tmp_path):
+    """Ten minutes of trouble, here."""
+    task = task_in(simulator, "t", *["html_503"] * 60)
+    await download(client, task, tmp_path, timeout=None)
+    assert simulator.requests[-1].time > 400
+
+
+@virtual_time
+async def test_a_host_says_when_to_come_again(simulator, client, tmp_path):
+    """Not sooner; and where that is beyond the deadline there is no point in waiting."""
+    step = steps.http(503, headers={"Retry-After": "40"})
+    await download(client, task_in(simulator, "t", step), tmp_path)
+    assert simulator.requests[-1].time - simulator.requests[0].time == pytest.approx(40, abs=1)
+    error = await refusal_of(download(client, task_in(simulator, "u", step), tmp_path, timeout=30))
+    assert error.retry_after == 40
+    assert len(simulator.requests) == 3
+
+
+@virtual_time
+@pytest.mark.parametrize(
+    "answer",
+    [[99.0], [b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n" + PNG, 99.0]],
+    ids=["silent", "stalls"],
+)
+async def test_the_deadline_is_over_everything(answer, tmp_path):
+    """Headers and body; the error tells what was waited for."""
+    async with raw_server(answer) as server, client_of(server) as client:
+        error = await refusal_of(download(client, task_at(server), tmp_path, timeout=7))
+    assert "no answer in time" in str(error)
+    assert now() == pytest.approx(7, abs=0.1)
+
+
+@pytest.mark.parametrize("announced", [True, False])
+@pytest.mark.parametrize("spare", [0, -1])
+@pytest.mark.parametrize("data", [PNG, LARGE], ids=["short", "long"])
+async def test_the_limit_of_size_is_exact(announced, spare, data, tmp_path):
+    """Announced or not, and wherever it is passed."""
+    head = f"Content-Length: {len(data)}" if announced else "Connection: close"
+    answer = [f"HTTP/1.1 200 OK\r\n{head}\r\n\r\n".encode() + data, None]
+    async with raw_server(answer) as server, client_of(server) as client:
+        saving = download(client, task_at(server), tmp_path, max_bytes=len(data) + spare)
+        if spare == 0:
+            assert (await saving).read_bytes() == data
+            return
+        error = await refusal_of(saving)
+    assert f"larger than {len(data) - 1} bytes" in str(error)
+    assert (error.retryable, len(server.heads)) == (False, 1)
+    assert names(tmp_path) == []
+
+
+@virtual_time
+async def test_an_image_announced_as_too_large_is_not_waited_for(tmp_path):
+    """The head of the answer is enough."""
+    answer = [b"HTTP/1.1 200 OK\r\nContent-Length: 52428801\r\n\r\n", 99.0]
+    async with raw_server(answer) as server, client_of(server) as client:
+        error = await refusal_of(download(client, task_at(server), tmp_path))
+        assert len(server.heads) == 1
+    assert "larger than 52428800 bytes" in str(error)
+    assert now() < 1
+
+
+async def test_the_limit_counts_what_a_compressed_body_becomes(tmp_path):
+    """A small body that unpacks to a large one is stopped as it does."""
+
+    bomb = gzip.compress(PNG + bytes(8 * MIB))
+    answer = http(bomb, "Content-Encoding: gzip")
+    assert len(bomb) < 10_000
+    async with raw_server(answer) as server, client_of(server) as client:
+        error = await refusal_of(download(client, task_at(server), tmp_path, max_bytes=MIB))
+    assert "larger than" in str(error)
+    assert names(tmp_path) == []
+
+
+# --- gone ---------------------------------------------------------------------------------------
+
+
+@virtual_time
+@pytest.mark.parametrize("status", [403, 404, 410])
+async def test_an_image_past_its_time_is_gone(status, tmp_path):
+    """Fourteen days after completion one answer is enough."""
+    async with raw_server(http(status=status)) as server, client_of(server) as client:
+        saving = download(client, task_at(server, age=14 * DAY), tmp_path)
+        error = await error_of(saving, ResultExpiredError)
+        assert len(server.heads) == 1
+    assert (error.http_status, error.retryable, error.task_id) == (status, False, "t")
+    assert "keeps it no longer" in str(error)
+
+
+@virtual_time
+@pytest.mark.parametrize(
+    ("status", "age"), [(403, 13.9), (404, 13.9), (410, 13.9), (500, 15), (401, 15), (200, 15)]
+)
+async def test_else_it_is_not(status, age, tmp_path):
+    """Before that time, or with another answer, that is a failed download."""
+    async with raw_server(http(status=status)) as server, client_of(server) as client:
+        saving = download(client, task_at(server, age=age * DAY), tmp_path)
+        assert (await refusal_of(saving)).http_status == status
+
+
+@virtual_time
+async def test_without_a_time_of_completion_nothing_is_known_to_be_gone(tmp_path):
+    """The record may lack it."""
+    async with raw_server(http(status=404)) as server, client_of(server) as client:
+        task = CompletedTask(task_id="t", result_image_url=server.base_url)
+        await refusal_of(download(client, task, tmp_path))
+
+
+@virtual_time
+async def test_an_image_past_its_time_that_is_still_there_is_saved(tmp_path):
+    """The clock alone decides nothing."""
+    async with raw_server(IMAGE) as server, client_of(server) as client:
+        assert (await download(client, task_at(server, age=99 * DAY), tmp_path)).exists()
+
+
+@virtual_time
+@pytest.mark.parametrize("step", ["html_404", "html_as_image", "html_503"])
+async def test_the_origin_is_asked_only_when_one_says_so(step, simulator, client, tmp_path):
+    """Whatever is wrong with the result; which is asked first in any case."""
+    task = task_in(simulator, "t", step, step)  # and then the image, from either place
+    await refusal_of(download(client, task, tmp_path, timeout=0.7))
+    task = task_in(simulator, "u", step, step)
+    path = await download(client, task, tmp_path, use_origin=True, timeout=0.7)
+    assert path.name == "u.png"
+    folders = [request.path.split("/")[1] for request in simulator.requests]
+    assert folders == ["images"] * 4 + ["origins"]
+
+
+@virtual_time
+@pytest.mark.parametrize("origin", [None, ""])
+async def test_a_task_may_have_no_origin(origin, tmp_path):
+    """Then the result's error is all there is."""
+    async with raw_server(http(status=410)) as server, client_of(server) as client:
+        await refusal_of(
+            download(client, task_at(server, origin=origin), tmp_path, use_origin=True)
+        )
+        assert len(server.heads) == 1
+
+
+@virtual_time
+@pytest.mark.parametrize("gone", [403, 404, 410])
+async def test_an_origin_that_is_not_there_is_gone(gone, simulator, client, tmp_path):
+    """At any time: it lives for ten minutes. Both gone is gone for good."""
+    task = task_in(simulator, "t", "html_410", steps.http(gone), "image")
+    error = await error_of(download(client, task, tmp_path, use_origin=True), ResultExpiredError)
+    assert error.http_status == gone
+    assert error.__cause__.http_status == 410
+    assert len(simulator.requests) == 2
+
+
+@virtual_time
+async def test_a_result_in_trouble_is_not_gone_with_its_origin(simulator, client, tmp_path):
+    """It may come back, so that is the error, and the origin's is its cause."""
+    script = ["html_503", steps.http(410)]
+    task = task_in(simulator, "t", *script)
+    error = await refusal_of(download(client, task, tmp_path, use_origin=True, timeout=0.2))
+    assert (error.http_status, error.retryable) == (503, True)
+    assert isinstance(error.__cause__, ResultExpiredError)
+
+
+# --- the key ------------------------------------------------------------------------------------
+
+
+def shown(error):
+    """How an error shows itself, with all that led to it."""
+    texts = [repr(error), str(error), *traceback.format_exception(error)]
+    return "\n".join([*texts, pickle.dumps(error).decode("latin-1"), repr(vars(error))])
+
+
+@virtual_time
+async def test_no_image_host_sees_the_key(tmp_path, caplog):
+    """Not the API's own origin, not one it redirects to, not the origin of a result."""
+    caplog.set_level("DEBUG")
+    async with raw_server(http(b"", status=404)) as last:
+        redirect = http(b"", f"Location: {last.base_url}/there", status=302)
+        async with raw_server(redirect) as api, client_of(api) as client:
+            task = task_at(api, origin=f"{last.base_url}/origin")
+            saving = download(client, task, tmp_path, use_origin=True, allow_private=True)
+            error = await error_of(saving, ResultExpiredError)
+    heads = "".join([*api.heads, *last.heads]).lower()
+    assert (len(api.heads), len(last.heads)) == (3, 4)
+    for word in (KEY, "authorization", "bearer", "cookie"):
+        assert word not in heads
+    assert KEY not in shown(error) + caplog.text
+
+
+@virtual_time
+@pytest.mark.parametrize("step", sorted({*IMAGE_STEPS} - {"huge", "huge_chunked"}))
+async def test_the_key_is_in_no_request_and_no_error(step, simulator, client, tmp_path):
+    """The simulator would have seen it."""
+    task = task_in(simulator, "t", *[step] * 99)
+    saving = download(client, task, tmp_path, timeout=20)
+    [error] = await asyncio.gather(saving, return_exceptions=True)
+    assert isinstance(error, DownloadError) is (step not in AT_ONCE or step == "redirect")
+    assert not isinstance(error, DownloadError) or KEY not in shown(error)
+    assert simulator.requests
+    assert not any(request.sent_authorization for request in simulator.requests)
+
+
+# --- cancellation -------------------------------------------------------------------------------
+
+
+@types.coroutine
+def cancelled_at(coroutine, nth, times):
+    """Run a coroutine, and cancel it at its nth wait, and at the next ones; returns its waits."""
+    task, loop = asyncio.current_task(), asyncio.get_running_loop()
+    waits, error = 0, None
+    while True:
+        try:
+            waiting = coroutine.send(None) if error is None else coroutine.throw(error)
+        except StopIteration:
+            return waits
+        waits += 1
+        if nth <= waits < nth + times:
+            loop.call_soon(task.cancel)
+        try:
+            yield waiting
+            error = None
+        except BaseException as exc:  # noqa: BLE001  # it is thrown into the coroutine
+            error = exc
+
+
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("data", [PNG, LARGE], ids=["short", "long"])
+async def test_a_download_cancelled_anywhere_leaves_nothing(data, times, tmp_path):
+    """No temporary file, no half image, no task, no thread, no connection."""
+    tasks = asyncio.all_tasks()
+    answer = [http(data)[:-9], 0.001, data[-9:]]
+    async with raw_server(answer) as server, client_of(server) as client:
+        for nth in itertools.count(1):
+            folder = tmp_path / str(nth)
+            saving = download(client, task_at(server), folder, allow_private=True)
+            run = asyncio.create_task(cancelled_at(saving, nth, times))
+            await asyncio.wait([run])
+            for path in folder.iterdir() if folder.exists() else ():
+                assert (path.name, path.read_bytes()) == ("t.png", data)
+            if not run.cancelled():
+                break
+            for thread in saver_threads():
+                thread.join(2)
+    assert run.result() < nth
+    assert nth > 5
+    assert names(folder) == ["t.png"]
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert asyncio.all_tasks() == tasks
+    del run, saving
+    gc.collect()  # a session that is left open would warn
+
+
+@virtual_time
+async def test_a_cancellation_ends_a_pause(simulator, client, tmp_path):
+    """A save that waits for its next attempt ends at once."""
+    task = task_in(simulator, "t", *["html_503"] * 99)
+    async with ImageSaver(client, tmp_path) as saver:
+        begun = now()
+        run = asyncio.create_task(saver.save(task))
+        await asyncio.sleep(50)
+        run.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await run
+        assert now() == begun + 50
+    assert len(simulator.requests) > 5
+
+
+# --- the saver ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *[{"max_bytes": value} for value in (0, -1, True, 1.5, "9", None)],
+        *[{"max_concurrency": value} for value in (0, -1, False, 2.0, None)],
+        *[{"timeout": value} for value in (0, -1, float("nan"), "9")],
+        *[{"folder": value} for value in ("a\0b", "\ud800")],
+    ],
+    ids=ascii,
+)
+def test_an_argument_that_cannot_be_used_is_refused(options, tmp_path):
+    """Before a folder is made; the error names it."""
+    folder = options.pop("folder", tmp_path)
+    with pytest.raises(ConfigurationError, match=next(iter(options), "folder")):
+        ImageSaver(KontextClient(KEY), folder, **options)
+
+
+async def test_what_cannot_be_saved_is_refused(client, tmp_path):
+    """A record, an id, or a name that is none."""
+    async with raw_server(IMAGE) as server, ImageSaver(client_of(server), tmp_path) as saver:
+        with pytest.raises(ConfigurationError, match="not str"):
+            await saver.save("t")
+        for name in ("", ".", "..", "a/b", "/a", "../a", "a/", "a\0b", "\ud800"):
+            with pytest.raises(ConfigurationError, match="name"):
+                await saver.save(task_at(server), name=name)
+        assert not server.connections
+    assert names(tmp_path) == []
+
+
+async def test_a_path_that_is_none_is_refused(client, tmp_path):
+    """As the name of a file or of a folder."""
+    async with raw_server(IMAGE) as server:
+        for path in ("a\0b", "a\0b.png", "\ud800", "\ud800.png"):
+            with pytest.raises(ConfigurationError, match="cannot be the name of a file"):
+                await download(client, task_at(server), tmp_path / path)
+    assert names(tmp_path) == []
+
+
+async def test_a_saver_saves_within_its_block_alone(tmp_path):
+    """Before, after, and twice at once are errors that say so; it can be opened again."""
+    async with raw_server(IMAGE) as server, client_of(server) as client:
+        saver = ImageSaver(client, tmp_path)
+        await error_of(saver.save(task_at(server)), ClientStateError)
+        async with saver:
+            with pytest.raises(ClientStateError, match="open already"):
+                await saver.__aenter__()
+            await saver.save(task_at(server))
+        await error_of(saver.save(task_at(server, "u")), ClientStateError)
+        async with saver:
+            await saver.save(task_at(server, "u"))
+    assert names(tmp_path) == ["t.png", "u.png"]
+
+
+async def begun(path):
+    async with asyncio.timeout(10):
+        while not names(path):  # noqa: ASYNC110  # the file system has no events
+            await asyncio.sleep(0.001)
+
+
+BEGINNING = f"HTTP/1.1 200 OK\r\nContent-Length: {9 * MIB}\r\n\r\n".encode() + LARGE
+
+
+@pytest.mark.parametrize("pause", [0, 0.02])
+async def test_a_save_left_behind_ends_with_its_saver(pause, tmp_path):
+    """With an error that says why, and without its temporary file; one that waits ends, too."""
+    async with raw_server([BEGINNING, 60.0]) as server, client_of(server) as client:
+        async with ImageSaver(client, tmp_path, max_concurrency=1, timeout=None) as saver:
+            tasks = [task_at(server, task_id) for task_id in "tu"]
+            saves = [asyncio.create_task(saver.save(task)) for task in tasks]
+            await begun(tmp_path)
+            await asyncio.sleep(pause)
+        assert all(save.done() for save in saves)
+        for save in saves:
+            assert "closed before the image" in str(await error_of(save, ClientStateError))
+        assert len(server.heads) == 1
+    assert names(tmp_path) == []
+
+
+async def test_a_closing_that_is_cancelled_still_closes(tmp_path):
+    """Saves left behind clean up on their own."""
+    async with raw_server([BEGINNING, 60.0]) as server, client_of(server) as client:
+        saver = ImageSaver(client, tmp_path)
+        await saver.__aenter__()
+        save = asyncio.create_task(saver.save(task_at(server)))
+        await begun(tmp_path)
+        closing = asyncio.create_task(saver.__aexit__(None, None, None))
+        await asyncio.sleep(0)
+        closing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await closing
+        await error_of(save, ClientStateError)
+    assert names(tmp_path) == []
+
+
+async def test_saves_of_one_task_at_once_make_one_file(tmp_path):
+    """All but one are told; with leave to overwrite none is."""
+    async with raw_server(IMAGE) as server, client_of(server) as client:
+        for overwrite in (False, True):
+            async with ImageSaver(client, tmp_path / "a", overwrite=overwrite) as saver:
+                saves = [saver.save(task_at(server)) for _ in range(8)]
+                results = await asyncio.gather(*saves, return_exceptions=True)
+            saved = [result for result in results if isinstance(result, SavedImage)]
+            assert len(saved) == (8 if overwrite else 1)
+            assert names(tmp_path / "a") == ["t.png"]
+
+
+async def test_an_image_saved_before_is_not_asked_for(tmp_path):
+    """The saver knows what it has put there itself, too."""
+    async with (
+        raw_server(IMAGE) as server,
+        client_of(server) as client,
+        ImageSaver(client, tmp_path) as saver,
+    ):
+        await saver.save(task_at(server))
+        await refusal_of(saver.save(task_at(server)))
+        assert len(server.heads) == 1
+
+
+async def test_another_saver_of_the_folder_is_not_overwritten(tmp_path):
+    """What it has saved meanwhile is met when the file gets its name."""
+    async with (
+        raw_server(IMAGE) as server,
+        client_of(server) as client,
+        ImageSaver(client, tmp_path) as one,
+        ImageSaver(client, tmp_path) as other,
+    ):
+        await one.save(task_at(server))
+        assert "already" in str(await refusal_of(other.save(task_at(server))))
+    assert names(tmp_path) == ["t.png"]
+
+
+@virtual_time
+async def test_so_many_images_are_saved_at_a_time(client, tmp_path):
+    """And no more."""
+    async with Simulator(latency=1.0) as slow:
+        tasks = [task_in(slow, f"t{n}") for n in range(12)]
+        async with ImageSaver(client_of(slow), tmp_path, max_concurrency=4) as saver:
+            await asyncio.gather(*(saver.save(task) for task in tasks))
+        assert slow.max_in_flight == 4
+    assert len(names(tmp_path)) == 12
+
+
+async def test_a_saved_image_is_found_after_a_restart(tmp_path):
+    """The same as it was; one that is not whole is not, and neither is what came since."""
+    async with raw_server(IMAGE) as server, client_of(server) as client:
+        async with ImageSaver(client, tmp_path) as saver:
+            saved = await saver.save(task_at(server))
+            assert await saver.find("u") is None
+        (tmp_path / "v.png").write_bytes(PNG[:-30])
+        async with ImageSaver(client, tmp_path) as saver:
+            (tmp_path / "w.png").write_bytes(PNG)
+            assert await saver.find("t") == saved
+            assert await saver.find("v") is None
+            assert await saver.find("w") is None
+            (tmp_path / "t.png").unlink()
+            assert await saver.find("t") is None
+
+
+async def test_a_sweep_removes_what_a_killed_process_left(client, tmp_path):
+    """And nothing else."""
+    for name in (".t.png.0123456789ab.part", "t.png", ".hidden"):
+        (tmp_path / name).write_bytes(b"")
+    async with ImageSaver(client, tmp_path) as saver:
+        await saver.sweep()
+    assert names(tmp_path) == [".hidden", "t.png"]
+
+
+# --- a batch ------------------------------------------------------------------------------------
+
+
+class Source:
+    """Outcomes as a batch gives them; ``reads`` counts those that were asked for."""
+
+    def __init__(self, outcomes, *, then=None):
+        self._outcomes = iter(outcomes)
+        self._then = then
+        self.reads = 0
+        self.cancelled = False
+
+    def __aiter__(self):
+        return self
+
+    async def __anext__(self):
+        self.reads += 1
+        for outcome in self._outcomes:
+            return outcome
+        if isinstance(self._then, BaseException):
+            raise self._then
+        if self._then is None:
+            raise StopAsyncIteration
+        try:
+            await asyncio.sleep(self._then)
+        except asyncio.CancelledError:
+            self.cancelled = True
+            raise
+
+
+def outcome_of(task):
+    return TaskOutcome(task_id=task.task_id, result=task)
+
+
+def finished(simulator, *ids, script=()):
+    return [outcome_of(task_in(simulator, task_id, *script)) for task_id in ids]
+
+
+FAILED = TaskOutcome(
+    task_id="f",
+    error=GenerationFailedError(task_id="f", status=TaskStatus.GENERATE_FAILED),
+)
+
+
+async def turns(count=50):
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+def our_tasks():
+    codes = [(task, task.get_coro().cr_code.co_filename) for task in asyncio.all_tasks()]
+    return [task for task, file in codes if "results" in file]
+
+
+async def later(stream):
+    """Wait a second for a pair that does not come."""
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(anext(stream), 1)
+
+
+async def test_a_batch_is_saved_while_it_still_runs(tmp_path):
+    """One image is on disk before the other is made; a failure has nothing to save."""
+    seen = {}
+
+    def until_the_first_is_saved():
+        while "first" not in seen:
+            yield "generating"
+        yield "success"
+
+    async with Simulator() as simulator, client_of(simulator) as client:
+        simulator.add_task("first", duration=0, outcome="success")
+        simulator.add_task("failed", duration=0, outcome="failure")
+        simulator.add_task("last", script=until_the_first_is_saved())
+        ids = ["last", "failed", "first"]
+        async with (
+            client.as_completed(ids, wait=wait_fixed(0.01)) as outcomes,
+            ImageSaver(client, tmp_path) as saver,
+            save_outcomes(outcomes, saver) as saves,
+        ):
+            async for outcome, saved in saves:
+                seen[outcome.task_id] = saved
+                if saved is not None:
+                    assert saved.path.exists()
+    assert list(seen)[-1] == "last"
+    assert seen["failed"] is None
+    assert sorted(path.stem for path in tmp_path.iterdir()) == ["first", "last"]
+
+
+@virtual_time
+async def test_an_image_that_cannot_be_saved_harms_no_other(simulator, client, tmp_path):
+    """Its error is a value beside its outcome."""
+    outcomes = finished(simulator, "a", "b") + finished(simulator, "x", script=["html_410"])
+    async with ImageSaver(client, tmp_path) as saver:
+        stream = save_outcomes(Source(outcomes), saver)
+        pairs = {outcome.task_id: saved async for outcome, saved in stream}
+        with pytest.raises(StopAsyncIteration):
+            await anext(stream)
+    assert isinstance(pairs.pop("x"), DownloadError)
+    assert {task_id: saved.path.name for task_id, saved in pairs.items()} == {
+        "a": "a.png",
+        "b": "b.png",
+    }
+
+
+@virtual_time
+async def test_an_empty_batch_ends(client, tmp_path):
+    """And stays ended."""
+    async with ImageSaver(client, tmp_path) as saver, save_outcomes(Source([]), saver) as saves:
+        assert [pair async for pair in saves] == []
+        assert [pair async for pair in saves] == []
+
+
+@virtual_time
+async def test_the_source_is_read_no_faster_than_images_are_saved(client, tmp_path):
+    """A consumer that takes its time keeps the rest waiting where it is."""
+    async with Simulator(latency=1.0) as slow:
+        source = Source(finished(slow, *(f"t{n}" for n in range(30))))
+        async with (
+            ImageSaver(client_of(slow), tmp_path, max_concurrency=2) as saver,
+            save_outcomes(source, saver) as saves,
+        ):
+            for taken in range(1, 10):
+                await anext(saves)
+                await asyncio.sleep(100)
+                assert source.reads <= taken + 4
+                assert len(names(tmp_path)) <= taken + 4
+        assert slow.max_in_flight <= 2
+
+
+@virtual_time
+@pytest.mark.parametrize("how", ["end", "error", "aclose"])
+async def test_leaving_early_ends_what_is_under_way(how, simulator, client, tmp_path):
+    """The reading and the saves; and the stream, which has nothing more to give."""
+    stalled = finished(simulator, "a", "b", script=["stall"] * 9)
+    source = Source([*stalled, FAILED], then=500)
+    async with ImageSaver(client, tmp_path) as saver:
+        stream = save_outcomes(source, saver)
+        with pytest.raises(LookupError) if how == "error" else nullcontext():
+            async with stream:
+                assert await anext(stream) == (FAILED, None)
+                await later(stream)
+                assert len(our_tasks()) == 3
+                if how == "error":
+                    raise LookupError
+                if how == "aclose":
+                    await stream.aclose()
+                    await stream.aclose()
+                    assert not our_tasks()
+        assert not our_tasks()
+        assert source.cancelled
+        assert now() < 10
+        with pytest.raises(StopAsyncIteration):
+            await anext(stream)
+    assert names(tmp_path) == []
+
+
+@virtual_time
+async def test_closing_from_elsewhere_ends_the_one_who_waits(client, tmp_path):
+    """As the end of the stream, not as a cancellation; both come back."""
+    async with ImageSaver(client, tmp_path) as saver:
+        stream = save_outcomes(Source([], then=500), saver)
+        waiting = asyncio.create_task(anext(stream, "ended"))
+        await turns()
+        async with asyncio.timeout(1):
+            await stream.aclose()
+            assert await waiting == "ended"
+
+
+@virtual_time
+@pytest.mark.parametrize("saves", [0, 1])
+async def test_an_exception_of_the_source_reaches_the_caller(saves, simulator, client, tmp_path):
+    """It ends the saves under way, and the stream."""
+    slow = finished(simulator, *["s"] * saves, script=["stall"] * 9)
+    async with ImageSaver(client, tmp_path) as saver:
+        stream = save_outcomes(Source(slow, then=LookupError("a bad source")), saver)
+        with pytest.raises(LookupError, match="a bad source"):
+            await anext(stream)
+        with pytest.raises(StopAsyncIteration):
+            await anext(stream)
+        assert now() < 1
+
+
+@virtual_time
+async def test_a_programming_error_reaches_the_caller(client, tmp_path):
+    """What is no finished task is no failed download."""
+    source = Source([TaskOutcome(task_id="t", result="t")])
+    async with ImageSaver(client, tmp_path) as saver, save_outcomes(source, saver) as saves:
+        await error_of(anext(saves), ConfigurationError)
+
+
+@virtual_time
+async def test_a_cancelled_reader_may_come_again(simulator, client, tmp_path):
+    """Nothing is lost by giving up for a while."""
+    outcomes = finished(simulator, "a", script=[steps.http(503, headers={"Retry-After": "10"})])
+    async with ImageSaver(client, tmp_path) as saver, save_outcomes(Source(outcomes), saver) as s:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(anext(s), 1)
+        outcome, saved = await anext(s)
+    assert (outcome.task_id, saved.path.name) == ("a", "a.png")
+
+
+@virtual_time
+@pytest.mark.parametrize("action", ["always", "error"])
+async def test_a_stream_dropped_unfinished_warns_and_ends_its_saves(
+    action, simulator, client, tmp_path, monkeypatch
+):
+    """Also where warnings are errors."""
+    unraisable = []
+    monkeypatch.setattr("sys.unraisablehook", lambda seen: unraisable.append(seen.exc_value))
+    source = Source([*finished(simulator, "a", script=["stall"] * 9), FAILED], then=500)
+    async with ImageSaver(client, tmp_path) as saver:
+        stream = save_outcomes(source, saver)
+        assert await anext(stream) == (FAILED, None)
+        await later(stream)
+        assert len(our_tasks()) == 2
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter(action)
+            del stream
+            gc.collect()
+        await turns()
+        assert source.cancelled
+        assert not our_tasks()
+    texts = [str(warning.message) for warning in caught] + [str(error) for error in unraisable]
+    assert [text for text in texts if "dropped before its end" in text] == texts
+    assert len(texts) == 1
+
+
+def test_a_stream_dropped_after_its_loop_warns_and_no_more(tmp_path):
+    """Its tasks ended with the loop."""
+
+    async def main():
+        async with ImageSaver(KontextClient(KEY), tmp_path) as saver:
+            stream = save_outcomes(Source([], then=500), saver)
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(anext(stream), 0.01)
+        return stream
+
+    streams = [asyncio.run(main())]
+    with pytest.warns(ResourceWarning, match="dropped before its end") as caught:
+        streams.clear()
+    assert len(caught) == 1
+
+
+@virtual_time
+async def test_a_stream_not_begun_or_at_its_end_may_be_dropped(simulator, client, tmp_path):
+    """Nothing is under way."""
+    async with ImageSaver(client, tmp_path) as saver:
+        SaveStream(Source([], then=500), saver)
+        stream = SaveStream(Source(finished(simulator, "a")), saver)
+        assert len([pair async for pair in stream]) == 1
+        del stream
+        gc.collect()

@@ -1,0 +1,425 @@
+"""Asking image hosts: without the API key, and never at an address a stranger may choose."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import pickle
+import socket
+import ssl
+import traceback
+
+import aiohttp
+import pytest
+import trustme
+from raw_server import http, raw_server
+
+from kontext_async import __version__
+from kontext_async.results import DownloadError, ResultExpiredError
+from kontext_async.results._fetching import (
+    Fetcher,
+    _public_socket,
+    failure,
+    is_busy,
+    is_public,
+)
+
+virtual_time = pytest.mark.virtual_time
+NOWHERE = "https://api.invalid"
+
+
+@contextlib.asynccontextmanager
+async def fetching(base_url=NOWHERE, *, allow_private=False):
+    fetcher = Fetcher(base_url, allow_private=allow_private)
+    try:
+        yield fetcher
+    finally:
+        await fetcher.aclose()
+
+
+async def body_of(fetcher, url):
+    async with await fetcher.get(url, "t") as response:
+        return response.status, await response.read()
+
+
+async def error_of(fetcher, url):
+    with pytest.raises(DownloadError) as caught:
+        await fetcher.get(url, "t")
+    assert caught.value.task_id == "t"
+    return caught.value
+
+
+async def refusal_of(fetcher, url):
+    error = await error_of(fetcher, url)
+    assert error.retryable is False
+    return str(error)
+
+
+def redirect(location, status=302):
+    return http(b"moved", f"Location: {location}", status=status)
+
+
+@pytest.fixture
+def names(monkeypatch):
+    """What names mean, by name: a list of addresses; a name that is not in it does not exist."""
+    known = {}
+
+    def getaddrinfo(host, port, *args, **kwargs):
+        if host not in known:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        families = {True: socket.AF_INET6, False: socket.AF_INET}
+        return [
+            (families[":" in ip], socket.SOCK_STREAM, 6, "", (ip, port) + (0, 0) * (":" in ip))
+            for ip in known[host]
+        ]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    return known
+
+
+# --- addresses ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *["93.184.216.34", "1.1.1.1", "172.32.0.1", "2606:4700::1111"],
+        *["::ffff:1.1.1.1", "64:ff9b::101:101", "2002:101:101::1"],
+    ],
+)
+def test_addresses_of_the_internet_are_public(address):
+    """Version 4 ones also where version 6 wraps them."""
+    assert is_public(address)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *["127.0.0.1", "127.9.9.9", "0.0.0.0", "10.0.0.1", "172.16.0.1", "192.168.1.1"],
+        *["169.254.169.254", "100.64.0.1", "192.0.2.1", "198.18.0.1", "224.0.0.1", "239.1.1.1"],
+        *["240.0.0.1", "255.255.255.255", "::", "::1", "fe80::1", "fe80::1%eth0", "fc00::1"],
+        *["fd00:ec2::254", "fec0::1", "ff02::1", "ff0e::1", "2001:db8::1", "100::1", "5f00::1"],
+        *["::ffff:127.0.0.1", "::ffff:10.0.0.1", "::ffff:169.254.169.254", "::127.0.0.1"],
+        *["::ffff:0:127.0.0.1", "64:ff9b::7f00:1", "64:ff9b::a9fe:a9fe", "64:ff9b:1::1"],
+        *["2002:7f00:1::1", "2002:c0a8:101::", "2001:0:4136:e378:8000:63bf:80ff:fffe"],
+    ],
+)
+def test_all_others_are_not(address):
+    """Loopback, private, link-local, shared, multicast, reserved; wrapped ones included."""
+    assert not is_public(address)
+
+
+@pytest.mark.parametrize(
+    ("family", "address"),
+    [(socket.AF_INET, ("1.1.1.1", 443)), (socket.AF_INET6, ("2606:4700::1", 443, 0, 0))],
+)
+def test_a_public_address_gets_a_socket(family, address):
+    """One that is not connected yet."""
+    with _public_socket((family, socket.SOCK_STREAM, 6, "", address)) as made:
+        assert (made.family, made.type) == (family, socket.SOCK_STREAM)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "LOCALHOST"])
+async def test_loopback_is_refused_before_anything_is_sent(host):
+    """By number or by name; with leave the same URL is asked."""
+    async with raw_server(http(b"image")) as server:
+        url = f"http://{host}:{server.base_url.rpartition(':')[2]}/x"
+        async with fetching() as fetcher:
+            assert "no public address" in await refusal_of(fetcher, url)
+        assert server.connections == 0
+        async with fetching(allow_private=True) as fetcher:
+            assert await body_of(fetcher, url) == (200, b"image")
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        *["10.0.0.1", "192.168.0.1", "169.254.169.254", "0.0.0.0"],
+        *["[fd00::1]", "[fe80::1%25lo]", "[::1]", "[::ffff:127.0.0.1]", "[::ffff:7f00:1]"],
+    ],
+)
+async def test_private_and_link_local_addresses_are_refused(host):
+    """No packet goes there."""
+    async with fetching() as fetcher:
+        assert "no public address" in await refusal_of(fetcher, f"https://{host}/x")
+
+
+@pytest.mark.parametrize("host", ["127.1", "2130706433", "0x7f000001", "0177.0.0.1", "127.0.0.1."])
+async def test_other_spellings_of_an_address_lead_no_further(host):
+    """Nothing here reads them as anything but names; who does is met at the socket."""
+    async with fetching() as fetcher:
+        await refusal_of(fetcher, f"https://{host}:1/x")
+        await refusal_of(fetcher, f"http://{host}:1/x")
+
+
+@pytest.mark.parametrize(
+    "addresses", [["127.0.0.1"], ["::1", "127.0.0.1"], ["10.0.0.1", "169.254.1.1", "fd00::1"]]
+)
+async def test_a_name_is_as_public_as_what_it_means_when_it_is_connected_to(names, addresses):
+    """A name is nobody's word; one with several private addresses is refused for good as well."""
+    names["images.example"] = addresses
+    async with fetching() as fetcher:
+        text = await refusal_of(fetcher, "https://images.example/x")
+    assert "images.example is refused" in text
+
+
+async def test_a_name_may_mean_something_else_the_next_time(names):
+    """Rebinding: what it was a moment ago admits nothing."""
+    async with raw_server(http(b"image")) as server:
+        port = server.base_url.rpartition(":")[2]
+        async with fetching(f"http://api.example:{port}") as fetcher:
+            assert (await error_of(fetcher, f"https://images.example:{port}/")).retryable
+            names["images.example"] = ["127.0.0.1"]
+            await refusal_of(fetcher, f"https://images.example:{port}/")
+            assert server.connections == 0
+            names["api.example"] = ["127.0.0.1"]
+            assert await body_of(fetcher, f"http://api.example:{port}/") == (200, b"image")
+
+
+# --- whom to ask --------------------------------------------------------------------------------
+
+
+@virtual_time
+async def test_the_apis_own_origin_is_asked_wherever_it_is():
+    """A simulator or an API of one's own serves its images itself; its neighbours are strangers."""
+    async with raw_server(http(b"image")) as server, raw_server(http(b"secret")) as neighbour:
+        async with fetching(server.base_url + "/gate/way") as fetcher:
+            assert await body_of(fetcher, server.base_url + "/x") == (200, b"image")
+            await refusal_of(fetcher, neighbour.base_url + "/x")
+        assert neighbour.connections == 0
+
+
+@virtual_time
+async def test_a_request_says_who_asks_and_no_more():
+    """No key, no cookies, no referrer; an image is compressed already."""
+    answer = http(b"image", "Set-Cookie: a=b; Path=/")
+    async with raw_server(answer) as server, fetching(server.base_url) as fetcher:
+        await body_of(fetcher, server.base_url + "/x?signature=a%2Bb%3D")
+        await body_of(fetcher, server.base_url + "/x?signature=a%2Bb%3D")
+    first, second = server.heads
+    line, *headers = first.strip().split("\r\n")
+    assert line == "GET /x?signature=a%2Bb%3D HTTP/1.1"
+    assert set(headers) == {
+        f"Host: {server.base_url.removeprefix('http://')}",
+        f"User-Agent: kontext-async/{__version__}",
+        "Accept: image/*",
+        "Accept-Encoding: identity",
+    }
+    assert second == first
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("http://images.invalid/x", "plain http"),
+        ("http://93.184.216.34/x", "plain http"),
+        ("http://127.0.0.1.images.invalid/x", "plain http"),
+        ("http://localhost.images.invalid/x", "plain http"),
+        ("https://user@images.invalid/x", "holds a password"),
+        ("https://:secret@images.invalid/x", "holds a password"),
+        ("file:///etc/passwd", "not http(s): file:"),
+        ("ftp://images.invalid/x", "not http(s): ftp:"),
+        ("data:image/png;base64,AAAA", "not http(s): data:"),
+        ("javascript:alert(1)", "not http(s)"),
+        ("//images.invalid/x", "not http(s)"),
+        ("/etc/passwd", "not http(s)"),
+        ("https:///x", "not http(s)"),
+        ("https:x", "not http(s)"),
+        ("", "not http(s)"),
+        ("\ud800", "not http(s)"),
+        ("http://[", "its URL is none"),
+        ("https://images.invalid:99999/x", "its URL is none"),
+        ("https://images.invalid:x/x", "its URL is none"),
+        ("https://images.invalid\r\nX-A: b/x", "its URL is none"),
+        ("https://\ud800/x", "its URL is none"),
+        ("https://a..b/x", "its URL is none"),
+        ("https://.../x", "its URL is none"),
+        ("https://xn--a/x", "its URL is none"),
+        (f"https://{'a' * 70}.invalid/x", "its URL is none"),
+    ],
+    ids=ascii,
+)
+@pytest.mark.parametrize("allow_private", [False, True])
+async def test_a_hostile_url_is_refused_for_good(url, said, allow_private):
+    """Without a request, and without the password in the error."""
+    async with fetching(allow_private=allow_private) as fetcher:
+        text = await refusal_of(fetcher, url)
+    assert said in text
+    assert "secret" not in text
+
+
+# --- redirects ----------------------------------------------------------------------------------
+
+
+@virtual_time
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+@pytest.mark.parametrize("location", ["{base}/there", "/there", "there"])
+async def test_a_redirect_is_followed(status, location):
+    """Absolute and relative ones, on the connection there is; the next request is alike."""
+    async with raw_server(http(b"image")) as there:
+        answer = redirect(location.format(base=there.base_url), status)
+        async with raw_server(answer) as here, fetching(allow_private=True) as fetcher:
+            if location.startswith("{"):
+                assert await body_of(fetcher, here.base_url + "/x/y") == (200, b"image")
+                head = there.heads[0]
+            else:
+                await error_of(fetcher, here.base_url + "/x/y")  # for ever to itself
+                head = here.heads[1]
+                assert here.connections == 1
+    want = "GET /x/there " if location == "there" else "GET /there "
+    assert head.startswith(want)
+    assert not {"authorization", "cookie", "referer"} & set(head.lower().replace(":", "").split())
+
+
+@virtual_time
+@pytest.mark.parametrize("location", ["/x", "", "?a", "#b"])
+async def test_redirects_end(location):
+    """Five are followed; one without a Location leads back."""
+    async with raw_server(redirect(location)) as server, fetching(server.base_url) as fetcher:
+        error = await error_of(fetcher, server.base_url + "/x")
+    assert "more than 5 redirects" in str(error)
+    assert (error.retryable, error.http_status, len(server.heads)) == (False, 302, 6)
+
+
+@pytest.mark.parametrize(
+    "location",
+    [
+        *["file:///etc/passwd", "http://images.invalid/x", "https://169.254.169.254/latest"],
+        *["https://user:pass@images.invalid/x", "//10.0.0.1/x", "http://localhost:1/x", "http://["],
+        *["gopher://127.0.0.1/x", "https://[::1]/x", "https://a..b/", "//\xff\xfe/x"],
+    ],
+    ids=ascii,
+)
+async def test_a_redirect_leads_nowhere_that_a_url_would_not(location):
+    """All that is asked of the first URL is asked of the next."""
+    async with raw_server(redirect(location)) as server, fetching(server.base_url) as fetcher:
+        await refusal_of(fetcher, server.base_url + "/x")
+        assert len(server.heads) == 1
+
+
+async def test_a_redirect_to_another_server_here_is_refused():
+    """What is trusted is the API's origin, not what it points at."""
+    async with raw_server(http(b"secret")) as inner, raw_server(redirect(inner.base_url)) as server:
+        async with fetching(server.base_url) as fetcher:
+            await refusal_of(fetcher, server.base_url + "/x")
+        assert inner.connections == 0
+
+
+async def test_cookies_do_not_come_along():
+    """A redirect that sets one is a way to mark who asks; a jar keeps those of names only."""
+    answer = http(b"", "Location: /x", "Set-Cookie: a=b; Path=/", status=302)
+    async with raw_server(answer) as server, fetching(allow_private=True) as fetcher:
+        await error_of(fetcher, server.base_url.replace("127.0.0.1", "localhost") + "/x")
+    assert "cookie" not in "".join(server.heads).lower()
+
+
+# --- what fails ---------------------------------------------------------------------------------
+
+
+async def test_a_host_that_does_not_listen_may_be_asked_again(unused_port):
+    """As may one whose name does not resolve now."""
+    url = f"http://127.0.0.1:{unused_port}"
+    async with fetching(url) as fetcher:
+        error = await error_of(fetcher, url + "/x")
+    assert error.retryable
+    assert error.http_status is None
+    assert isinstance(error.__cause__, aiohttp.ClientConnectorError)
+
+
+@pytest.fixture
+def unused_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        yield probe.getsockname()[1]  # bound, and nobody listens
+
+
+async def test_a_certificate_that_does_not_verify_is_final():
+    """Asking again would meet the same stranger."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    trustme.CA().issue_cert("127.0.0.1").configure_cert(context)
+    async with (
+        raw_server(http(b"image"), ssl=context) as server,
+        fetching(server.base_url) as fetcher,
+    ):
+        assert "Certificate" in await refusal_of(fetcher, server.base_url + "/x")
+        assert server.heads == []
+
+
+@virtual_time
+@pytest.mark.parametrize("answer", [[60.0], [b"HTTP/1.1 200 OK\r\n", 60.0]], ids=["none", "half"])
+async def test_a_host_that_says_nothing_is_given_up(answer):
+    """After half a minute of silence; it may be asked again."""
+    async with raw_server(answer) as server, fetching(server.base_url) as fetcher:
+        error = await error_of(fetcher, server.base_url + "/x")
+        assert asyncio.get_running_loop().time() == pytest.approx(30, abs=1)
+    assert "no answer in time" in str(error)
+    assert error.retryable
+
+
+@virtual_time
+@pytest.mark.parametrize(
+    "answer",
+    [[None], [b"garbage\r\n\r\n"], [b"HTTP/1.1 200 OK\r\n", None], http(b"", "X: " + "x" * 9000)],
+    ids=["closed", "garbage", "half a head", "endless header"],
+)
+async def test_an_answer_that_is_none_is_an_error_of_ours(answer):
+    """Whatever aiohttp makes of it."""
+    async with raw_server(answer) as server, fetching(server.base_url) as fetcher:
+        assert (await error_of(fetcher, server.base_url + "/x")).retryable
+
+
+def test_a_body_that_breaks_off_is_named_by_what_broke_it():
+    """By its type, where it says nothing."""
+    error = failure(aiohttp.ClientPayloadError("cut"), "t")
+    assert str(error) == "task t: image not saved: ClientPayloadError: cut"
+    assert str(failure(TimeoutError(), "t")).endswith("TimeoutError: no answer in time")
+
+
+@pytest.mark.parametrize("status", [408, 425, 429, 500, 503, 599])
+def test_some_statuses_speak_of_the_host(status):
+    """They pass."""
+    assert is_busy(status)
+
+
+@pytest.mark.parametrize("status", [200, 206, 304, 400, 403, 404, 410, 451, 499])
+def test_other_statuses_speak_of_the_image(status):
+    """Or of the one who asks."""
+    assert not is_busy(status)
+
+
+async def test_closing_closes_both_sessions_even_where_it_is_cancelled():
+    """Twice is once."""
+    fetcher = Fetcher(NOWHERE, allow_private=False)
+    closing = asyncio.create_task(cancelled_before(fetcher.aclose()))
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+    assert fetcher._wary.closed
+    assert fetcher._trusting.closed
+    await fetcher.aclose()
+
+
+async def cancelled_before(coroutine):
+    asyncio.current_task().cancel()
+    await coroutine
+    await asyncio.sleep(0)
+
+
+# --- the errors ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [DownloadError, ResultExpiredError])
+def test_an_error_survives_pickling_with_all_it_carries(kind):
+    """As it must to leave a process."""
+    error = kind("gone", task_id="t", http_status=404, retryable=False, retry_after=2.5)
+    copy = pickle.loads(pickle.dumps(error))
+    assert type(copy) is kind
+    assert (str(copy), vars(copy)) == (str(error), vars(error))
+    assert str(copy) == "task t: image not saved (HTTP 404): gone"
+
+
+def test_an_error_is_one_line_whatever_a_host_put_into_it():
+    """Nothing that a terminal would act on."""
+    text = str(DownloadError("a\r\nb\x1b[2Jc\u202e" + "x" * 9999, task_id="t\n\x07"))
+    assert text.isprintable()
+    assert len(text) < 1000
+    assert "\n" not in "".join(traceback.format_exception_only(DownloadError("a\nb"))).strip()

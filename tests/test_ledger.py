@@ -1,0 +1,543 @@
+"""A ledger across runs: what is known is not asked again, what is there is not fetched again."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import sqlite3
+import tempfile
+from contextlib import closing
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import attrs
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from ledger_world import (
+    AT_ONCE,
+    assert_nothing_left,
+    collected,
+    entries,
+    error_of,
+    errors,
+    fill_disk,
+    free_disk,
+    make_client,
+    run,
+    states,
+)
+
+from kontext_async import (
+    ConfigurationError,
+    GenerationFailedError,
+    TaskNotFoundError,
+    WaitTimeoutError,
+)
+from kontext_async.results import DownloadError, ImageSaver, Ledger, LedgerError, SavedImage
+from kontext_async.simulator import Simulator
+from kontext_async.simulator.steps import failed, refused, success
+
+KEY = "marker-key"
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "ledger.sqlite3"
+
+
+@pytest.fixture
+async def simulator():
+    async with Simulator() as simulator:
+        yield simulator
+
+
+@pytest.fixture
+async def client(simulator, path):
+    async with make_client(simulator, KEY) as client:
+        yield client
+        await assert_nothing_left(path.parent, client)
+
+
+def asked(simulator):
+    """The ids of all looks so far."""
+    return [r.task_id for r in simulator.requests if r.path.endswith("record-info")]
+
+
+def fetched(simulator):
+    """The ids of all images asked for so far."""
+    return [r.task_id for r in simulator.requests if not r.path.endswith("record-info")]
+
+
+def alter(path, sql):
+    """Do to a closed ledger what the library does not do."""
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute(sql)
+        connection.commit()
+
+
+# One run after another
+
+
+async def test_a_run_goes_on_where_the_last_one_stopped(client, simulator, path):
+    """What is done or has failed has its outcome without a request; the rest is tried again."""
+    simulator.add_task("done", duration=0)
+    simulator.add_task("bad", script=["failed"])
+    simulator.add_task("shaky", duration=0, script=["http_500"])
+    simulator.add_task("slow", duration=0, script=["generating"])
+    simulator.add_task("late", duration=0, script=["not_found"])
+    ids = ["done", "bad", "shaky", "slow", "late"]
+    first = await run(path, client, ids, **AT_ONCE)
+    assert states(path) == {
+        "done": "done",
+        "bad": "failed",
+        "shaky": "unfinished",
+        "slow": "unfinished",
+        "late": "error",
+    }
+    again = await run(path, client, ids, **AT_ONCE)
+    assert again["done"] == first["done"]
+    assert isinstance(again["bad"].error, GenerationFailedError)
+    assert states(path) == {**dict.fromkeys(ids, "done"), "bad": "failed"}
+    assert sorted(asked(simulator)) == sorted([*ids, "shaky", "slow", "late"])
+    assert {name: entry.attempts for name, entry in entries(path).items()} == {
+        "done": 1,
+        "bad": 1,
+        "shaky": 2,
+        "slow": 2,
+        "late": 2,
+    }
+
+
+async def test_a_failed_generation_is_asked_about_again_only_on_request(client, simulator, path):
+    """What is done is not, even then."""
+    simulator.add_task("bad", script=["failed"], duration=0)
+    simulator.add_task("done", duration=0)
+    await run(path, client, ["bad", "done"])
+    await run(path, client, ["bad", "done"])
+    assert asked(simulator).count("bad") == 1
+    await run(path, client, ["bad", "done"], retry_failed=True)
+    assert asked(simulator).count("bad") == 2
+    assert asked(simulator).count("done") == 1
+
+
+@pytest.mark.parametrize("reopened", [False, True])
+async def test_a_failed_generation_that_is_asked_about_again_has_failed_no_longer(
+    client, simulator, path, reopened
+):
+    """Also in the same session, and if that try comes to no end."""
+    simulator.add_task("bad", script=["failed_flagged", "http_500", "success"])
+    async with Ledger(path) as ledger:
+        await collected(ledger, client, ["bad"])
+        again = await collected(ledger, client, ["bad"], retry_failed=True, **AT_ONCE)
+        assert not isinstance(again["bad"].error, GenerationFailedError)
+        if reopened:
+            await ledger.aclose()
+            await ledger.__aenter__()
+        found = await collected(ledger, client, ["bad"], **AT_ONCE)
+        assert found["bad"].unwrap()
+    assert entries(path)["bad"].error_code is None
+
+
+async def test_a_ledger_may_be_opened_again(client, simulator, path):
+    """It then knows what is in the file now."""
+    simulator.add_task("done", duration=0)
+    simulator.add_task("bad", script=["failed", "http_500", "success"])
+    ledger = Ledger(path)
+    async with ledger:
+        await collected(ledger, client, ["bad"])
+    await run(path, client, ["done", "bad"], retry_failed=True, **AT_ONCE)
+    async with ledger:
+        found = await collected(ledger, client, ["done", "bad"])
+        assert found["bad"].unwrap()
+        assert "it is open already" in str(await error_of(ledger.__aenter__(), LedgerError))
+    assert asked(simulator).count("done") == 1
+
+
+async def test_only_one_may_write(client, path):
+    """The second is told so, and the first goes on."""
+    async with Ledger(path) as ledger:
+        error = await error_of(Ledger(path).__aenter__(), LedgerError)
+        assert "another process is writing to it: one batch at a time" in str(error)
+        await ledger.add(["a"])
+    assert states(path) == {"a": "waiting"}
+
+
+# Ids
+
+
+async def test_ids_may_be_put_down_before_they_are_waited_for(client, simulator, path):
+    """In their order; those that are known stay as they are."""
+    simulator.add_task("b", duration=0)
+    before = datetime.now(UTC)
+    async with Ledger(path) as ledger:
+        await ledger.add(iter(["c", "b", "c"]))
+        await collected(ledger, client, ["b"])
+        await ledger.add(["a", "b"])
+        await ledger.add([])
+    assert list(states(path).items()) == [("c", "waiting"), ("b", "done"), ("a", "waiting")]
+    found = entries(path)
+    assert (found["c"].attempts, found["b"].attempts) == (0, 1)
+    assert before - timedelta(seconds=1) < found["b"].created_at < found["b"].updated_at
+    assert found["a"].created_at == found["a"].updated_at < datetime.now(UTC) + timedelta(seconds=1)
+
+
+@pytest.mark.parametrize("task_ids", ["task12345", b"ab", None, ["a", 5], ["a", ""], ["\ud800"]])
+async def test_what_is_no_id_is_not_put_down(path, task_ids):
+    """Nor is what stands beside it."""
+    async with Ledger(path) as ledger:
+        await error_of(ledger.add(task_ids), ConfigurationError)
+    assert states(path) == {}
+
+
+async def test_ids_and_messages_may_be_anything(client, simulator, path):
+    """They come out as they went in, in the file and for the next run."""
+    ids = ["5", "a/b?c=d&e#%25", "'; DROP TABLE tasks; --", '"', "🦊", "ü" * 300, "e\u0301", "\xe9"]
+    message = "half \ud800, none \0, bell \x07, 🦊 '; DROP TABLE tasks; --"
+    params = json.dumps({"prompt": message})
+    for task_id in ids:
+        simulator.add_task(task_id, script=[success(paramJson=params + "\udfff")])
+    simulator.add_task("bad", script=[failed(10**9 - 1, message, paramJson=message)])
+    async with Ledger(path) as ledger:
+        await ledger.add(ids)
+        first = await collected(ledger, client, [*ids, "bad"], **AT_ONCE)
+        again = await collected(ledger, client, [*ids, "bad"])
+    assert list(entries(path)) == [*ids, "bad"]
+    for task_id in ids:
+        assert again[task_id].unwrap() == first[task_id].unwrap()
+        assert entries(path)[task_id].record.param_json == first[task_id].result.param_json
+    bad = entries(path)["bad"]
+    said = first["bad"].error.error_message
+    assert "none \0, bell \x07, 🦊 '; DROP" in said
+    assert (bad.error_code, bad.error_message) == (10**9 - 1, said)
+    assert again["bad"].error.error_message == said
+
+
+# Reading
+
+
+async def test_reading_says_what_is_wrong_when_it_comes_to_it(path):
+    """There is no ledger; it is none; somebody wrote what nobody can read."""
+    with pytest.raises(LedgerError, match="there is none"):
+        next(Ledger.read(path))
+    path.write_text("nothing of ours")
+    with pytest.raises(LedgerError, match="it is not a ledger"):
+        list(Ledger.read(path))
+    path.unlink()
+    async with Ledger(path) as ledger:
+        await ledger.add(["a", "b"])
+    alter(path, "UPDATE tasks SET updated_at = 'soon' WHERE task_id = 'b'")
+    reading = Ledger.read(path)
+    assert next(reading).task_id == "a"
+    with pytest.raises(LedgerError, match="task 'b' is unreadable"):
+        next(reading)
+
+
+async def test_a_reader_that_stops_in_the_midst_holds_nothing(path):
+    """Its file is closed with it."""
+    async with Ledger(path) as ledger:
+        await ledger.add(["a", "b"])
+    reading = Ledger.read(str(path))
+    assert next(reading).task_id == "a"
+    reading.close()
+    await assert_nothing_left(path.parent)
+
+
+async def test_an_unreadable_entry_ends_the_batch_that_needs_it(client, simulator, path):
+    """With an error that names it."""
+    simulator.add_task("done", duration=0)
+    await run(path, client, ["done"])
+    alter(path, "UPDATE tasks SET record = NULL")
+    assert "task 'done' is unreadable" in str(
+        await error_of(run(path, client, ["done"]), LedgerError)
+    )
+
+
+async def test_a_ledger_without_its_table_is_refused(path):
+    """And closed again."""
+    async with Ledger(path):
+        pass
+    alter(path, "DROP TABLE tasks")
+    assert "no such table" in str(await error_of(Ledger(path).__aenter__(), LedgerError))
+    await assert_nothing_left(path.parent)
+
+
+# Images
+
+
+async def save(path, client, task_ids, **options):
+    """A run that saves: what became of each image."""
+    async with (
+        Ledger(path) as ledger,
+        ImageSaver(client, path.parent / "images", **options) as saver,
+        ledger.as_completed(client, task_ids) as outcomes,
+        ledger.save_outcomes(outcomes, saver) as saves,
+    ):
+        return {outcome.task_id: saved async for outcome, saved in saves}
+
+
+@pytest.fixture
+def one(simulator):
+    return simulator.add_task("one", duration=0)
+
+
+async def test_a_saved_image_is_recorded_and_not_fetched_again(client, simulator, path, one):
+    """Its path is relative to the ledger's folder; the next run gives the same answer."""
+    simulator.add_task("bad", script=["failed"])
+    first = await save(path, client, [one, "bad"])
+    entry = entries(path)[one]
+    assert entry.saved_path == first[one].path.relative_to(path.parent).as_posix()
+    assert (entry.sha256, entry.size) == (first[one].sha256, first[one].size)
+    assert await save(path, client, [one, "bad"]) == first == {**first, "bad": None}
+    assert fetched(simulator) == [one]
+
+
+async def test_the_folder_may_be_moved(client, simulator, path, one):
+    """With the ledger and the images in it."""
+    await save(path, client, [one])
+    moved = path.parent.rename(path.parent.with_name("moved"))
+    found = await save(moved / path.name, client, [one])
+    assert found[one].path.is_relative_to(moved)
+    assert fetched(simulator) == [one]
+    moved.rename(path.parent)
+
+
+@pytest.mark.parametrize("change", [Path.unlink, lambda file: file.write_bytes(b"other")])
+async def test_an_image_that_is_not_what_it_was_is_fetched_again(
+    client, simulator, path, one, change
+):
+    """A saver that may overwrite mends it."""
+    first = await save(path, client, [one])
+    change(first[one].path)
+    assert await save(path, client, [one], overwrite=True) == first
+    assert fetched(simulator) == [one, one]
+
+
+async def test_a_changed_image_is_not_overwritten_unasked(client, simulator, path, one):
+    """That is an error, which is recorded."""
+    first = await save(path, client, [one])
+    first[one].path.write_bytes(b"other")
+    assert isinstance((await save(path, client, [one]))[one], DownloadError)
+    assert first[one].path.read_bytes() == b"other"
+    entry = entries(path)[one]
+    assert (entry.state, entry.error_type) == ("done", "DownloadError")
+
+
+async def test_an_image_saved_but_not_recorded_is_found(client, simulator, path, one):
+    """As a run leaves it that was killed in between."""
+    first = await save(path, client, [one])
+    alter(path, "UPDATE tasks SET saved_path = NULL, sha256 = NULL, size = NULL, kind = NULL")
+    assert await save(path, client, [one]) == first
+    assert entries(path)[one].sha256 == first[one].sha256
+    assert fetched(simulator) == [one]
+
+
+async def test_an_image_that_could_not_be_saved_is_tried_again(client, path, one):
+    """The reason is recorded until then."""
+    assert isinstance((await save(path, client, [one], max_bytes=9))[one], DownloadError)
+    entry = entries(path)[one]
+    assert (entry.state, entry.error_type, entry.saved_path) == ("done", "DownloadError", None)
+    assert isinstance((await save(path, client, [one]))[one], SavedImage)
+    entry = entries(path)[one]
+    assert (entry.error_type, entry.error_message) == (None, "")
+    assert entry.saved_path
+
+
+async def test_images_may_be_recorded_by_hand(client, path, one):
+    """Saved or not; a failed generation keeps its own reason and remains readable."""
+    saved = SavedImage(path=path.parent / "sub" / "a.png", size=7, sha256="ab12", kind="png")
+    async with Ledger(path) as ledger:
+        await collected(ledger, client, [one])
+        await ledger.record_save_failed(one, DownloadError("gone", task_id=one, http_status=404))
+        assert entries(path)[one].error_message == "gone"
+        await ledger.record_saved(one, saved)
+    entry = entries(path)[one]
+    assert (entry.saved_path, entry.sha256, entry.size) == ("sub/a.png", "ab12", 7)
+    assert entry.error_type is None
+
+
+@pytest.mark.parametrize(
+    ("image", "saved_path"),
+    [("a.png", "a.png"), ("sub/a.png", "sub/a.png"), ("../other/a.png", "../other/a.png")],
+)
+async def test_a_path_in_the_working_folder_is_relative_to_the_ledger(
+    client, path, one, monkeypatch, image, saved_path
+):
+    """Wherever the image lies, it is found from the ledger."""
+    monkeypatch.chdir(path.parent)
+    async with Ledger(path) as ledger:
+        await collected(ledger, client, [one])
+        await ledger.record_saved(
+            one, SavedImage(path=Path(image), size=7, sha256="ab12", kind="png")
+        )
+    assert entries(path)[one].saved_path == saved_path
+
+
+async def test_a_failed_generation_has_no_image_to_record(client, simulator, path):
+    """It keeps its own reason, and its outcome."""
+    simulator.add_task("bad", script=["failed_flagged"])
+    saved = SavedImage(path=path.parent / "a.png", size=7, sha256="ab12", kind="png")
+    async with Ledger(path) as ledger:
+        await collected(ledger, client, ["bad"])
+        await ledger.record_save_failed("bad", DownloadError("gone"))
+        await ledger.record_saved("bad", saved)
+        again = await collected(ledger, client, ["bad"])
+    assert again["bad"].error.error_code == entries(path)["bad"].error_code == 400
+    assert entries(path)["bad"].saved_path is None
+
+
+async def test_an_image_that_cannot_be_recorded_is_no_silent_loss(client, path, simulator):
+    """The next save says so, or the closing of the ledger."""
+    ids = [simulator.add_task(f"{n}", duration=0) for n in range(3)]
+    async with ImageSaver(client, path.parent / "images") as saver:
+        ledger = await Ledger(path).__aenter__()
+        outcomes = await collected(ledger, client, ids)
+
+        async def again(task_id):
+            yield outcomes[task_id]
+
+        async def save_one(task_id):
+            async with ledger.save_outcomes(again(task_id), saver) as saves:
+                return [saved async for _, saved in saves]
+
+        ledger._store._connections[0].execute("PRAGMA query_only = ON")
+        assert isinstance((await save_one("0"))[0], SavedImage)
+        await asyncio.sleep(0.05)
+        assert "readonly" in str(await error_of(save_one("1"), LedgerError))
+        await save_one("2")
+        assert "readonly" in str(await error_of(ledger.aclose(), LedgerError))
+
+
+# Disk full, and the key
+
+
+async def test_after_a_full_disk_a_ledger_goes_on(client, simulator, path):
+    """What was recorded is readable all the while."""
+    ids = [simulator.add_task(f"{n}", duration=0, params={"prompt": "p" * 9000}) for n in range(9)]
+    async with Ledger(path) as ledger:
+        await collected(ledger, client, ids[:2])
+        fill_disk(ledger._store)
+        error = await error_of(collected(ledger, client, ids), LedgerError)
+        assert "the disk is full; what was recorded before is safe" in str(error)
+        assert {states(path)[name] for name in ids[:2]} == {"done"}
+        free_disk(ledger._store)
+        assert sorted(await collected(ledger, client, ids)) == ids
+    assert states(path) == dict.fromkeys(ids, "done")
+    assert [asked(simulator).count(name) for name in ids[:2]] == [1, 1]
+
+
+async def test_the_key_is_in_no_file(client, simulator, path):
+    """Not while it is open, nor afterwards, though every answer echoes it."""
+    prompt = json.dumps({"prompt": f"Bearer {KEY}"})
+    simulator.add_task("done", script=[success(paramJson=prompt)])
+    simulator.add_task("bad", script=[failed(400, f"no: {KEY}", paramJson=prompt)])
+    simulator.add_task("poor", script=[refused(402, f"no credits for {KEY}")])
+    simulator.add_task("odd", script=[(200, {"Content-Type": "text/html"}, KEY.encode())])
+    simulator.add_task("slow", duration=math.inf, params={"prompt": KEY})
+    simulator.add_task("who", script=[refused(401, f"{KEY} is unknown")])
+    ids = ["done", "bad", "poor", "odd", "slow", "who"]
+    async with Ledger(path) as ledger:
+        for task_id in ids:
+            await collected(ledger, client, [task_id], **AT_ONCE)
+        await ledger.record_save_failed("done", DownloadError("gone"))
+        found = entries(path)
+        assert found["bad"].error_message.startswith("no: ")
+        assert found["poor"].error_message.startswith("no credits for ")
+        content = [file.read_bytes() for file in path.parent.iterdir()]
+        assert any(b"no credits for" in part for part in content)
+    content += [file.read_bytes() for file in path.parent.iterdir()]
+    assert not any(KEY.encode() in part for part in content)
+
+
+# Any batch, stopped anywhere
+
+
+# How a task answers, look by look, and what its outcomes may be.
+KINDS = {
+    "done": (["success"], {type(None)}),
+    "bad": (["failed"], {GenerationFailedError}),
+    "slow": (["generating", "generating", "success"], {type(None), WaitTimeoutError}),
+    "endless": (["generating"] * 9, {WaitTimeoutError}),
+    "shaky": (["http_500", "success"], None),
+    "unknown": (["not_found"] * 9, {TaskNotFoundError}),
+}
+
+
+@attrs.frozen
+class Story:
+    """Some tasks, and runs over them that each stop after so many outcomes."""
+
+    kinds: list[str]
+    stops: list[int]
+    room: int
+    time: float | None
+
+    @property
+    def ids(self):
+        return [f"{kind}-{n}" for n, kind in enumerate(self.kinds)]
+
+
+STORIES = st.builds(
+    Story,
+    kinds=st.lists(st.sampled_from(sorted(KINDS)), min_size=1, max_size=7),
+    stops=st.lists(st.integers(0, 7), max_size=2),
+    room=st.integers(1, 4),
+    time=st.sampled_from([None, None, 0.0]),
+)
+
+
+async def tell(story, path):
+    async with Simulator() as simulator, make_client(simulator) as client:
+        for task_id, kind in zip(story.ids, story.kinds, strict=True):
+            simulator.add_task(task_id, script=KINDS[kind][0])
+        given = [*story.ids, *story.ids, " "]
+        keywords = {"max_in_flight": story.room, **AT_ONCE}
+        for stop in story.stops:
+            ended = ended_by(path)
+            before = len(simulator.requests)
+            limit = story.time
+            async with (
+                Ledger(path) as ledger,
+                ledger.as_completed(client, given, batch_timeout=limit, **keywords) as outcomes,
+            ):
+                taken = 0
+                async for _ in outcomes:
+                    taken += 1
+                    if taken > stop:
+                        break
+            assert not ended & set(asked(simulator)[before:])
+            assert ended <= ended_by(path)
+            await assert_nothing_left(path.parent, client)
+        ended = ended_by(path)
+        before = len(simulator.requests)
+        found = await run(path, client, given, **keywords)
+        looks = asked(simulator)[before:]
+        assert sorted(looks) == sorted(set(story.ids) - ended)
+        assert sorted(found) == sorted({*story.ids, " "})
+        for task_id, kind in zip(story.ids, story.kinds, strict=True):
+            assert KINDS[kind][1] is None or type(found[task_id].error) in KINDS[kind][1]
+        done = {
+            name
+            for name, kind in errors(found).items()
+            if kind in {type(None), GenerationFailedError}
+        }
+        assert ended_by(path) == done
+        assert set(states(path)) == set(story.ids)
+
+
+def ended_by(path):
+    """What is done or has failed by a ledger."""
+    if not path.exists():
+        return set()
+    return {name for name, state in states(path).items() if state in {"done", "failed"}}
+
+
+@settings(max_examples=15)
+@given(STORIES)
+@example(Story(sorted(KINDS), [0, 3], 2, None))
+@example(Story(["done"] * 7, [6, 2], 1, 0.0))
+def test_wherever_a_run_stops_the_next_one_has_each_id_once(story):
+    """Each id has one outcome, and what is done or has failed is never asked about again."""
+    with tempfile.TemporaryDirectory() as folder:
+        asyncio.run(tell(story, Path(folder) / "ledger.sqlite3"))

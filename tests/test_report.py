@@ -1,0 +1,461 @@
+"""The report: what stands in the page, what it refers to, and how it gets onto the disk."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html.parser
+import io
+import itertools
+import os
+import random
+import re
+import struct
+import sys
+import zlib
+from urllib.parse import unquote_to_bytes
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, PngImagePlugin
+from report_samples import entry, failed, record, saved
+
+from kontext_async import ConfigurationError, TaskStatus
+from kontext_async.results import _thumbnails, report
+from kontext_async.results._histogram import histogram
+from kontext_async.results._thumbnails import make_thumbnails
+from kontext_async.results.report import write_report
+from kontext_async.simulator.images import plain_png
+
+
+class Seen(html.parser.HTMLParser):
+    """A page as a browser takes it apart: elements with attributes, and text."""
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.elements = []
+        self.text = ""
+        self.parts = {}
+        self._inside = None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        self._inside = tag
+
+    def handle_endtag(self, tag):
+        self._inside = None
+
+    def handle_data(self, data):
+        if self._inside in {"style", "script"}:
+            self.parts[self._inside] = data
+        else:
+            self.text += f" {' '.join(data.split())}"
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.elements if name == tag]
+
+    def urls(self):
+        found = [e.get("href") or e.get("src") for _, e in self.elements]
+        return [url for url in found if url and not url.startswith(("#", "data:"))]
+
+
+def seen(folder, *entries):
+    text = write_report(folder, entries).read_text("utf-8")
+    return Seen(text)
+
+
+@pytest.fixture
+def no_pillow(monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+
+
+# The page
+
+
+def test_a_task_is_shown_with_prompt_model_duration_and_file(tmp_path):
+    """A card has what one asks of a result, and its picture leads to the file."""
+    page = seen(tmp_path, saved(tmp_path, "a.png", prompt="A red fox", model="flux-kontext-max"))
+    for text in ("A red fox", "flux-kontext-max", "12.5 s", "a.png", "task-1", "Done"):
+        assert text in page.text
+    assert {"class": "picture", "href": "a.png"} in page.all("a")
+
+
+@pytest.mark.parametrize(
+    ("state", "shown"),
+    [
+        ("done", "Not saved"),
+        ("failed", "No image"),
+        ("error", "No answer"),
+        ("unfinished", "Not finished"),
+        ("waiting", "Not finished yet"),
+    ],
+)
+def test_a_task_without_a_picture_says_why(state, shown, tmp_path):
+    """Every state has its word in the picture's place."""
+    page = seen(tmp_path, entry(state=state))
+    assert shown in page.text
+    assert not page.all("img")
+
+
+def test_a_record_may_lack_everything(tmp_path):
+    """Prompts that are no text, missing times and unreadable parameters leave gaps, no errors."""
+    page = seen(
+        tmp_path,
+        entry("one", record=record(seconds=None, prompt=["a"], model=7)),
+        entry("two", record=None),
+    )
+    assert page.text.count("No prompt known") == 2
+    assert "No finished task has told how long it took." in page.text
+
+
+def test_an_empty_folder_says_so(tmp_path):
+    """Without tasks there is nothing to filter and nothing to chart."""
+    page = seen(tmp_path)
+    assert "There are no tasks here yet." in page.text
+    assert not page.all("form")
+
+
+def test_the_head_counts_the_states_that_occur(tmp_path):
+    """One radio button for all, and one for each state there is."""
+    page = seen(tmp_path, failed("a"), failed("b"), entry("c"), entry("d", state="waiting"))
+    values = [e["value"] for e in page.all("input") if e["type"] == "radio"]
+    assert values == ["", "done", "failed", "waiting"]
+    assert "Failed 2" in page.text
+    assert "4 Tasks" in page.text or "Tasks 4" in page.text
+
+
+def test_failures_are_grouped_by_code_with_their_messages(tmp_path):
+    """The most frequent group comes first, and counts each of its messages."""
+    page = seen(
+        tmp_path,
+        failed("a", code=501, message="It failed."),
+        *(failed(f"b{n}") for n in range(3)),
+        failed("c", message=""),
+        entry("d", state="unfinished", error_type="WaitTimeoutError", error_message="too slow"),
+        entry("e", state="error", error_type="ApiError", error_code=402),
+        entry("f", state="error", error_type="ResponseFormatError", error_message="odd"),
+    )
+    titles = re.findall(r"Code 400 · Prompt flagged 4|Code 501 · Generation failed 1", page.text)
+    assert [title[:8] for title in titles] == ["Code 400", "Code 501"]
+    for text in ("Not finished in time 1", "Code 402 1", "ResponseFormatError 1", "Show 3"):
+        assert text in page.text
+    assert "no message" in page.text
+
+
+def test_many_different_messages_of_one_code_are_cut(tmp_path):
+    """A group shows the ten most frequent messages and counts the others."""
+    page = seen(tmp_path, *(failed(f"t{n}", message=f"Message {n}.") for n in range(12)))
+    assert len([e for e in page.all("button") if e.get("class") == "show"]) == 10
+    assert "and 2 other messages" in page.text
+
+
+def test_durations_are_charted(tmp_path):
+    """The bars say what they count, and the median stands beside them."""
+    entries = [entry(f"t{n}", record=record(seconds=10.0 + n)) for n in range(5)]
+    page = seen(tmp_path, *entries)
+    assert "median 12.0 s" in page.text
+    assert page.text.count(": 1") == len(page.all("rect")) == 5
+
+
+def test_an_unfinished_record_has_no_duration(tmp_path):
+    """A task that still generates is on no chart."""
+    generating = record(status=TaskStatus.GENERATING, seconds=None)
+    assert not seen(tmp_path, entry(state="unfinished", record=generating)).all("rect")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(0, "0.0 s"), (59.96, "1 min 00 s"), (314, "5 min 14 s"), (7379, "2 h 02 min")],
+)
+def test_durations_read_as_one_says_them(seconds, shown):
+    """Seconds, minutes or hours."""
+    assert report._seconds(seconds) == shown
+
+
+@pytest.mark.parametrize(
+    ("size", "shown"),
+    [(0, "0 B"), (999.6, "1 KB"), (123_456, "123 KB"), (4.5e6, "4.5 MB"), (1.2e12, "1,200.0 GB")],
+)
+def test_sizes_read_as_one_says_them(size, shown):
+    """Three digits and a unit."""
+    assert report._bytes(size) == shown
+
+
+# Hostile input
+
+HOSTILE = "</p><script>alert(1)</script><img src=x onerror=alert(1)>\" onload='alert(1)' {{ 7*7 }}"
+
+
+def test_whatever_a_text_holds_it_stays_text(tmp_path):
+    """Prompt, model, id, message, type, file and folder name make no element and no attribute."""
+    folder = tmp_path / HOSTILE.replace("/", "|")
+    folder.mkdir()
+    page = seen(
+        folder,
+        entry(HOSTILE, record=record(prompt=HOSTILE, model=HOSTILE), saved_path=HOSTILE),
+        failed(message=HOSTILE, error_type=HOSTILE),
+    )
+    harmless = entry("a", record=record(prompt="a", model="a"), saved_path="a")
+    plain = seen(tmp_path, harmless, failed())
+    assert [tag for tag, _ in page.elements] == [tag for tag, _ in plain.elements]
+    assert not [e for _, e in page.elements if {"onerror", "onload"} & e.keys()]
+    assert page.text.count(HOSTILE) == 9
+
+
+def test_half_a_character_does_not_stop_the_report(tmp_path):
+    """A lone surrogate, which JSON can spell and no file holds, becomes a question mark."""
+    assert "odd ? thing" in seen(tmp_path, failed(message="odd \ud800 thing")).text
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a b#c?d%20&e.png",
+        "javascript:alert(1).png",
+        "\"><script>alert(1)'.png",
+        "back\\slash.png",
+        "猫 и ё.PNG",
+        "line\nbreak.png",
+        "..png.png",
+        "sub/folder/a.png",
+        os.fsdecode(b"not-utf-8-\xff.png"),
+    ],
+)
+def test_every_file_name_is_referred_to(name, tmp_path, no_pillow):
+    """The picture's address is relative, and unquoting it gives the file's own bytes."""
+    (tmp_path / "out").mkdir()
+    page = seen(tmp_path / "out", saved(tmp_path / "out", name))
+    assert [unquote_to_bytes(url) for url in page.urls()] == [os.fsencode(name)] * 2
+    assert not [url for url in page.urls() if re.search(r"[^\w%./-]", url, re.ASCII)]
+
+
+@pytest.mark.parametrize(
+    "saved_path",
+    [
+        "missing.png",
+        "../outside.png",
+        "out/../../outside.png",
+        "leads-out.png",
+        "loop.png",
+        "folder.png",
+        "page.html",
+        "drawing.svg",
+        "nul\0.png",
+        "",
+        f"{'x' * 300}.png",
+    ],
+)
+def test_only_images_within_the_folder_are_referred_to(saved_path, tmp_path):
+    """Whatever the ledger says, a path out of the folder, or no image, is no link."""
+    folder = tmp_path / "out"
+    saved(tmp_path, "outside.png")
+    (folder / "folder.png").mkdir(parents=True)
+    (folder / "leads-out.png").symlink_to(tmp_path / "outside.png")
+    (folder / "loop.png").symlink_to(folder / "loop.png")
+    for name in ("page.html", "drawing.svg"):
+        (folder / name).write_text("<script>alert(1)</script>")
+    page = seen(folder, entry(saved_path=saved_path))
+    assert page.urls() == []
+    assert ("The file is missing" if saved_path else "Not saved") in page.text
+
+
+def test_an_absolute_path_elsewhere_is_not_referred_to(tmp_path):
+    """The ledger's paths are relative; another is not followed."""
+    outside = tmp_path / "outside.png"
+    outside.write_bytes(plain_png(4, 4, b"\0\0\0"))
+    (tmp_path / "out").mkdir()
+    assert seen(tmp_path / "out", entry(saved_path=str(outside))).urls() == []
+
+
+def test_the_policy_admits_this_style_and_script_and_nothing_else(tmp_path):
+    """The digests are those of what stands in the page; no other source is named."""
+    page = seen(tmp_path, saved(tmp_path, "a.png"))
+    (policy,) = [e["content"] for e in page.all("meta") if "http-equiv" in e]
+    sources = dict(part.strip().split(" ", 1) for part in policy.split(";"))
+    for part in ("style", "script"):
+        digest = base64.b64encode(hashlib.sha256(page.parts[part].encode()).digest()).decode()
+        assert sources[f"{part}-src"] == f"'sha256-{digest}'"
+    assert sources["default-src"] == sources["base-uri"] == sources["form-action"] == "'none'"
+    assert not [e for _, e in page.elements if "style" in e]
+    assert not re.search(r"url\(|@import|https?:", page.parts["style"] + page.parts["script"])
+
+
+# On the disk
+
+
+def test_the_report_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    """An error on the way leaves the old report, and nothing beside it."""
+    path = write_report(tmp_path, [])
+    old = path.read_bytes()
+    monkeypatch.setattr(report, "_seconds", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write_report(tmp_path, [entry(record=record())])
+    assert path == tmp_path / "report.html"
+    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+    assert path.read_bytes() == old
+
+
+def test_a_folder_that_is_not_there_is_an_os_error(tmp_path):
+    """The report makes no folder of results."""
+    with pytest.raises(FileNotFoundError):
+        write_report(tmp_path / "missing", [])
+
+
+def test_without_jinja2_the_error_names_the_extra(tmp_path, monkeypatch):
+    """A report is the only thing that needs the extra `report`."""
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(ConfigurationError, match=r"kontext-async\[report\]"):
+        write_report(tmp_path, [])
+
+
+# Thumbnails
+
+
+def pictured(folder, data, name="a.png"):
+    """The thumbnail made of a file's bytes, or None."""
+    (folder / name).write_bytes(data)
+    (thumbnail,) = make_thumbnails(folder, [folder / name])
+    return thumbnail
+
+
+def in_png(image, **options):
+    out = io.BytesIO()
+    image.save(out, "PNG", **options)
+    return out.getvalue()
+
+
+def test_cards_show_thumbnails_and_lead_to_the_images(tmp_path):
+    """With Pillow the page loads small pictures; the files stay as they are."""
+    page = seen(tmp_path, saved(tmp_path, "a.png"))
+    (image,) = page.all("img")
+    assert re.fullmatch(r"thumbnails/[0-9a-f]{32}\.jpg", image["src"])
+    assert (tmp_path / image["src"]).is_file()
+    assert image["loading"] == "lazy"
+    assert "a.png" in page.urls()
+
+
+def test_without_pillow_cards_show_the_images_themselves(tmp_path, no_pillow):
+    """No extra, no thumbnails, and the same page."""
+    page = seen(tmp_path, saved(tmp_path, "a.png"))
+    assert page.urls() == ["a.png", "a.png"]
+    assert not (tmp_path / "thumbnails").exists()
+
+
+def test_thumbnails_are_small_and_keep_the_shape(tmp_path):
+    """A large image comes down to 480 pixels on its longer side, as a JPEG."""
+    with Image.open(pictured(tmp_path, in_png(Image.effect_noise((1600, 800), 60)))) as small:
+        assert (small.format, small.size) == ("JPEG", (480, 240))
+    assert (tmp_path / "a.png").stat().st_size > 500_000
+    assert sum(p.stat().st_size for p in (tmp_path / "thumbnails").iterdir()) < 100_000
+
+
+def test_what_an_image_says_of_itself_stays_out_of_its_thumbnail(tmp_path):
+    """Comments and profiles of the file do not come along."""
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Comment", "secret " * 100)
+    png = in_png(Image.new("RGB", (9, 9)), pnginfo=info, icc_profile=b"secret profile")
+    assert b"secret" not in pictured(tmp_path, png).read_bytes()
+
+
+def test_transparent_pixels_become_white(tmp_path):
+    """A JPEG has no transparency; what lay beneath does not show."""
+    thumbnail = pictured(tmp_path, in_png(Image.new("RGBA", (8, 8), (255, 0, 0, 0))))
+    with Image.open(thumbnail) as small:
+        assert small.getpixel((4, 4)) == (255, 255, 255)
+
+
+def test_a_thumbnail_is_made_anew_when_its_image_changed(tmp_path):
+    """One that is newer than its image is kept as it is."""
+    thumbnail = pictured(tmp_path, plain_png(8, 8, b"\xff\0\0"))
+    made = thumbnail.stat().st_ino
+    (again,) = make_thumbnails(tmp_path, [tmp_path / "a.png"])
+    assert (again, again.stat().st_ino) == (thumbnail, made)
+    os.utime(tmp_path / "a.png", ns=(thumbnail.stat().st_mtime_ns + 1,) * 2)
+    (renewed,) = make_thumbnails(tmp_path, [tmp_path / "a.png"])
+    assert renewed.stat().st_ino != made
+
+
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def bomb(side):
+    """A PNG of some hundred bytes that says it has that many pixels a side."""
+    header = chunk(b"IHDR", struct.pack(">2I5B", side, side, 8, 0, 0, 0, 0))
+    rows = chunk(b"IDAT", zlib.compress(bytes(10_000)))
+    return b"\x89PNG\r\n\x1a\n" + header + rows + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(b"", id="empty"),
+        pytest.param(b"<!doctype html><script>alert(1)</script>", id="html"),
+        pytest.param(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", id="postscript"),
+        pytest.param(plain_png(64, 64, b"abc")[:90], id="cut"),
+        pytest.param(bomb(8_000), id="64 megapixels"),
+        pytest.param(bomb(10_000), id="enough for a warning"),
+        pytest.param(bomb(60_000), id="enough for an error"),
+    ],
+)
+def test_a_file_that_cannot_be_pictured_is_shown_as_it_is(data, tmp_path):
+    """Damaged files, other kinds and decompression bombs cost no memory and stop nothing."""
+    assert pictured(tmp_path, data) is None
+    assert not list(tmp_path.glob("thumbnails/*"))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF"])
+def test_no_damage_to_a_file_stops_the_report(kind, tmp_path):
+    """Of 60 mutations of an image, each is pictured or not, and none raises."""
+    out = io.BytesIO()
+    Image.effect_noise((40, 30), 60).convert("RGB").save(out, kind)
+    chance = random.Random(kind)
+    images = []
+    for number in range(60):
+        data = bytearray(out.getvalue())
+        for _ in range(chance.randint(1, 8)):
+            place = chance.randrange(len(data) // 4 if number % 2 else len(data))
+            data[place] = chance.randrange(256)
+        (tmp_path / f"{number}.png").write_bytes(data)
+        images.append(tmp_path / f"{number}.png")
+    made = make_thumbnails(tmp_path, images)
+    assert len(made) == 60
+    assert all(thumbnail is None or thumbnail.is_file() for thumbnail in made)
+
+
+def test_a_folder_that_takes_no_thumbnails_still_gets_its_report(tmp_path):
+    """Where `thumbnails` is in the way, the images themselves are shown."""
+    (tmp_path / _thumbnails._FOLDER).write_text("a file")
+    assert seen(tmp_path, saved(tmp_path, "a.png")).urls() == ["a.png", "a.png"]
+
+
+# The chart
+
+
+@given(st.lists(st.floats(min_value=0, max_value=1e12), min_size=1))
+def test_a_chart_holds_every_duration_within_its_frame(durations):
+    """Bars stand in order, side by side, inside the frame, and count each duration once."""
+    chart = histogram(durations)
+    assert sum(bar.count for bar in chart.bars) == chart.count == len(durations)
+    assert len(chart.bars) <= 32
+    assert max(bar.height for bar in chart.bars) == 100
+    places = [x for bar in chart.bars for x in (bar.left, bar.left + bar.width)]
+    assert all(a <= b + 1e-6 for a, b in itertools.pairwise(places))
+    assert 0 <= places[0] <= places[-1] <= 100 + 1e-6
+    assert all(0 <= left <= 100 for left, _ in chart.ticks)
+
+
+def test_a_rare_tail_does_not_flatten_the_chart():
+    """One task of 300 s among a hundred of 20 s: one bar at the end stands for it."""
+    chart = histogram([*(15.0 + n / 10 for n in range(100)), 300.0])
+    assert [bar.count for bar in chart.bars if bar.end is None] == [1]
+    assert chart.tail == chart.bars[-1].start == 38
+    assert (chart.median, chart.longest) == (20.0, 300.0)
+    assert [second for _, second in chart.ticks] == [0, 8, 16, 24, 32]
+
+
+def test_no_durations_no_chart():
+    """Before the first task has finished there is nothing to show."""
+    assert histogram([]) is None

@@ -1,0 +1,542 @@
+"""A ledger's file: who may write and read it, what is refused, and how it gets onto the disk."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing, suppress
+
+import pytest
+from ledger_world import (
+    assert_nothing_left,
+    busy_disk,
+    error_of,
+    fill_disk,
+    free_disk,
+    open_files,
+    read_only_folder,
+    until,
+)
+
+from kontext_async.results import LedgerError, _store
+from kontext_async.results._store import Store, open_reader, open_writer
+
+ADD = "INSERT INTO tasks (task_id, state, attempts, created_at, updated_at) VALUES (?, '', 0, 0, 0)"
+ALL = "SELECT task_id FROM tasks ORDER BY position"
+LARGE = "x" * 100_000
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "ledger.sqlite3"
+
+
+@pytest.fixture
+async def store(path):
+    store = Store(path)
+    await store.open()
+    yield store
+    with suppress(LedgerError):
+        await store.aclose()
+    await assert_nothing_left(path.parent)
+
+
+async def make(path, *task_ids):
+    """A ledger with these ids, closed."""
+    store = Store(path)
+    await store.open()
+    for task_id in task_ids:
+        await store.run(ADD, (task_id,))
+    await store.aclose()
+    await assert_nothing_left(path.parent)
+
+
+def read(path):
+    with closing(open_reader(path)) as connection:
+        return [task_id for (task_id,) in connection.execute(ALL)]
+
+
+def log_of(path):
+    return path.with_name(path.name + "-wal")
+
+
+def bytes_of(path):
+    """What is in a file, and in the log beside it; an empty log is none."""
+    return [file.read_bytes() if file.exists() else b"" for file in (path, log_of(path))]
+
+
+async def leave_log(path, *task_ids):
+    """A ledger as a killed process leaves it: all is in the log, nothing in the file."""
+    await make(path)
+    store = Store(path)
+    await store.open()
+    for task_id in task_ids:
+        await store.run(ADD, (task_id,))
+    copies = [shutil.copy(file, f"{file}.copy") for file in (path, log_of(path))]
+    await store.aclose()
+    for copy in copies:
+        shutil.move(copy, copy.removesuffix(".copy"))
+    assert log_of(path).stat().st_size
+
+
+def transactions(store):
+    """The transactions that an open store begins from now on."""
+    begun = []
+    store._connections[0].set_trace_callback(lambda sql: sql == "BEGIN" and begun.append(sql))
+    return begun
+
+
+# A file
+
+
+async def test_a_new_ledger_outlives_a_power_cut_and_is_told_from_other_files(store):
+    """A write-ahead log that is synced, and an id and a version of its own."""
+    connection = store._connections[0]
+    found = {
+        name: connection.execute(f"PRAGMA {name}").fetchone()[0]
+        for name in ("journal_mode", "synchronous", "application_id", "user_version")
+    }
+    assert found == {
+        "journal_mode": "wal",
+        "synchronous": 2,
+        "application_id": 0x4B6E7478,
+        "user_version": len(_store._MIGRATIONS),
+    }
+
+
+async def test_closing_leaves_one_file_and_the_empty_one_for_the_lock(path):
+    """The log is in the file by then."""
+    await make(path, "a")
+    assert {file.name: bool(file.stat().st_size) for file in path.parent.iterdir()} == {
+        path.name: True,
+        f"{path.name}-lock": False,
+    }
+
+
+@pytest.mark.parametrize("name", ["a?mode=ro#b%20c", "ü 🦊", "-", "x" * 200])
+async def test_a_file_may_have_any_name(tmp_path, name):
+    """What means something in a URI is taken as it is."""
+    await make(tmp_path / name, "a")
+    assert (tmp_path / name).exists()
+    assert read(tmp_path / name) == ["a"]
+
+
+async def test_a_relative_path_is_one_from_the_working_folder(tmp_path, monkeypatch):
+    """As everywhere."""
+    monkeypatch.chdir(tmp_path)
+    await make(tmp_path.relative_to(tmp_path) / "here", "a")
+    assert read(tmp_path / "here") == ["a"]
+
+
+async def test_what_a_crash_left_of_a_new_ledger_is_replaced(path):
+    """A ledger is there whole or not at all."""
+    draft = path.with_name(path.name + "-new")
+    draft.write_bytes(b"half a ledger")
+    await make(path, "a")
+    assert not draft.exists()
+    assert read(path) == ["a"]
+
+
+async def test_what_is_in_a_killed_ones_log_is_there_again(path):
+    """For readers, and for the next writer."""
+    await leave_log(path, "a", "b")
+    assert read(path) == ["a", "b"]
+    await make(path, "c")
+    assert read(path) == ["a", "b", "c"]
+
+
+# Statements
+
+
+async def test_what_is_asked_together_is_one_transaction(store):
+    """One sync of the disk for all; each gets its own rows, in order."""
+    begun = transactions(store)
+    answers = await asyncio.gather(*(store.run("SELECT ?", (n,)) for n in range(100)))
+    assert answers == [[(n,)] for n in range(100)]
+    assert len(begun) == 1
+
+
+async def test_what_is_asked_while_the_disk_is_busy_is_the_next_transaction(store):
+    """However much comes meanwhile."""
+    begun = transactions(store)
+    with busy_disk(store):
+        asking = [asyncio.create_task(store.run("SELECT 0"))]
+        await until(lambda: store._busy)
+        for _ in range(5):
+            asking.append(asyncio.create_task(store.run("SELECT 1")))
+            await asyncio.sleep(0.005)
+    assert await asyncio.gather(*asking) == [[(0,)], *[[(1,)]] * 5]
+    assert len(begun) == 2
+
+
+async def test_what_has_been_run_is_on_disk(store, path):
+    """Another connection sees it."""
+    await store.run(ADD, ("a",))
+    assert read(path) == ["a"]
+
+
+async def test_one_who_waits_no_longer_takes_nothing_from_the_others(store, path):
+    """The statement is run all the same, well or badly."""
+    waiting = [asyncio.create_task(store.run(ADD, (name,))) for name in "ab"]
+    await asyncio.sleep(0)
+    waiting[0].cancel()
+    await asyncio.wait(waiting)
+    assert waiting[0].cancelled()
+    assert waiting[1].result() == []
+    assert read(path) == ["a", "b"]
+
+
+async def test_a_transaction_that_fails_is_undone_and_fails_for_all_of_it(store, path):
+    """What comes after it is not concerned."""
+    await store.run(ADD, ("a",))
+    answers = await asyncio.gather(
+        store.run(ADD, ("b",)), store.run(ADD, ("a",)), return_exceptions=True
+    )
+    assert [type(answer) for answer in answers] == [LedgerError, LedgerError]
+    assert "UNIQUE constraint failed" in str(answers[0])
+    await store.run(ADD, ("c",))
+    assert read(path) == ["a", "c"]
+
+
+async def test_a_full_disk_is_a_clear_error_and_harms_nothing(store, path):
+    """What was written is readable meanwhile; with room again, writing goes on."""
+    await store.run(ADD, ("a",))
+    fill_disk(store)
+    error = await error_of(store.run(ADD, (LARGE,)), LedgerError)
+    assert "the disk is full; what was recorded before is safe" in str(error)
+    assert read(path) == ["a"]
+    free_disk(store)
+    await store.run(ADD, ("b",))
+    assert read(path) == ["a", "b"]
+
+
+# Opening and closing
+
+
+async def test_closing_writes_what_waits_to_be_written(path):
+    """Whoever waits for it has it; and twice is once."""
+    store = Store(path)
+    await store.open()
+    answers = []
+    store.submit(ADD, ("a",), answers.append)
+    await store.aclose()
+    await store.aclose()
+    assert answers == [[]]
+    assert read(path) == ["a"]
+
+
+async def test_closing_waits_for_what_is_being_written(path):
+    """Two transactions may be left."""
+    store = Store(path)
+    await store.open()
+    with busy_disk(store):
+        writing = asyncio.create_task(store.run(ADD, ("a",)))
+        await until(lambda: store._busy)
+        store.submit(ADD, ("b",), lambda _: None)
+        closing_it = asyncio.create_task(store.aclose())
+        await asyncio.sleep(0.02)
+        assert not closing_it.done()
+    await closing_it
+    assert await writing == []
+    assert read(path) == ["a", "b"]
+
+
+async def test_closing_tells_what_could_not_be_written(path):
+    """Also where nobody waits for it; then it is closed all the same."""
+    store = Store(path)
+    await store.open()
+    fill_disk(store)
+    store.submit(ADD, (LARGE,), lambda _: None)
+    assert "the disk is full" in str(await error_of(store.aclose(), LedgerError))
+    await store.aclose()
+    await assert_nothing_left(path.parent)
+
+
+async def test_one_that_is_not_open_says_so(path):
+    """Before, and after."""
+    store = Store(path)
+    assert "it is closed" in str(await error_of(store.run("SELECT 1"), LedgerError))
+    await store.aclose()
+    await store.open()
+    await store.aclose()
+    assert "it is closed" in str(await error_of(store.run("SELECT 1"), LedgerError))
+
+
+async def test_one_may_be_opened_again_but_not_twice(store):
+    """The second time harms the first no more than another writer would."""
+    assert "it is open already" in str(await error_of(store.open(), LedgerError))
+    await store.run(ADD, ("a",))
+    await store.aclose()
+    await store.open()
+    assert await store.run(ALL) == [("a",)]
+
+
+async def test_opening_may_be_cancelled(path):
+    """When that is through, nothing is left, and the ledger is free."""
+    for _ in range(5):
+        opening = asyncio.create_task(Store(path).open())
+        await asyncio.sleep(0)
+        opening.cancel()
+        await error_of(opening, asyncio.CancelledError)
+        assert open_files(path.parent) == []
+    await make(path)
+
+
+async def test_closing_may_be_cancelled(path):
+    """It is closed by then."""
+    store = Store(path)
+    await store.open()
+    store.submit(ADD, ("a",), lambda _: None)
+    closing_it = asyncio.create_task(store.aclose())
+    await asyncio.sleep(0)
+    closing_it.cancel()
+    await error_of(closing_it, asyncio.CancelledError)
+    assert open_files(path.parent) == []
+    assert read(path) == ["a"]
+
+
+# Writers and readers
+
+
+async def test_a_second_writer_is_refused_and_a_reader_welcome(store, path):
+    """In the same process; when the first is gone it is the second's turn."""
+    await store.run(ADD, ("a",))
+    error = await error_of(Store(path).open(), LedgerError)
+    assert "another process is writing to it: one batch at a time" in str(error)
+    assert read(path) == ["a"]
+    await store.run(ADD, ("b",))
+    await store.aclose()
+    await make(path)
+
+
+HOLD = """
+import asyncio, pathlib, sys
+from kontext_async.results._store import Store
+
+async def main():
+    store = Store(pathlib.Path(sys.argv[1]))
+    await store.open()
+    await store.run(sys.argv[2], ("theirs",))
+    print("open", flush=True)
+    sys.stdin.read()
+
+asyncio.run(main())
+"""
+
+
+async def test_another_process_is_a_second_writer_too(path):
+    """Its lock goes with it, however it ends; what it wrote stays."""
+    command = [sys.executable, "-c", HOLD, str(path), ADD]
+    with subprocess.Popen(  # noqa: ASYNC220  # waited for on purpose
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout.readline() == b"open\n"
+        assert "another process" in str(await error_of(Store(path).open(), LedgerError))
+        assert read(path) == ["theirs"]
+        other.kill()
+    await make(path, "ours")
+    assert read(path) == ["theirs", "ours"]
+
+
+async def test_a_reader_sees_one_moment(store, path):
+    """Whatever is written while it reads."""
+    await asyncio.gather(*(store.run(ADD, (f"{n}",)) for n in range(10)))
+    with closing(open_reader(path)) as connection:
+        rows = connection.execute(ALL)
+        seen = [rows.fetchone()]
+        await store.run("DELETE FROM tasks")
+        seen += rows
+    assert len(seen) == 10
+    assert read(path) == []
+
+
+async def test_a_reader_may_come_while_the_log_goes_into_the_file(path):
+    """The first page of a file that grows is written before its last: that is no damage."""
+    await make(path)
+    store = Store(path)
+    await store.open()
+    store._connections[0].execute("PRAGMA wal_autocheckpoint = 0")
+    await store.run(ADD, (LARGE,))
+    before, log = bytes_of(path)
+    await store.aclose()
+    with path.open("rb") as file:
+        first = file.read(4096)
+    path.write_bytes(first + before[4096:])
+    log_of(path).write_bytes(log)
+    assert read(path) == [LARGE]
+
+
+async def test_a_ledger_in_a_read_only_folder_is_readable(path):
+    """The files that SQLite would make beside it are not needed where there is no log."""
+    await make(path, "a")
+    with read_only_folder(lambda folder: shutil.copy(path, folder)) as folder:
+        assert read(folder / path.name) == ["a"]
+        error = await error_of(Store(folder / path.name).open(), LedgerError)
+        assert "may its folder be written to?" in str(error)
+        await error_of(Store(folder / "new").open(), LedgerError)
+        assert [file.name for file in folder.iterdir()] == [path.name]
+
+
+async def test_a_read_only_folder_with_a_log_is_refused(path):
+    """Without the log the ledger would be an old one."""
+    await leave_log(path, "a")
+
+    def fill(folder):
+        for file in (path, log_of(path)):
+            shutil.copy(file, folder)
+
+    with read_only_folder(fill) as folder, pytest.raises(LedgerError, match="may its folder"):
+        read(folder / path.name)
+
+
+# What is no ledger
+
+
+def database(path, *, log=False):
+    with closing(sqlite3.connect(path)) as connection:
+        if log:
+            connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("CREATE TABLE tasks (task_id TEXT)")
+        connection.execute("INSERT INTO tasks VALUES ('theirs')")
+        connection.commit()
+        if log:
+            for file in (path, log_of(path)):
+                shutil.copy(file, f"{file}.copy")
+    if log:
+        for file in (path, log_of(path)):
+            shutil.move(f"{file}.copy", file)
+
+
+FOREIGN = {
+    "empty": lambda path: path.touch(),
+    "text": lambda path: path.write_text("id\n" * 1000),
+    "header": lambda path: path.write_bytes(b"SQLite format 3\0"),
+    "another_database": database,
+    "another_database_with_a_log": lambda path: database(path, log=True),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+async def test_a_foreign_file_is_refused_untouched(path, kind):
+    """By writers and readers; nor is anything made beside it."""
+    FOREIGN[kind](path)
+    before = bytes_of(path), sorted(path.parent.iterdir())
+    for refused in (open_writer, open_reader):
+        with pytest.raises(LedgerError, match="it is not a ledger; it has been left as it is"):
+            refused(path)
+    await error_of(Store(path).open(), LedgerError)
+    await assert_nothing_left(path.parent)
+    assert (bytes_of(path), sorted(path.parent.iterdir())) == before
+
+
+def cut(path):
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 8192 * 4096])
+
+
+def overwrite(path):
+    content = bytearray(path.read_bytes())
+    content[4096:] = b"\xa5" * (len(content) - 4096)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [cut, overwrite])
+@pytest.mark.parametrize("with_log", [False, True])
+async def test_a_damaged_ledger_is_refused_untouched(path, damage, with_log):
+    """With the log beside it, where there is one."""
+    await make(path, *(f"{n}" * 3000 for n in range(5)))
+    if with_log:
+        await leave_log(path, "a")
+    damage(path)
+    before = bytes_of(path)
+    error = await error_of(Store(path).open(), LedgerError)
+    assert "it is damaged" in str(error)
+    assert "left as it is" in str(error)
+    await assert_nothing_left(path.parent)
+    assert bytes_of(path) == before
+
+
+async def test_a_reader_says_what_is_damaged_too(path):
+    """When it comes to it."""
+    await make(path, "a" * 10_000)
+    overwrite(path)
+    with (
+        closing(open_reader(path)) as connection,
+        pytest.raises(LedgerError, match="it is damaged"),
+        _store.translated(path),
+    ):
+        connection.execute(ALL).fetchall()
+
+
+async def test_there_is_nothing_to_read_where_there_is_no_ledger(path):
+    """And reading makes none."""
+    with pytest.raises(LedgerError, match="there is none"):
+        open_reader(path)
+    assert not list(path.parent.iterdir())
+
+
+@pytest.mark.parametrize("name", [".", "missing/ledger", "x" * 300])
+async def test_a_place_that_cannot_be_a_ledger_is_refused(tmp_path, name):
+    """A folder, one in a folder that is missing, a name too long: each by its path."""
+    error = await error_of(Store(tmp_path / name).open(), LedgerError)
+    assert str(error).startswith(f"ledger {tmp_path / name}: ")
+    assert not list(tmp_path.iterdir())
+
+
+async def test_a_foreign_file_in_the_locks_place_is_left_alone(path):
+    """Then there can be no writer."""
+    lock = path.with_name(path.name + "-lock")
+    lock.write_text("not a lock\n" * 100)
+    await error_of(Store(path).open(), LedgerError)
+    assert lock.read_text() == "not a lock\n" * 100
+    assert not path.exists()
+
+
+# Versions
+
+
+STEPS = ("ALTER TABLE tasks ADD COLUMN colour TEXT", "UPDATE tasks SET colour = 'red'")
+COLOURS = "SELECT task_id, colour FROM tasks"
+
+
+@pytest.mark.parametrize("prepare", [make, leave_log])
+async def test_a_ledger_of_an_older_release_is_brought_up_to_date(path, monkeypatch, prepare):
+    """Step by step, each once; also one that was killed."""
+    await prepare(path, "a")
+    known = _store._MIGRATIONS
+    for count in (1, 2, 2):
+        monkeypatch.setattr(_store, "_MIGRATIONS", (*known, *STEPS[:count]))
+        await make(path)
+    with closing(open_reader(path)) as connection:
+        assert connection.execute(COLOURS).fetchall() == [("a", "red")]
+        assert connection.execute("PRAGMA user_version").fetchone() == (3,)
+
+
+async def test_a_step_that_fails_undoes_those_before_it(path, monkeypatch):
+    """The ledger stays what it was."""
+    await make(path, "a")
+    known = _store._MIGRATIONS
+    monkeypatch.setattr(_store, "_MIGRATIONS", (*known, STEPS[0], "UPDATE missing SET colour = 1"))
+    assert "no such table: missing" in str(await error_of(Store(path).open(), LedgerError))
+    await error_of(Store(path.with_name("new")).open(), LedgerError)
+    assert not path.with_name("new").exists()
+    monkeypatch.setattr(_store, "_MIGRATIONS", known)
+    await make(path, "b")
+    assert read(path) == ["a", "b"]
+
+
+@pytest.mark.parametrize("prepare", [make, leave_log])
+async def test_a_ledger_of_a_newer_release_is_refused_untouched(path, monkeypatch, prepare):
+    """By writers and readers; the older release says which version it knows."""
+    known = _store._MIGRATIONS
+    monkeypatch.setattr(_store, "_MIGRATIONS", (*known, STEPS[0]))
+    await prepare(path, "a")
+    monkeypatch.setattr(_store, "_MIGRATIONS", known)
+    before = bytes_of(path)
+    for refused in (open_writer, open_reader):
+        with pytest.raises(LedgerError, match=r"version 2, made by a newer .* knows 1"):
+            refused(path)
+    assert bytes_of(path) == before
