@@ -309,7 +309,7 @@ class RecordedOutcomes:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """End every wait that is left; what has ended by now is in the ledger."""
+        """End every wait that is left; the ledger, once closed, has all that ended before."""
         self._closed = True
         await self._recording.end()
 
