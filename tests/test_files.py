@@ -11,6 +11,7 @@ import struct
 import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from io import FileIO
 
 import pytest
 from hypothesis import given
@@ -21,6 +22,7 @@ from kontext_async.results import DownloadError, SavedImage, _files
 from kontext_async.results._files import (
     Draft,
     Place,
+    Writer,
     decoding_problem,
     done,
     file_stem,
@@ -45,8 +47,13 @@ def place(folder, name="t", **options):
     return Place(**{"task_id": "t", "folder": str(folder), "name": name, **options})
 
 
+def finished(draft, data=b""):
+    draft.complete(data)
+    return draft.settle()
+
+
 def saved(at, data, kind="png"):
-    return Draft(at, kind).finish(data)
+    return finished(Draft(at, kind), data)
 
 
 def names(folder):
@@ -203,7 +210,7 @@ def test_an_image_has_its_name_when_it_is_whole(kind, tmp_path):
     [part] = names(tmp_path)
     assert part.startswith(".t.")
     assert part.endswith(".part")
-    got = draft.finish(data[100:])
+    got = finished(draft, data[100:])
     path = tmp_path / f"t{_files._ENDINGS[kind]}"
     assert got == SavedImage(
         path=path, size=len(data), sha256=hashlib.sha256(data).hexdigest(), kind=kind
@@ -235,7 +242,7 @@ def test_a_file_that_is_there_stays(tmp_path):
     draft = Draft(place(tmp_path), "png")
     draft.write(plain_png(1, 1, b"new"))
     (tmp_path / "t.png").write_bytes(b"old")
-    assert "'t.png' already" in refusal_of(draft.finish, b"")
+    assert "'t.png' already" in refusal_of(finished, draft)
     assert names(tmp_path) == ["t.png"]
     assert (tmp_path / "t.png").read_bytes() == b"old"
 
@@ -281,7 +288,7 @@ def test_of_two_who_save_under_a_name_at_once_one_is_told(tmp_path):
         draft.write(data)
         barrier.wait()
         try:
-            return draft.finish(b"")
+            return finished(draft)
         except DownloadError:
             return None
 
@@ -317,7 +324,7 @@ def test_a_file_that_cannot_grow_leaves_nothing(pieces, small_files, tmp_path):
         draft.write(first)
         for piece in others:
             draft.write(piece)
-        draft.finish(b"")
+        finished(draft)
 
     text = refusal_of(save)
     assert "File too large" in text
@@ -328,13 +335,13 @@ def test_a_file_that_cannot_grow_leaves_nothing(pieces, small_files, tmp_path):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")  # noqa: PTH110
 @pytest.mark.parametrize("size", [100, 100_000])
 def test_a_full_disk_is_an_error(size, monkeypatch, tmp_path):
-    """Also where the file is so small that only the flush meets it, and the closing once more."""
+    """The first write meets it, and the part that was made just before is gone."""
 
     def full(path, mode):
-        with open(path, mode):  # noqa: PTH123  # the part is made, as on a disk just now full
-            return open("/dev/full", "rb+")  # noqa: PTH123  # closed by the draft
+        with FileIO(path, mode):  # the part is made, as on a disk just now full
+            return FileIO("/dev/full", "r+")
 
-    monkeypatch.setattr(_files, "open", full, raising=False)
+    monkeypatch.setattr(_files, "FileIO", full)
     text = refusal_of(saved, place(tmp_path), make_image('{"prompt": ""}', "png", size))
     assert "No space left on device" in text
     assert names(tmp_path) == []
@@ -370,8 +377,110 @@ def test_a_part_that_somebody_removed_is_an_error(tmp_path):
     draft = Draft(place(tmp_path), "png")
     draft.write(plain_png(1, 1, b"abc"))
     remove_drafts(str(tmp_path))
-    refusal_of(draft.finish, b"")
+    refusal_of(finished, draft)
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("problem", [OSError(22, "Invalid argument"), AttributeError("missing")])
+def test_a_hint_that_is_not_understood_does_no_harm(problem, monkeypatch, tmp_path):
+    """Not every system takes it, and some lack it."""
+
+    def unknown(*_):
+        raise problem
+
+    monkeypatch.setattr(os, "posix_fadvise", unknown, raising=False)
+    saved(place(tmp_path), plain_png(1, 1, b"abc"))
+    assert names(tmp_path) == ["t.png"]
+
+
+def test_a_write_that_takes_a_part_is_followed_by_the_rest(monkeypatch, tmp_path):
+    """As a system may do with a long one."""
+
+    class Slow(FileIO):
+        def write(self, data):
+            return super().write(data[:10])
+
+    data = plain_png(1, 1, b"abc")
+    monkeypatch.setattr(_files, "FileIO", Slow)
+    assert saved(place(tmp_path), data).path.read_bytes() == data
+
+
+# --- the writer ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def writer():
+    writer = Writer()
+    yield writer
+    writer.close()
+    writer._thread.shutdown()
+
+
+class Slow:
+    """A draft whose steps are told, and which begins when it may."""
+
+    def __init__(self, steps, name, may_begin=None, problems=()):
+        self.steps = steps
+        self.name = name
+        self.may_begin = may_begin
+        self.problems = problems
+
+    def complete(self, data):
+        if self.may_begin is not None:
+            self.may_begin.wait(10)
+        self._step("complete")
+
+    def settle(self):
+        return self._step("settle")
+
+    def _step(self, step):
+        self.steps.append(f"{step} {self.name}")
+        if step in self.problems:
+            raise LookupError(self.name)
+        return self.name
+
+
+async def batch_of(writer, **problems):
+    """What becomes of drafts that came while the thread was at work on another, and the steps."""
+    steps, may_begin = [], threading.Event()
+    drafts = [Slow(steps, "first", may_begin)]
+    drafts += [Slow(steps, name, problems=problem) for name, problem in problems.items()]
+    saves = [asyncio.ensure_future(writer.finish(draft, b"")) for draft in drafts]
+    await asyncio.sleep(0.01)
+    assert steps == []
+    may_begin.set()
+    return await asyncio.gather(*saves, return_exceptions=True), steps
+
+
+async def test_what_came_meanwhile_is_finished_together(writer):
+    """All are written before the first of them is waited for: so they reach the disk together."""
+    results, steps = await batch_of(writer, a="", b="")
+    assert results == ["first", "a", "b"]
+    assert steps[:2] == ["complete first", "settle first"]
+    assert steps[2:] == ["complete a", "complete b", "settle a", "settle b"]
+
+
+@pytest.mark.parametrize("step", ["complete", "settle"])
+async def test_a_draft_that_fails_harms_no_other(step, writer):
+    """Whatever it raises is raised where that draft is waited for; it gets no name."""
+    results, steps = await batch_of(writer, a="", b=[step], c="")
+    assert [repr(result) for result in results] == ["'first'", "'a'", "LookupError('b')", "'c'"]
+    assert ("settle b" in steps) is (step == "settle")
+
+
+async def test_a_writer_closed_at_work_ends_when_all_is_done():
+    """What waits is finished, then the thread ends."""
+    writer = Writer()
+    steps, may_begin = [], threading.Event()
+    drafts = [Slow(steps, "a", may_begin), Slow(steps, "b")]
+    saves = [asyncio.ensure_future(writer.finish(draft, b"")) for draft in drafts]
+    await asyncio.sleep(0.01)
+    writer.close()
+    may_begin.set()
+    assert await asyncio.gather(*saves) == ["a", "b"]
+    [thread] = writer._thread._threads
+    await in_thread(thread.join, 10)
+    assert not thread.is_alive()
 
 
 # --- a folder -----------------------------------------------------------------------------------

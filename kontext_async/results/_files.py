@@ -1,6 +1,6 @@
 """Image files: their names, what is taken for an image, and how a whole one gets its name.
 
-What blocks is written as plain functions, for `in_thread`.
+What blocks is written as plain functions, for `in_thread` and the `Writer`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import struct
 import threading
 import zlib
 from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from typing import IO, TypeVar, TypeVarTuple, Unpack
 
@@ -27,6 +29,7 @@ __all__ = [
     "Draft",
     "Place",
     "SavedImage",
+    "Writer",
     "decoding_problem",
     "done",
     "file_stem",
@@ -178,25 +181,30 @@ class Draft:
         # Short, so that a name of 255 bytes stays one with what is added to it.
         part = f".{name[:50]}.{secrets.token_hex(6)}.part"
         self._part = os.path.join(folder, part)  # noqa: PTH118  # a quarter of the time
-        self._file: IO[bytes] | None = None
+        self._file: FileIO | None = None
         self._digest = hashlib.sha256()
         self._size = 0
 
     def write(self, data: bytes) -> None:
         """Add to the file."""
-        with self._place.told(), self._cleaning():
+        with self._cleaning():
             self._write(data)
 
-    def finish(self, data: bytes) -> SavedImage:
-        """Add the last of the file, check it, and give it its name."""
-        with self._place.told(), self._cleaning():
+    def complete(self, data: bytes) -> None:
+        """Add the last of the file, and check it."""
+        with self._cleaning():
             file = self._write(data)
-            file.flush()
             problem = decoding_problem(file, self._kind)
             if problem is not None:
                 raise DownloadError(problem, task_id=self._place.task_id, http_status=200)
-            os.fsync(file.fileno())
-            file.close()
+            _begin_writing_back(file)
+
+    def settle(self) -> SavedImage:
+        """Give what is complete its name, once it is on disk."""
+        assert self._file is not None, "it is complete"
+        with self._cleaning():
+            os.fsync(self._file.fileno())
+            self._file.close()
             self._name()
         return SavedImage(
             path=Path(self._path),
@@ -209,15 +217,17 @@ class Draft:
         """Remove what was written, as far as the file system lets us."""
         if self._file is None:
             return
-        with suppress(OSError):  # a full disk may refuse what is still buffered
+        with suppress(OSError):  # some file systems write what they have only now
             self._file.close()
         with suppress(OSError):
             os.unlink(self._part)  # noqa: PTH108  # paths are str here
 
-    def _write(self, data: bytes) -> IO[bytes]:
+    def _write(self, data: bytes) -> FileIO:
         if self._file is None:
-            self._file = open(self._part, "xb+")  # noqa: PTH123, SIM115  # closed by finish or discard
-        self._file.write(data)
+            self._file = FileIO(self._part, "x+")
+        rest = memoryview(data)
+        while rest:  # a system may take less than it is given
+            rest = rest[self._file.write(rest) :]
         self._digest.update(data)
         self._size += len(data)
         return self._file
@@ -231,10 +241,103 @@ class Draft:
     @contextmanager
     def _cleaning(self) -> Generator[None]:
         try:
-            yield
+            with self._place.told():
+                yield
         except BaseException:
             self.discard()
             raise
+
+
+def _begin_writing_back(file: FileIO) -> None:
+    """Have a file on its way to the disk before `fsync` waits for it.
+
+    Of several files on their way the first `fsync` then commits the metadata of all.
+    """
+    with suppress(AttributeError, OSError):  # a hint, and not known everywhere
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+class _Finish:
+    """The last of a draft, and what comes of it."""
+
+    def __init__(self, draft: Draft, data: bytes, told: asyncio.Future[SavedImage]) -> None:
+        self._draft = draft
+        self._data = data
+        self._told = told
+        self._error: BaseException | None = None
+
+    def complete(self) -> None:
+        try:
+            self._draft.complete(self._data)
+        except BaseException as exc:  # noqa: BLE001  # it is raised where the image is waited for
+            self._error = exc
+
+    def settle(self) -> None:
+        if self._error is None:
+            try:
+                self._saved = self._draft.settle()
+            except BaseException as exc:  # noqa: BLE001  # as above
+                self._error = exc
+
+    def tell(self) -> None:
+        if self._error is None:
+            self._told.set_result(self._saved)
+        else:
+            self._told.set_exception(self._error)
+
+
+class Writer:
+    """The one thread that writes drafts.
+
+    All that wait are finished together, and the loop is told of them at once: a hand-over from
+    thread to thread costs as much as the writing. More threads would wait for each other, as a
+    folder takes one new name at a time.
+    """
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._thread = ThreadPoolExecutor(1, "kontext-saver")
+        self._waiting: list[_Finish] = []
+        self._is_busy = False
+        self._is_closed = False
+
+    async def write(self, draft: Draft, data: bytes) -> None:
+        """Add to a draft."""
+        await done(self._loop.run_in_executor(self._thread, draft.write, data))
+
+    async def finish(self, draft: Draft, data: bytes) -> SavedImage:
+        """Add the last of a draft, and save it."""
+        told: asyncio.Future[SavedImage] = self._loop.create_future()
+        self._waiting.append(_Finish(draft, data, told))
+        if not self._is_busy:
+            self._go_on()
+        return await done(told)
+
+    def close(self) -> None:
+        """Let the thread end when it has done what it was given."""
+        self._is_closed = True
+        if not self._is_busy:
+            self._go_on()
+
+    def _go_on(self) -> None:
+        batch, self._waiting = self._waiting, []
+        self._is_busy = bool(batch)
+        if batch:
+            self._thread.submit(self._work, batch)
+        elif self._is_closed:
+            self._thread.shutdown(wait=False)
+
+    def _work(self, batch: list[_Finish]) -> None:
+        for finish in batch:
+            finish.complete()
+        for finish in batch:
+            finish.settle()
+        self._loop.call_soon_threadsafe(self._tell, batch)
+
+    def _tell(self, batch: list[_Finish]) -> None:
+        for finish in batch:
+            finish.tell()
+        self._go_on()
 
 
 # What Pillow's decoders raise for broken files; the first is also what it raises for truncated,

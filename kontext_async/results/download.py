@@ -10,17 +10,14 @@ import warnings
 from collections.abc import (
     AsyncIterable,
     AsyncIterator,
-    Awaitable,
-    Callable,
     Coroutine,
     Generator,
 )
-from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeAlias, TypeVar, TypeVarTuple, Unpack, cast
+from typing import Any, Self, TypeAlias, cast
 
 import aiohttp
 import attrs
@@ -35,7 +32,7 @@ from kontext_async.results._files import (
     Draft,
     Place,
     SavedImage,
-    done,
+    Writer,
     file_stem,
     find_image,
     image_kind,
@@ -47,16 +44,10 @@ from kontext_async.results.errors import DownloadError, ResultExpiredError
 
 __all__ = ["ImageSaver", "SaveStream", "download", "save_outcomes"]
 
-_Args = TypeVarTuple("_Args")
-_T = TypeVar("_T")
-
 _MAX_BYTES = 50 * 1024 * 1024
 
 # An image goes to disk in pieces of this many bytes: most in one go.
 _BLOCK = 1024 * 1024
-
-# A folder takes one new name at a time: more threads would wait for each other, and use CPU.
-_THREADS = 2
 
 # What hosts answer where a file is gone, or where they deny that it ever was.
 _GONE = (403, 404, 410)
@@ -79,9 +70,9 @@ def _announced_kind(response: aiohttp.ClientResponse) -> str | None:
 class _Intake:
     """What has come of an image: the first block of it in memory, a longer one in a file."""
 
-    def __init__(self, place: Place, max_bytes: int, threads: Executor) -> None:
+    def __init__(self, place: Place, max_bytes: int, writer: Writer) -> None:
         self.announced: str | None = None
-        self._threads = threads
+        self._writer = writer
         self._place = place
         self._max_bytes = max_bytes
         self._size = 0
@@ -105,23 +96,19 @@ class _Intake:
         if self._held >= _BLOCK:
             data = self._taken()
             self._draft = self._draft or self._begun(data)
-            await self._in_thread(self._draft.write, data)
+            await self._writer.write(self._draft, data)
 
     async def finish(self) -> SavedImage:
         """Take it for all, and save it."""
         data = self._taken()
         draft = self._draft or self._begun(data)
         self._draft = None  # it looks after itself from now on
-        return await self._in_thread(draft.finish, data)
+        return await self._writer.finish(draft, data)
 
     async def discard(self) -> None:
         """Drop what is not finished."""
         if self._draft is not None:
-            await in_thread(self._draft.discard)  # the saver's threads may be gone
-
-    def _in_thread(self, function: Callable[[Unpack[_Args]], _T], *args: *_Args) -> Awaitable[_T]:
-        loop = asyncio.get_running_loop()
-        return done(loop.run_in_executor(self._threads, function, *args))
+            await in_thread(self._draft.discard)  # the writer's may be gone
 
     def _taken(self) -> bytes:
         data = b"".join(self._pieces)
@@ -154,7 +141,7 @@ class _Download:
 
     fetcher: Fetcher
     place: Place
-    threads: Executor
+    writer: Writer
     max_bytes: int
     timeout: float | None
 
@@ -176,7 +163,7 @@ class _Download:
             await asyncio.sleep(delay)
 
     async def _try(self, url: str, expires_at: datetime | None, deadline: float) -> SavedImage:
-        intake = _Intake(self.place, self.max_bytes, self.threads)
+        intake = _Intake(self.place, self.max_bytes, self.writer)
         task_id = self.place.task_id
         scope = asyncio.timeout_at(None if deadline == math.inf else deadline)
         try:
@@ -275,7 +262,7 @@ class ImageSaver:
         self._timeout = timeout
         self._slots = asyncio.Semaphore(max_concurrency)
         self._names: set[str] = set()  # of the files known to be there
-        self._threads: ThreadPoolExecutor  # these two while this is open
+        self._writer: Writer  # these two while this is open
         self._fetcher: Fetcher | None = None
         self._saves: set[asyncio.Timeout] = set()
         self._no_saves = asyncio.Event()
@@ -287,7 +274,7 @@ class ImageSaver:
         if self._fetcher is not None:
             raise ClientStateError("this saver is open already")
         self._names = await in_thread(open_folder, self._folder)
-        self._threads = ThreadPoolExecutor(_THREADS, "kontext-saver")
+        self._writer = Writer()
         self._fetcher = Fetcher(self._base_url, allow_private=self._allow_private)
         return self
 
@@ -304,7 +291,7 @@ class ImageSaver:
         try:
             await self._no_saves.wait()
         finally:
-            self._threads.shutdown(wait=False)
+            self._writer.close()
             await fetcher.aclose()
 
     async def save(self, task: CompletedTask, *, name: str | None = None) -> SavedImage:
@@ -321,7 +308,7 @@ class ImageSaver:
         place = self._place(task.task_id, name)
         if not self._overwrite and (there := self._names.intersection(place.names())):
             raise place.taken(there.pop())
-        run = _Download(self._fetcher, place, self._threads, self._max_bytes, self._timeout)
+        run = _Download(self._fetcher, place, self._writer, self._max_bytes, self._timeout)
         with self._under_way() as scope:
             async with scope, self._slots:
                 saved = await self._save(task, run)
