@@ -329,14 +329,27 @@ class RequestBudget:
             if wake_at > now:
                 break
             self._take(now)
-            if self._due and not (self._first and self._can_wait(now)):
-                _, _, wanted_at, turn = heapq.heappop(self._due)
-                self._lateness = max(self._lateness, now - wanted_at)
-            else:
-                turn = self._first.popleft()
             self._waiting -= 1
-            turn.set_result(now)
+            self._next(now).set_result(now)
         self._wake_at(loop, wake_at)
+
+    def _next(self, now: float) -> _Turn:
+        """Whose turn it is; another task's each time a pause is probed.
+
+        One that fails whenever it is looked at would else hold up all others.
+        """
+        is_probe = self._pause.error is not None
+        if self._first and (is_probe or not self._due or self._can_wait(now)):
+            return self._first.popleft()
+        if is_probe:
+            entries = enumerate(self._due)
+            _, longest = min((wanted, i) for i, (_, _, wanted, t) in entries if not t.done())
+            _, _, wanted_at, turn = self._due.pop(longest)
+            heapq.heapify(self._due)
+        else:
+            _, _, wanted_at, turn = heapq.heappop(self._due)
+        self._lateness = max(self._lateness, now - wanted_at)
+        return turn
 
     def _can_wait(self, now: float) -> bool:
         """Whether the first of those whose time has come may be later still."""

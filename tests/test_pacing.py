@@ -380,6 +380,37 @@ async def test_a_probe_that_fails_in_any_way_prolongs_the_pause(error):
     assert pace.pause_left(now()) == pytest.approx(2.0)
 
 
+async def probed_by(pace, *wanted):
+    """Who probes a pause of a second, of waits that want a turn so late and have such deadlines."""
+    await answered(pace, refused())
+    waits = {
+        name: asyncio.create_task(pace.turn(now() + late, seen=seen, until=now() + left))
+        for name, late, left, seen in wanted
+    }
+    await asyncio.sleep(0.9)
+    for name, wait in waits.items():
+        if name == "cancelled":
+            wait.cancel()
+    await asyncio.sleep(0.2)
+    done = [name for name, wait in waits.items() if wait.done() and not wait.cancelled()]
+    for wait in waits.values():
+        wait.cancel()
+    await asyncio.gather(*waits.values(), return_exceptions=True)
+    return done
+
+
+async def test_a_pause_is_probed_by_whoever_has_waited_longest():
+    """Not by the earliest deadline: that task may be what fails, and would probe every time."""
+    wanted = [("hurried", 0.5, 20, True), ("cancelled", 0.1, 90, True), ("patient", 0.2, 90, True)]
+    assert await probed_by(budget(), *wanted) == ["patient"]
+
+
+async def test_a_pause_is_probed_by_a_first_look_where_there_is_one():
+    """Each is another task, while the known one may be what fails."""
+    wanted = [("known", 0.0, 20, True), ("new", 0.0, 90, False)]
+    assert await probed_by(budget(), *wanted) == ["new"]
+
+
 async def test_several_tasks_failing_in_a_row_are_an_outage():
     pace = budget()
     for task_id in "abcd":

@@ -20,6 +20,7 @@ from virtual_time import VirtualTimeLoop
 from kontext_async import (
     ApiError,
     AuthenticationError,
+    ClientStateError,
     CompletedTask,
     ConfigurationError,
     DurationModel,
@@ -477,14 +478,28 @@ async def test_a_pause_holds_all_waits_of_the_client_and_one_request_probes_its_
     assert [t for t in asked_at(simulator) if 11 <= t < 11.5] == seconds([11] * 5)
 
 
+async def test_a_task_that_always_fails_does_not_hold_up_another_after_a_refusal(simulator):
+    """It would probe the pause again and again, as it has the earlier deadline."""
+    broken = simulator.add_task(script=["http_500"] * 99)
+    refused = simulator.add_task(script=["code_429"], duration=0.0)
+    async with make_client(simulator, max_concurrency=1) as client:
+        options = {"timeout": 300, "wait": wait_fixed(0.5)}
+        failing = asyncio.create_task(client.wait_for_result(broken, **options))
+        await asyncio.sleep(0.1)
+        await client.wait_for_result(refused, wait=wait_fixed(0.5))
+        assert asyncio.get_running_loop().time() < 10
+    with pytest.raises(ClientStateError):
+        await failing
+
+
 async def test_a_cancelled_probe_lets_the_next_one_go(simulator, client):
     """The pause does not hang on a wait that was given up on."""
     probe = simulator.add_task(script=[refused_for(10), "stall"])
     probing = asyncio.create_task(client.wait_for_result(probe, wait=wait_none()))
-    await asyncio.sleep(1)
+    await asyncio.sleep(11)
     other = simulator.add_task(duration=0.0)
     waiting = asyncio.create_task(client.wait_for_result(other))
-    await asyncio.sleep(14)
+    await asyncio.sleep(4)
     assert asked_at(simulator) == seconds([0, 10])
     probing.cancel()
     await waiting
