@@ -9,7 +9,6 @@ import time
 from typing import Any
 
 import aiohttp
-from aiohttp.connector import AddrInfoType
 from yarl import URL
 
 from kontext_async._version import __version__
@@ -48,7 +47,7 @@ class _AddressRefusedError(OSError):
     """Raised instead of connecting to an address that is not public."""
 
 
-def _public_socket(info: AddrInfoType) -> socket.socket:
+def _public_socket(info: tuple[int, int, int, str, tuple[Any, ...]]) -> socket.socket:
     """A socket for an address about to be connected to: whatever a name meant a moment ago."""
     family, kind, proto, _, address = info
     if not is_public(str(address[0])):
@@ -120,14 +119,15 @@ class Fetcher:
     async def get(self, text: str, task_id: str) -> aiohttp.ClientResponse:
         """The answer at the end of all redirects, its body unread. Raises `DownloadError`."""
         url = _url(text, task_id)
-        for _ in range(_MAX_REDIRECTS + 1):
-            response = await self._get(url, task_id)
-            if response.status not in _REDIRECTS:
-                return response
+        redirects = 0
+        while (response := await self._get(url, task_id)).status in _REDIRECTS:
             async with response:
                 location = response.headers.get("Location", "")
+            if redirects == _MAX_REDIRECTS:
+                raise _refused(f"more than {_MAX_REDIRECTS} redirects", task_id, response.status)
+            redirects += 1
             url = url.join(_url(location, task_id))
-        raise _refused(f"more than {_MAX_REDIRECTS} redirects", task_id, response.status)
+        return response
 
     async def _get(self, url: URL, task_id: str) -> aiohttp.ClientResponse:
         session = self._session(url, task_id)
