@@ -55,7 +55,7 @@ def _name(task_id: object) -> str:
 
     In brackets, so that the number 5 is not taken for the id "5".
     """
-    return task_id if isinstance(task_id, str) else f"<{repr(task_id)[:200]}>"
+    return str.__str__(task_id) if isinstance(task_id, str) else f"<{repr(task_id)[:200]}>"
 
 
 def _check_source(task_ids: object) -> None:

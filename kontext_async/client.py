@@ -127,7 +127,11 @@ class KontextClient:
             raise ConfigurationError(f"max_concurrency must be an int, not {max_concurrency!r}")
         if max_concurrency < 1:
             raise ConfigurationError("max_concurrency must be at least 1")
+        if rate_limit is not None and not isinstance(rate_limit, RateLimit):
+            raise ConfigurationError(f"rate_limit must be a RateLimit or None, not {rate_limit!r}")
         durations = DurationModel() if durations is None else durations
+        if not isinstance(durations, DurationModel):
+            raise ConfigurationError(f"durations must be a DurationModel, not {durations!r}")
         self._transport = Transport(
             api_key=key,
             base_url=self._base_url,

@@ -7,6 +7,7 @@ so that a hundred thousand waits need one timer of the event loop, not a hundred
 from __future__ import annotations
 
 import asyncio
+import copy
 import heapq
 import itertools
 import math
@@ -103,6 +104,11 @@ class _Pause:
 
     def is_probe(self, sent: float) -> bool:
         return self.error is not None and sent >= self._until
+
+    def probes_outage(self, sent: float) -> bool:
+        """Whether a request was to see if an outage is over, and not a pause that was asked for."""
+        asked_for = isinstance(self.error, ApiError) and self.error.asks_for_pause
+        return self.is_probe(sent) and not asked_for
 
     def hold(self, error: KontextError, *, now: float, sent: float) -> None:
         """Pause because of what came back for a request sent at ``sent``."""
@@ -232,6 +238,9 @@ class RequestBudget:
                 task_id=task_id,
             )
         if error is not None:
+            assert isinstance(error, (TransportError, ResponseFormatError)), "else no outage"
+            error = copy.copy(error)
+            error.task_id = task_id
             return error
         opens_at = self._limit.opens_at(now)
         if opens_at <= now:
@@ -273,13 +282,13 @@ class RequestBudget:
     def _note_bad(self, error: KontextError, *, now: float, sent: float) -> None:
         if isinstance(error, ApiError) and error.asks_for_pause:
             self._pause.hold(error, now=now, sent=sent)
-        elif isinstance(error, (ServerError, TransportError)):
-            self._failing.add(error.task_id)
-            if len(self._failing) >= _OUTAGE or self._pause.is_probe(sent):
+        elif isinstance(error, (ServerError, TransportError, ResponseFormatError)):
+            if not isinstance(error, ResponseFormatError):  # neither an outage nor a good answer
+                self._failing.add(error.task_id)
+            if len(self._failing) >= _OUTAGE or self._pause.probes_outage(sent):
                 self._pause.hold(error, now=now, sent=sent)
-        elif isinstance(error, ResponseFormatError):  # neither an outage nor a good answer
-            if self._pause.is_probe(sent):
-                self._pause.hold(error, now=now, sent=sent)
+            else:  # that task's own trouble, and nobody asks for time any more
+                self._pause.lift(sent=sent)
         else:
             self._note_good(sent)
 

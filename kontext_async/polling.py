@@ -182,6 +182,7 @@ class TaskWait:
         "_failing_since",
         "_failures",
         "_from_first_look",
+        "_had_early",
         "_last_error",
         "_last_record",
         "_latest",
@@ -215,6 +216,7 @@ class TaskWait:
         self._wanted_at = self._began  # when to look next; infinity where no look is wanted
         self._polls = 0
         self._failures = 0  # looks in a row
+        self._had_early = False  # the early one of the two last looks
         self._missing_since: float | None = None  # these two by the clock that pauses stop
         self._failing_since: float | None = None
         self._born: float | None = None  # when the task was made
@@ -343,9 +345,11 @@ class TaskWait:
         next_delay = None
         if now < last and self._policy.timeout != 0:
             delay = min(self._delay(now, record, error), within)
-            # Where turns take time to come, the last look is to be had earlier, and then again.
-            early = last - budget.turn_delay
-            self._wanted_at = min(now + delay, early if now < early else last)
+            # Where turns take time to come, the last look is to be had earlier, and once again.
+            early = last if self._had_early else last - budget.turn_delay
+            final = early if now < early else last
+            self._had_early = self._had_early or final <= now + delay
+            self._wanted_at = min(now + delay, final)
             expected = max(self._wanted_at, now + budget.pause_left(now))
             next_delay = expected - now if expected < self._deadline else None
         self._emit(now, record=record, error=error, next_delay=next_delay)

@@ -17,6 +17,7 @@ from kontext_async._version import __version__
 from kontext_async.errors import (
     ApiError,
     ClientStateError,
+    ConfigurationError,
     GenerationFailedError,
     ResponseFormatError,
     TransportError,
@@ -166,6 +167,8 @@ class Transport:
         assert self._loop is not None, "check_open comes first"
         assert self._session is not None, "check_open comes first"
         self._check_not_closed()  # perhaps since the turn came
+        if self._session.closed:
+            raise ClientStateError("the session that was passed in is closed")
         cutoff = _Cutoff(self._loop, min(until, sent + self.request_timeout))
         self._looking.add(cutoff)
         try:
@@ -188,6 +191,13 @@ class Transport:
             error = self._translated(exc, task_id)
             cause = _cause(exc)
             late = cutoff.came and until <= sent + self.request_timeout
+        except ValueError as exc:
+            if "AUTHORIZATION" not in str(exc):  # aiohttp's word for two of them
+                raise
+            raise ConfigurationError(
+                "the session takes a login for this host from netrc, which collides with the API "
+                "key: pass one without trust_env, or remove that login"
+            ) from None
         finally:
             self._looking.discard(cutoff)
         self._check_not_closed()

@@ -54,7 +54,7 @@ def check_task_id(task_id: object) -> str:
         raise ConfigurationError("a task id must not be blank")
     if not task_id.isprintable():
         raise ConfigurationError(f"a task id must be printable: {task_id[:80]!a}")
-    return task_id
+    return str.__str__(task_id)  # of a subclass the plain str, as JSON has it
 
 
 def decode(
@@ -137,7 +137,7 @@ def _bare_error(answer: _Answer) -> KontextError:
 
 
 def _redirect(answer: _Answer) -> TransportError:
-    target = answer.secret.scrub(_host(answer.headers.get("Location", "")))
+    target = _host(answer.secret.scrub(answer.headers.get("Location", "")))
     return TransportError(
         f"redirected (HTTP {answer.status}){target}; redirects are not followed: check base_url",
         task_id=answer.task_id,

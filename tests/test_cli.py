@@ -209,9 +209,17 @@ class TestWait:
         assert problem in result.stderr
         assert len(simulator.requests) == asked
 
+    def test_a_line_ends_where_a_newline_is(self, kontext, simulator):
+        """And not at what else Unicode takes for a line's end: JSON may hold it as it is."""
+        task_id = simulator.add_task(**done())
+        line = json.dumps({"note": "a\u2028b\u0085c", "taskId": task_id}, ensure_ascii=False)
+        result = kontext("wait", "--from", "-", input=f"{line}\r\n")
+        assert [line["taskId"] for line in lines(result)] == [task_id]
+
     def test_many_bad_lines_are_not_all_named(self, kontext):
-        """Ten are, and the rest are counted."""
+        """Ten are, a line each, and the rest are counted."""
         result = kontext("wait", "--from", "-", input="{\n" * 15)
+        assert "standard input, line 2: not a JSON object\n" in result.stderr
         assert "line 10" in result.stderr
         assert "line 11" not in result.stderr
         assert "and 5 more" in result.stderr
@@ -383,6 +391,11 @@ class TestResuming:
         said = capsys.readouterr().err
         assert "Still generating: task 1, task2" in said
         assert "kontext wait 'task 1' task2" in said
+
+    def test_an_id_is_not_taken_for_an_option(self, capsys):
+        """One that begins with a dash comes after two."""
+        _waiting.say_how_to_resume(Tally(["-x1", "task2"]), None)
+        assert "kontext wait -- -x1 task2" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
         ("source", "file"), [(None, "FILE"), ("-", "FILE"), ("my ids.txt", "'my ids.txt'")]

@@ -41,7 +41,7 @@ def kontext(simulator, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
     def invoke(command, *args, input=None):  # noqa: A002 - the runner's name for it
-        if command == "batch":
+        if command in {"batch", "wait"}:
             args = (*args, "--base-url", simulator.base_url)
         return CliRunner().invoke(_app.app, [command, *args], input=input, prog_name="kontext")
 
@@ -103,6 +103,15 @@ class TestBatch:
         result = kontext("batch", "--into", "out", "--timeout", "inf")
         assert result.exit_code == 0
         assert lines(result)[slow]["outcome"] == "success"
+
+    @pytest.mark.parametrize("command", ["batch", "wait"])
+    def test_there_is_a_limit_to_all_of_it(self, kontext, simulator, command):
+        """What is left when it passes has timed out, and the exit code is 3."""
+        running = simulator.add_task(duration=math.inf)
+        into = ("--into", "out") if command == "batch" else ()
+        result = kontext(command, "--from", "-", *into, "--batch-timeout", "0.2", input=running)
+        assert result.exit_code == 3
+        assert lines(result)[running]["outcome"] == "timeout"
 
     def test_failed_generations_are_asked_about_again_only_on_demand(self, kontext, simulator):
         """A failure is final unless --retry-failed doubts it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import enum
 import gc
 import json
 import math
@@ -362,6 +363,59 @@ async def session():
 
 
 @virtual_time
+async def test_a_borrowed_session_that_is_closed_is_told(simulator, session):
+    """By whoever closed it: looks and waits end at once."""
+    async with make_client(simulator, session=session) as client:
+        await session.close()
+        await error_of(client.record_info("task"), ClientStateError)
+        await error_of(client.wait_for_result("task"), ClientStateError)
+
+
+async def test_a_login_of_the_environment_that_collides_with_the_key_is_told(
+    simulator, tmp_path, monkeypatch
+):
+    """A netrc file has one for the API's host, and the session reads it."""
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login user password word")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    async with (
+        aiohttp.ClientSession(trust_env=True) as session,
+        make_client(simulator, session=session) as client,
+    ):
+        error = await error_of(client.record_info("task"), ConfigurationError)
+        assert "netrc" in str(error)
+
+
+async def test_an_error_of_the_users_own_code_in_a_session_is_left_alone(simulator):
+    """A middleware's ValueError is none of ours."""
+
+    async def broken(request, handler):
+        raise ValueError("mine")
+
+    async with (
+        aiohttp.ClientSession(middlewares=[broken]) as session,
+        make_client(simulator, session=session) as client,
+    ):
+        with pytest.raises(ValueError, match="mine"):
+            await client.record_info("task")
+
+
+async def test_an_id_may_be_of_a_subclass_of_str(simulator, client):
+    """Such as a member of a StrEnum: it is known by its plain value."""
+    one = simulator.add_task(duration=0.0, outcome="success")
+    member = enum.StrEnum("Known", {"ONE": one}).ONE
+    assert type((await client.record_info(member)).task_id) is str
+    assert (await client.wait_for_result(member)).task_id == one
+    (outcome,) = await client.wait_for_results([member])
+    assert type(outcome.task_id) is str
+    assert outcome.unwrap().task_id == one
+
+
+@pytest.mark.parametrize("wrong", [{"rate_limit": (20, 10)}, {"durations": 5}])
+def test_what_is_no_limit_or_model_is_refused(wrong):
+    """A pair is a likely slip."""
+    assert next(iter(wrong)) in refused_with(KEY, **wrong)
+
+
 async def test_a_borrowed_session_is_left_open(simulator, session):
     """By leaving the block, and by aclose."""
     async with make_client(simulator, session=session) as client:

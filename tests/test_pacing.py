@@ -364,20 +364,47 @@ async def test_a_cancelled_probe_lets_the_next_one_go():
     assert await waiter == 2.0
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        broken("a"),
-        TransportError("reset", task_id="a"),
-        ResponseFormatError("not JSON", task_id="a"),
-        refused(),
-    ],
-)
-async def test_a_probe_that_fails_in_any_way_prolongs_the_pause(error):
+TROUBLE = [
+    broken("a"),
+    TransportError("reset", task_id="a"),
+    ResponseFormatError("not JSON", task_id="a"),
+]
+
+
+@pytest.mark.parametrize("error", TROUBLE)
+async def test_trouble_after_a_pause_that_was_asked_for_is_that_tasks_own(error):
     pace = budget()
     await answered(pace, refused())
     await answered(pace, error)
+    assert pace.pause_left(now()) == 0.0
+    await answered(pace, refused())
+    assert pace.pause_left(now()) == 1.0
+
+
+async def test_a_probe_that_is_refused_prolongs_the_pause():
+    pace = budget()
+    await answered(pace, refused())
+    await answered(pace, refused())
     assert pace.pause_left(now()) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("error", TROUBLE)
+async def test_a_probe_that_fails_in_any_way_prolongs_an_outage(error):
+    pace = budget()
+    for task_id in "abcde":
+        await answered(pace, broken(task_id))
+    await answered(pace, error)
+    assert pace.pause_left(now()) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("error", TROUBLE[1:])
+async def test_who_is_held_by_an_outage_is_told_of_it_by_its_own_name(error):
+    pace = budget()
+    for task_id in "bcdef":
+        await answered(pace, broken(task_id))
+    await answered(pace, error)
+    held = pace.held_by("mine", now())
+    assert (type(held), held.task_id, error.task_id) == (type(error), "mine", "a")
 
 
 async def probed_by(pace, *wanted):

@@ -456,12 +456,11 @@ async def test_maintenance_pauses_begin_at_five_seconds(wait):
     assert gaps(wait.looks) == seconds([5, 10, 20, 40, 60, 60])
 
 
-async def test_a_probe_that_meets_trouble_prolongs_the_pause(wait):
-    """An outage behind a refusal is probed ever more rarely, and a wait ends at its deadline."""
-    error = await wait("code_429", *["http_500"] * 99, error_grace=1, timeout=100)
-    assert type(error) is WaitTimeoutError
-    assert wait.looks == seconds([0, 1, 3, 7, 15, 31, 63])
-    assert type(error.last_error) is ServerError
+async def test_trouble_after_a_refusal_ends_with_its_grace(wait):
+    """Nobody asks for time any more: it is this task's own trouble."""
+    error = await wait("code_429", *["http_500"] * 99, error_grace=3, timeout=100)
+    assert type(error) is ServerError
+    assert wait.looks == seconds([0, 1, 2, 3, 4])
 
 
 async def test_a_pause_holds_all_waits_of_the_client_and_one_request_probes_its_end(simulator):
@@ -490,6 +489,15 @@ async def test_a_task_that_always_fails_does_not_hold_up_another_after_a_refusal
         assert asyncio.get_running_loop().time() < 10
     with pytest.raises(ClientStateError):
         await failing
+
+
+async def test_after_a_turn_that_came_late_the_last_look_is_taken_twice_at_most(wait):
+    """Early enough for a turn that comes late again, and once more shortly before the deadline."""
+    error = await wait(refused_for(5), *["generating"] * 99, wait=wait_fixed(4), timeout=20)
+    assert type(error) is WaitTimeoutError
+    assert wait.looks[:5] == seconds([0, 5, 9, 13, 17])
+    assert 18.9 < wait.looks[5] < 19.0
+    assert wait.looks[6:] == seconds([19.95])
 
 
 async def test_a_cancelled_probe_lets_the_next_one_go(simulator, client):
@@ -1162,13 +1170,13 @@ FINAL = {
     "code_401": AuthenticationError,
     "code_402": ApiError,
 }
-PROBES_FAIL = ("http_500", "empty_200", "truncated")
 
 
 def foretold(script, *, timeout, delay, error_grace, not_found_grace):
     """How a wait ends and when it looks, by the contract's words: answers take no time here."""
     now = paused = until = late = 0.0
     streak = 0
+    had_early = False
     since = {"trouble": None, "missing": None}
     grace = {"trouble": error_grace, "missing": not_found_grace}
     looks = []
@@ -1189,7 +1197,7 @@ def foretold(script, *, timeout, delay, error_grace, not_found_grace):
                 error = {"not_found": TaskNotFoundError, "code_408": ApiError}
                 error |= {"http_500": ServerError, "truncated": TransportError}
                 return error.get(step, ResponseFormatError), looks, now
-        if step in PATIENT or (streak and step in PROBES_FAIL):
+        if step in PATIENT:
             streak += 1
             first = 5.0 if step == "code_455" else 1.0
             pause = 2.0 if step == "rate_limited" else min(first * 2 ** (streak - 1), 60.0)
@@ -1199,8 +1207,10 @@ def foretold(script, *, timeout, delay, error_grace, not_found_grace):
             streak = 0
         last = timeout - 0.05
         # A turn may come late again: the last look is planned so much earlier, and once more then.
-        early = last - late if now < last - late else last
-        wanted = min(now + min(delay, left), early) if now < last else math.inf
+        early = last if had_early else last - late
+        final = early if now < early else last
+        had_early = had_early or final <= now + min(delay, left)
+        wanted = min(now + min(delay, left), final) if now < last else math.inf
         now = max(wanted, until)
         late = max(0.99 * late, now - wanted)
         if now >= timeout:

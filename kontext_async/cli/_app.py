@@ -82,6 +82,14 @@ Timeout = Annotated[
         "inf waits without limit.",
     ),
 ]
+BatchTimeout = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        metavar="SECONDS",
+        help="How long to wait for all of them; without it, as long as it takes.",
+    ),
+]
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="What a batch was saved into.")]
 _BASE_URL = "https://api.apikley.ru"
 
@@ -139,6 +147,7 @@ def wait(
     *,
     source: Source = None,
     timeout: Timeout = 600.0,
+    batch_timeout: BatchTimeout = None,
     summary: Annotated[
         bool, typer.Option("--summary", help="End with a table of figures.")
     ] = False,
@@ -150,7 +159,9 @@ def wait(
 
     async def wait_for_them() -> Exit:
         async with KontextClient(read_key(api_key_file), base_url=base_url) as client:
-            code = await wait_for_all(client, tally, print_outcome, timeout=_limit(timeout))
+            code = await wait_for_all(
+                client, tally, print_outcome, timeout=_limit(timeout), batch_timeout=batch_timeout
+            )
         if summary:
             error_console().print(tally.summary())
         return code
@@ -170,6 +181,7 @@ def batch(
         bool, typer.Option("--retry-failed", help="Ask again about generations that failed.")
     ] = False,
     timeout: Timeout = 600.0,
+    batch_timeout: BatchTimeout = None,
     base_url: BaseUrl = _BASE_URL,
     api_key_file: KeyFile = None,
 ) -> None:
@@ -193,6 +205,7 @@ def batch(
                 into,
                 print_kept,
                 timeout=_limit(timeout),
+                batch_timeout=batch_timeout,
                 retry_failed=retry_failed,
             )
         return gravest({code, make_report(into)}) if report else code

@@ -114,6 +114,7 @@ async def keep_all(
     take: Callable[[TaskOutcome, _Saved], None],
     *,
     timeout: float | None,
+    batch_timeout: float | None = None,
     retry_failed: bool = False,
 ) -> Exit:
     """Wait for all that is unfinished by the folder's ledger, and save what is not saved yet."""
@@ -129,6 +130,7 @@ async def keep_all(
             tally.starting(),
             retry_failed=retry_failed,
             timeout=timeout,
+            batch_timeout=batch_timeout,
             on_event=tally.looked,
         )
         with display.shown():

@@ -42,7 +42,7 @@ def _lines(source: str | None) -> Iterator[tuple[str, str]]:
     if source is None:
         return
     name = "standard input" if source == "-" else source
-    for number, line in enumerate(_text(source).splitlines(), 1):
+    for number, line in enumerate(_text(source).split("\n"), 1):
         text = line.strip()
         if text and not text.startswith("#"):
             yield f"{name}, line {number}", text
@@ -78,6 +78,6 @@ def read_key(path: Path | None) -> str:
             "no API key: set APIKLEY_API_KEY, or name a file that holds it with --api-key-file"
         )
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError):
         fail(f"cannot read the key from {path}")

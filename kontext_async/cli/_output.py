@@ -192,7 +192,8 @@ def say(text: str) -> None:
 
 def fail(problem: str) -> NoReturn:
     """End because of how the command was used; nothing has been sent."""
-    say(f"kontext: {problem}")
+    for line in f"kontext: {problem}".split("\n"):
+        say(line)
     raise typer.Exit(Exit.USAGE)
 
 

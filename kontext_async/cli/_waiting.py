@@ -21,11 +21,14 @@ async def wait_for_all(
     take: Callable[[TaskOutcome], None],
     *,
     timeout: float | None,
+    batch_timeout: float | None = None,
 ) -> Exit:
     """Wait for all that is unfinished, handing on each outcome; the exit code for them all."""
     display = Display(tally, client)
     with display.shown():
-        waiting = client.as_completed(tally.starting(), timeout=timeout, on_event=tally.looked)
+        waiting = client.as_completed(
+            tally.starting(), timeout=timeout, batch_timeout=batch_timeout, on_event=tally.looked
+        )
         async with waiting as outcomes:
             async for outcome in outcomes:
                 tally.ended(outcome)
@@ -42,9 +45,12 @@ def say_how_to_resume(tally: Tally, source: str | None) -> None:
     if not left:
         return
     named = shlex.join(left[:_NAMED])
+    if any(task_id.startswith("-") for task_id in left[:_NAMED]):
+        named = f"-- {named}"
     if len(left) <= _NAMED:
         say(f"Still generating: {', '.join(left)}")
-        say(f"They are still paid for. To wait for them again: kontext wait {named}")
+        say("They are still paid for. To wait for them again, with the same options:")
+        say(f"  kontext wait {named}")
         return
     say(f"Still generating: {', '.join(left[:_NAMED])} and {len(left) - _NAMED} more")
     file = "FILE" if source is None or source == "-" else shlex.quote(source)
