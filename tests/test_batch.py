@@ -16,6 +16,7 @@ import aiohttp
 import attrs
 import pytest
 from aiohttp.client_proto import ResponseHandler
+from counted import Counted
 from tenacity import wait_fixed
 from virtual_time import VirtualTimeLoop
 
@@ -153,19 +154,6 @@ def errors(outcomes):
 
 def tasks(simulator, count, duration=0.0, **options):
     return [simulator.add_task(f"task{n}", duration=duration, **options) for n in range(count)]
-
-
-class Counted:
-    """An iterable that remembers how much of it was read."""
-
-    def __init__(self, task_ids):
-        self.ids = iter(task_ids)
-        self.read = 0
-
-    def __iter__(self):
-        for task_id in self.ids:
-            self.read += 1
-            yield task_id
 
 
 class CountedAsync(Counted):

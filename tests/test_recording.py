@@ -10,6 +10,7 @@ import threading
 from collections import Counter
 
 import pytest
+from counted import Counted
 from ledger_world import (
     AT_ONCE,
     SOON,
@@ -71,19 +72,6 @@ def tasks(simulator, count, duration=0.0, *, name="task"):
 def asked(simulator):
     """The ids of all looks so far, in order."""
     return [request.task_id for request in simulator.requests]
-
-
-class Counted:
-    """An iterable that remembers how much of it was read."""
-
-    def __init__(self, task_ids):
-        self.ids = iter(task_ids)
-        self.read = 0
-
-    def __iter__(self):
-        for task_id in self.ids:
-            self.read += 1
-            yield task_id
 
 
 class CountedAsync(Counted):

@@ -83,11 +83,9 @@ Timeout = Annotated[
     ),
 ]
 BatchTimeout = Annotated[
-    float | None,
+    float,
     typer.Option(
-        min=0,
-        metavar="SECONDS",
-        help="How long to wait for all of them; without it, as long as it takes.",
+        min=0, metavar="SECONDS", help="How long to wait for all of them; inf: as long as it takes."
     ),
 ]
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="What a batch was saved into.")]
@@ -147,7 +145,7 @@ def wait(
     *,
     source: Source = None,
     timeout: Timeout = 600.0,
-    batch_timeout: BatchTimeout = None,
+    batch_timeout: BatchTimeout = math.inf,
     summary: Annotated[
         bool, typer.Option("--summary", help="End with a table of figures.")
     ] = False,
@@ -160,7 +158,11 @@ def wait(
     async def wait_for_them() -> Exit:
         async with KontextClient(read_key(api_key_file), base_url=base_url) as client:
             code = await wait_for_all(
-                client, tally, print_outcome, timeout=_limit(timeout), batch_timeout=batch_timeout
+                client,
+                tally,
+                print_outcome,
+                timeout=_limit(timeout),
+                batch_timeout=_limit(batch_timeout),
             )
         if summary:
             error_console().print(tally.summary())
@@ -181,7 +183,7 @@ def batch(
         bool, typer.Option("--retry-failed", help="Ask again about generations that failed.")
     ] = False,
     timeout: Timeout = 600.0,
-    batch_timeout: BatchTimeout = None,
+    batch_timeout: BatchTimeout = math.inf,
     base_url: BaseUrl = _BASE_URL,
     api_key_file: KeyFile = None,
 ) -> None:
@@ -205,7 +207,7 @@ def batch(
                 into,
                 print_kept,
                 timeout=_limit(timeout),
-                batch_timeout=batch_timeout,
+                batch_timeout=_limit(batch_timeout),
                 retry_failed=retry_failed,
             )
         return gravest({code, make_report(into)}) if report else code
