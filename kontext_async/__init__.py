@@ -19,9 +19,9 @@ from kontext_async.errors import (
     TransportError,
     WaitTimeoutError,
 )
-from kontext_async.limits import RateLimit
 from kontext_async.models import CompletedTask, TaskRecord, TaskStatus
 from kontext_async.pacing import ClientStats
+from kontext_async.pacing.limits import RateLimit
 from kontext_async.polling import PollEvent
 from kontext_async.schedule import DurationModel, PollState, wait_learned
 

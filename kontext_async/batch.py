@@ -88,19 +88,19 @@ class _Gate:
         self.budget = transport.budget
         self.durations = transport.durations
         self.request_timeout = transport.request_timeout
-        self.turn = transport.turn
+        self.acquire = transport.acquire
         self.is_shut = False
         self.refusal: AuthenticationError | None = None  # the answer to all that remain
         self._transport = transport
 
-    async def look(
+    async def poll(
         self, task_id: str, sent: float, *, until: float
     ) -> tuple[TaskRecord, float | None] | None:
         if self.is_shut:
-            self.budget.give_back(sent)
+            self.budget.cancel(sent)
             raise asyncio.CancelledError
         try:
-            return await self._transport.look(task_id, sent, until=until)
+            return await self._transport.poll(task_id, sent, until=until)
         except AuthenticationError as error:
             if self.refusal is None:
                 self.refusal, self.is_shut = error, True

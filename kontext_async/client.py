@@ -16,9 +16,9 @@ from yarl import URL
 from kontext_async import wire
 from kontext_async.batch import OutcomeStream, TaskOutcome, outcomes_in_order
 from kontext_async.errors import ConfigurationError, RateLimitedError
-from kontext_async.limits import RateLimit
 from kontext_async.models import CompletedTask, TaskRecord
 from kontext_async.pacing import ClientStats, RequestBudget
+from kontext_async.pacing.limits import RateLimit
 from kontext_async.polling import PollEvent, TaskWait, WaitPolicy, check_seconds
 from kontext_async.schedule import DurationModel, wait_learned
 from kontext_async.transport import Transport
@@ -194,9 +194,9 @@ class KontextClient:
         now = transport.loop_time
         latest = now + transport.request_timeout
         if budget.opens_in(now) <= transport.request_timeout:
-            sent = await transport.turn(now, seen=True, until=latest)
+            sent = await transport.acquire(now, seen=True, until=latest)
             if sent is not None:
-                answer = await transport.look(task_id, sent, until=math.inf)
+                answer = await transport.poll(task_id, sent, until=math.inf)
                 assert answer is not None, "nothing but until cuts a look short"
                 return answer[0]
         raise RateLimitedError(

@@ -147,9 +147,9 @@ class Budget(Protocol):
     @property
     def round_trip(self) -> float: ...
     @property
-    def turn_delay(self) -> float: ...
-    def held_by(self, task_id: str, now: float) -> KontextError | None: ...
-    def pause_left(self, now: float) -> float: ...
+    def acquire_delay(self) -> float: ...
+    def blocked_by(self, task_id: str, now: float) -> KontextError | None: ...
+    def pause_remaining(self, now: float) -> float: ...
     def pause_spent(self, now: float) -> float: ...
 
 
@@ -162,8 +162,8 @@ class Transport(Protocol):
     def durations(self) -> DurationModel: ...
     @property
     def request_timeout(self) -> float: ...
-    async def turn(self, at: float, *, seen: bool, until: float) -> float | None: ...
-    async def look(
+    async def acquire(self, at: float, *, seen: bool, until: float) -> float | None: ...
+    async def poll(
         self, task_id: str, sent: float, *, until: float
     ) -> tuple[TaskRecord, float | None] | None: ...
 
@@ -240,7 +240,7 @@ class TaskWait:
 
     async def _look(self) -> CompletedTask | KontextError | None:
         """Look once, when it is time to; how the wait ends, if that ends it."""
-        sent = await self._transport.turn(
+        sent = await self._transport.acquire(
             self._wanted_at, seen=self._polls > 0, until=self._deadline
         )
         if sent is None:
@@ -251,7 +251,7 @@ class TaskWait:
         self._polls += 1
         self._wanted_at = math.inf
         try:
-            answer = await self._transport.look(self._task_id, sent, until=self._deadline)
+            answer = await self._transport.poll(self._task_id, sent, until=self._deadline)
         except ClientStateError:
             raise
         except KontextError as error:
@@ -286,12 +286,12 @@ class TaskWait:
         self._failures = 0
         self._missing_since = self._failing_since = None
         if record.status.phase == "generating":
-            self._transport.durations.look(self._task_id, self._age(now))
+            self._transport.durations.observe(self._task_id, self._age(now))
             self._go_on(now, record=record)
             return None
         if record.duration is not None:
             taken = record.duration.total_seconds()
-            self._transport.durations.look(self._task_id, self._age(now), taken)
+            self._transport.durations.observe(self._task_id, self._age(now), taken)
         self._emit(now, record=record)
         if record.status.phase == "failed":
             return GenerationFailedError(
@@ -346,18 +346,18 @@ class TaskWait:
         if now < last and self._policy.timeout != 0:
             delay = min(self._delay(now, record, error), within)
             # Where turns take time to come, the last look is to be had earlier, and once again.
-            early = last if self._had_early else last - budget.turn_delay
+            early = last if self._had_early else last - budget.acquire_delay
             final = early if now < early else last
             self._had_early = self._had_early or final <= now + delay
             self._wanted_at = min(now + delay, final)
-            expected = max(self._wanted_at, now + budget.pause_left(now))
+            expected = max(self._wanted_at, now + budget.pause_remaining(now))
             next_delay = expected - now if expected < self._deadline else None
         self._emit(now, record=record, error=error, next_delay=next_delay)
 
     def _delay(self, now: float, record: TaskRecord | None, error: KontextError | None) -> float:
         if self._state is None:
             self._state = PollState(self._began)
-        self._state.note(
+        self._state.update(
             now=now,
             attempt=self._polls,
             age=self._age(now),
@@ -401,6 +401,6 @@ class TaskWait:
             elapsed=now - self._began,
             polls=self._polls,
             last_record=self._last_record,
-            last_error=(held and self._transport.budget.held_by(self._task_id, now))
+            last_error=(held and self._transport.budget.blocked_by(self._task_id, now))
             or self._last_error,
         )

@@ -48,7 +48,7 @@ class PollState(RetryCallState):
         self.failures = 0
         self._outcome: Future | None = None
 
-    def note(
+    def update(
         self,
         *,
         now: float,
@@ -157,7 +157,7 @@ class DurationModel:
             f" finished={self._finished} running={len(self._ages)}>"
         )
 
-    def look(self, task_id: str, age: float, duration: float | None = None) -> None:
+    def observe(self, task_id: str, age: float, duration: float | None = None) -> None:
         """Learn from a look at a task: at ``age`` seconds it still ran, or it took ``duration``.
 
         Numbers that are no times are passed over.

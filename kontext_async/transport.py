@@ -110,7 +110,7 @@ class Transport:
         if self._closed:
             raise ClientStateError("this client is closed: make a new one")
 
-    async def turn(self, at: float, *, seen: bool, until: float) -> float | None:
+    async def acquire(self, at: float, *, seen: bool, until: float) -> float | None:
         """A turn at ``at`` or later, as the time when it came; None where that is ``until``.
 
         Raises `ClientStateError` once this is closed.
@@ -118,20 +118,20 @@ class Transport:
         assert self._loop is not None, "check_open comes first"
         self._check_not_closed()
         now = self._loop.time()
-        if at <= now and self.budget.take(now, seen=seen):
+        if at <= now and self.budget.try_acquire(now, seen=seen):
             return now
         scope = asyncio.timeout_at(None if until == math.inf else until)
         self._queued.add(scope)
         try:
             async with scope:
-                return await self.budget.turn(at, seen=seen, until=until)
+                return await self.budget.acquire(at, seen=seen, until=until)
         except TimeoutError:
             self._check_not_closed()
             return None
         finally:
             self._queued.discard(scope)
 
-    async def look(
+    async def poll(
         self, task_id: str, sent: float, *, until: float
     ) -> tuple[TaskRecord, float | None] | None:
         """Ask about a task, in the turn that came at ``sent``.
@@ -143,20 +143,20 @@ class Transport:
         try:
             answer = await self._get(task_id, sent, until)
             if answer is None:
-                self.budget.end(sent, cancelled=True)
+                self.budget.release(sent, cancelled=True)
                 return None
             status, headers, body = answer
             record = wire.decode(
                 status, headers, body, task_id=task_id, api_key=self._api_key, now=time.time()
             )
         except _FAILURES as error:
-            self.budget.end(sent, error)
+            self.budget.release(sent, error)
             _log.debug("task %s: %s", task_id, type(error).__name__)
             raise
         except BaseException:
-            self.budget.end(sent, cancelled=True)
+            self.budget.release(sent, cancelled=True)
             raise
-        self.budget.end(sent)
+        self.budget.release(sent)
         _log.debug("task %s: %s", task_id, record.status.name)
         is_running = record.status.phase == "generating"
         return record, wire.server_age(headers, record) if is_running else None

@@ -21,7 +21,7 @@ import kontext_async
 from kontext_async import TaskOutcome, TransportError
 from kontext_async.cli import _app, _batch, _local
 from kontext_async.results import Ledger
-from kontext_async.results._store import open_writer
+from kontext_async.results.ledger.store import open_writer
 from kontext_async.simulator import Failure
 
 KEY = "marker-key-19ab"

@@ -349,7 +349,7 @@ async def test_a_look_without_a_turn_is_not_sent(client, monkeypatch):
     async def no_turn(at, *, seen, until):
         return None
 
-    monkeypatch.setattr(client._transport, "turn", no_turn)
+    monkeypatch.setattr(client._transport, "acquire", no_turn)
     await error_of(client.record_info("task"), RateLimitedError)
 
 

@@ -37,10 +37,10 @@ from kontext_async.results import (
     ResultExpiredError,
     SavedImage,
     SaveStream,
-    _files,
     download,
     save_outcomes,
 )
+from kontext_async.results.images import files
 from kontext_async.simulator import IMAGE_STEPS, Simulator, steps
 from kontext_async.simulator.images import make_image, plain_png
 
@@ -133,7 +133,7 @@ async def test_an_image_is_saved_into_a_folder(kind, ending, simulator, client, 
     task = task_in(simulator, "task12345", outputFormat=kind)
     path = await download(client, task, tmp_path / "a" / "b")
     assert path == tmp_path / "a" / "b" / f"task12345{ending}"
-    assert _files.image_kind(path.read_bytes()) == kind
+    assert files.image_kind(path.read_bytes()) == kind
     assert names(path.parent) == [path.name]
 
 
@@ -341,7 +341,7 @@ async def test_a_jpeg_cut_short_is_not_saved(progressive, tmp_path):
 @virtual_time
 async def test_without_pillow_the_signature_has_to_do(simulator, client, tmp_path, monkeypatch):
     """What is no image at all is still refused."""
-    monkeypatch.setattr(_files, "_HAS_PILLOW", False)
+    monkeypatch.setattr(files, "_HAS_PILLOW", False)
     await download(client, task_in(simulator, "t", "cut_short"), tmp_path)
     page = task_in(simulator, "u", *["html_as_image"] * 3)
     await refusal_of(download(client, page, tmp_path))

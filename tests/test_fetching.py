@@ -16,7 +16,7 @@ from raw_server import http, raw_server
 
 from kontext_async import __version__
 from kontext_async.results import DownloadError, ResultExpiredError
-from kontext_async.results._fetching import (
+from kontext_async.results.images.fetching import (
     Fetcher,
     _public_socket,
     failure,

@@ -18,8 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from kontext_async.results import DownloadError, SavedImage, _files
-from kontext_async.results._files import (
+from kontext_async.results import DownloadError, SavedImage
+from kontext_async.results.images import files
+from kontext_async.results.images.files import (
     Draft,
     Place,
     Writer,
@@ -70,7 +71,7 @@ def refusal_of(function, *args):
 @pytest.fixture
 def no_pillow(monkeypatch):
     """As if the extra were not installed."""
-    monkeypatch.setattr(_files, "_HAS_PILLOW", False)
+    monkeypatch.setattr(files, "_HAS_PILLOW", False)
 
 
 # --- names --------------------------------------------------------------------------------------
@@ -211,7 +212,7 @@ def test_an_image_has_its_name_when_it_is_whole(kind, tmp_path):
     assert part.startswith(".t.")
     assert part.endswith(".part")
     got = finished(draft, data[100:])
-    path = tmp_path / f"t{_files._ENDINGS[kind]}"
+    path = tmp_path / f"t{files._ENDINGS[kind]}"
     assert got == SavedImage(
         path=path, size=len(data), sha256=hashlib.sha256(data).hexdigest(), kind=kind
     )
@@ -341,7 +342,7 @@ def test_a_full_disk_is_an_error(size, monkeypatch, tmp_path):
         with FileIO(path, mode):  # the part is made, as on a disk just now full
             return FileIO("/dev/full", "r+")
 
-    monkeypatch.setattr(_files, "FileIO", full)
+    monkeypatch.setattr(files, "FileIO", full)
     text = refusal_of(saved, place(tmp_path), make_image('{"prompt": ""}', "png", size))
     assert "No space left on device" in text
     assert names(tmp_path) == []
@@ -357,7 +358,7 @@ def test_nothing_gets_its_name_before_it_is_on_disk(has_pillow, monkeypatch, tmp
         assert not (tmp_path / "t.png").exists()
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(_files, "_HAS_PILLOW", has_pillow)
+    monkeypatch.setattr(files, "_HAS_PILLOW", has_pillow)
     monkeypatch.setattr(os, "fsync", failing)
     assert "Input/output error" in refusal_of(saved, place(tmp_path), data)
     assert names(tmp_path) == []
@@ -401,7 +402,7 @@ def test_a_write_that_takes_a_part_is_followed_by_the_rest(monkeypatch, tmp_path
             return super().write(data[:10])
 
     data = plain_png(1, 1, b"abc")
-    monkeypatch.setattr(_files, "FileIO", Slow)
+    monkeypatch.setattr(files, "FileIO", Slow)
     assert saved(place(tmp_path), data).path.read_bytes() == data
 
 

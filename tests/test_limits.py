@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kontext_async import ConfigurationError, RateLimit
-from kontext_async.limits import DiscoveredLimit, WindowLimit
+from kontext_async.pacing.limits import DiscoveredLimit, SlidingWindow
 
 
 @pytest.mark.parametrize("max_requests", [0, -1, 1.5, True, "10", None])
@@ -28,7 +28,7 @@ def test_a_rate_limit_wants_a_positive_period(period):
 
 
 def test_a_window_gives_a_place_back_a_period_after_the_answer():
-    limit = WindowLimit(RateLimit(2, 10.0))
+    limit = SlidingWindow(RateLimit(2, 10.0))
     limit.sent(0.0)
     limit.sent(0.0)
     assert limit.opens_at(0.0) == math.inf
@@ -39,18 +39,18 @@ def test_a_window_gives_a_place_back_a_period_after_the_answer():
 
 
 def test_a_turn_not_used_gives_its_place_back_at_once():
-    limit = WindowLimit(RateLimit(1, 10.0))
+    limit = SlidingWindow(RateLimit(1, 10.0))
     limit.sent(0.0)
     limit.unsent()
     assert limit.opens_at(0.0) == 0.0
 
 
 def test_a_window_tells_its_rate():
-    assert WindowLimit(RateLimit(20, 10.0)).rate() == 2.0
+    assert SlidingWindow(RateLimit(20, 10.0)).rate() == 2.0
 
 
 def test_a_window_nearly_full_may_be_shut_for_a_period():
-    limit = WindowLimit(RateLimit(4, 10.0))
+    limit = SlidingWindow(RateLimit(4, 10.0))
     limit.sent(0.0)
     assert limit.stall() == 0.0
     limit.ended(1.0, sent=0.0, answered=True, refused=False)
@@ -61,7 +61,7 @@ def test_a_window_nearly_full_may_be_shut_for_a_period():
 def test_a_found_rate_may_be_shut_for_the_time_between_two_requests():
     limit = DiscoveredLimit()
     assert limit.stall() == 0.0
-    saturate(limit, SlidingWindow(10, 1.0), until=60.0)
+    saturate(limit, ServiceWindow(10, 1.0), until=60.0)
     assert limit.stall() == pytest.approx(1 / limit.rate())
 
 
@@ -71,7 +71,7 @@ def test_a_found_rate_may_be_shut_for_the_time_between_two_requests():
 )
 def test_no_window_as_the_server_sees_it_ever_has_more_than_the_limit(most, steps):
     """Whatever the times between requests, the time to the answer and where in it the server is."""
-    limit = WindowLimit(RateLimit(most, 1.0))
+    limit = SlidingWindow(RateLimit(most, 1.0))
     now, seen, answers = 0.0, [], []
     for gap, round_trip, where in steps:
         now += gap
@@ -103,7 +103,7 @@ class FixedWindow:
         return self.count <= self.most
 
 
-class SlidingWindow:
+class ServiceWindow:
     def __init__(self, most, period):
         self.most, self.period, self.times = most, period, deque()
 
@@ -161,7 +161,7 @@ def shares(log, rate):
     return answered / (after[-1][0] - first) / rate, 1 - answered / len(after)
 
 
-@pytest.mark.parametrize("kind", [FixedWindow, SlidingWindow, Bucket])
+@pytest.mark.parametrize("kind", [FixedWindow, ServiceWindow, Bucket])
 @pytest.mark.parametrize(
     ("most", "period", "windows", "least", "refused"),
     [
@@ -227,7 +227,7 @@ def test_a_client_refused_before_any_answer_does_not_starve():
 
 def test_refusals_of_requests_already_under_way_are_one_refusal():
     limit = DiscoveredLimit()
-    log = saturate(limit, SlidingWindow(50, 1.0), until=3.0)
+    log = saturate(limit, ServiceWindow(50, 1.0), until=3.0)
     before = limit.rate()
     limit.sent(3.0)
     limit.sent(3.0)
@@ -240,7 +240,7 @@ def test_refusals_of_requests_already_under_way_are_one_refusal():
 def test_an_idle_client_keeps_its_rate():
     """An hour without requests neither raises the rate nor saves up a burst."""
     limit = DiscoveredLimit()
-    saturate(limit, SlidingWindow(10, 1.0), until=60.0)
+    saturate(limit, ServiceWindow(10, 1.0), until=60.0)
     before = limit.rate()
     limit.sent(3660.0)
     assert limit.rate() == pytest.approx(before, rel=0.01)
@@ -249,16 +249,16 @@ def test_an_idle_client_keeps_its_rate():
 
 def test_a_limit_that_is_raised_is_found_again():
     limit = DiscoveredLimit()
-    saturate(limit, SlidingWindow(10, 1.0), until=120.0)
-    log = saturate(limit, SlidingWindow(40, 1.0), until=600.0, began=120.0)
+    saturate(limit, ServiceWindow(10, 1.0), until=120.0)
+    log = saturate(limit, ServiceWindow(40, 1.0), until=600.0, began=120.0)
     late = sum(admitted for at, admitted in log if at >= 500.0)
     assert late >= 0.85 * 40 * 100
 
 
 def test_a_limit_that_is_lowered_is_found_again():
     limit = DiscoveredLimit()
-    saturate(limit, SlidingWindow(40, 1.0), until=120.0)
-    log = saturate(limit, SlidingWindow(10, 1.0), until=300.0, began=120.0)
+    saturate(limit, ServiceWindow(40, 1.0), until=120.0)
+    log = saturate(limit, ServiceWindow(10, 1.0), until=300.0, began=120.0)
     share, refusals = shares(log, 10.0)
     assert share >= 0.85
     assert refusals <= 0.05
@@ -266,7 +266,7 @@ def test_a_limit_that_is_lowered_is_found_again():
 
 def test_the_busiest_stretch_counts_after_an_idle_time():
     """Slow polling for ten minutes says nothing of the limit that a burst then meets."""
-    limit, server = DiscoveredLimit(), SlidingWindow(40, 1.0)
+    limit, server = DiscoveredLimit(), ServiceWindow(40, 1.0)
     for now in range(0, 600, 2):
         limit.sent(now)
         limit.ended(now + 0.005, sent=now, answered=server.admits(now), refused=False)

@@ -42,60 +42,60 @@ def broken(task_id):
 
 async def answered(pace, error=None):
     """One request that is answered at once."""
-    sent = now() if pace.take(now(), seen=True) else await pace.turn(now(), seen=True)
-    pace.end(sent, error)
+    sent = now() if pace.try_acquire(now(), seen=True) else await pace.acquire(now(), seen=True)
+    pace.release(sent, error)
     return sent
 
 
 async def test_a_free_turn_is_taken_at_once():
     pace = budget()
-    assert pace.take(now(), seen=False)
+    assert pace.try_acquire(now(), seen=False)
     assert pace.stats(waits=0, now=now()).in_flight == 1
 
 
 async def test_slots_bound_the_requests_in_flight():
     pace = budget(max_concurrency=2)
-    assert pace.take(now(), seen=True)
-    assert pace.take(now(), seen=True)
-    assert not pace.take(now(), seen=True)
-    waiter = asyncio.create_task(pace.turn(now(), seen=True))
+    assert pace.try_acquire(now(), seen=True)
+    assert pace.try_acquire(now(), seen=True)
+    assert not pace.try_acquire(now(), seen=True)
+    waiter = asyncio.create_task(pace.acquire(now(), seen=True))
     await asyncio.sleep(5)
     assert not waiter.done()
-    pace.end(0.0)
+    pace.release(0.0)
     assert await waiter == 5.0
 
 
 async def test_a_turn_comes_no_earlier_than_it_is_wanted():
-    assert await budget().turn(7.5, seen=True) == 7.5
+    assert await budget().acquire(7.5, seen=True) == 7.5
 
 
 async def test_turns_come_in_the_order_they_are_wanted_at():
     pace = budget(max_concurrency=1)
-    pace.take(now(), seen=True)
+    pace.try_acquire(now(), seen=True)
     order = []
 
     async def want(at):
-        sent = await pace.turn(at, seen=True)
+        sent = await pace.acquire(at, seen=True)
         order.append(at)
-        pace.end(sent)
+        pace.release(sent)
 
     async with asyncio.TaskGroup() as group:
         for at in (3.0, 1.0, 2.0, 1.5):
             group.create_task(want(at))
         await asyncio.sleep(10)
-        pace.end(0.0)
+        pace.release(0.0)
     assert order == [1.0, 1.5, 2.0, 3.0]
 
 
 async def order_of_turns(pace, *, until, late):
     """Two first looks, then two at known tasks, waiting for a slot until ``late``."""
-    pace.take(now(), seen=True)
+    pace.try_acquire(now(), seen=True)
     order = []
 
     async def want(name, *, seen):
-        sent = await pace.turn(now(), seen=seen, until=until)
+        sent = await pace.acquire(now(), seen=seen, until=until)
         order.append(name)
-        pace.end(sent)
+        pace.release(sent)
 
     async with asyncio.TaskGroup() as group:
         for name in ("first 1", "first 2"):
@@ -104,7 +104,7 @@ async def order_of_turns(pace, *, until, late):
         for name in ("seen 1", "seen 2"):
             group.create_task(want(name, seen=True))
         await asyncio.sleep(late)
-        pace.end(0.0)
+        pace.release(0.0)
     return order
 
 
@@ -132,11 +132,11 @@ async def test_under_a_quota_looks_at_known_tasks_go_first():
 
 async def test_a_quota_that_was_found_out_is_one_as_well():
     pace = budget(max_concurrency=1)
-    pace.take(now(), seen=True)
-    pace.end(now(), RateLimitedError("slow down", code=429))
+    pace.try_acquire(now(), seen=True)
+    pace.release(now(), RateLimitedError("slow down", code=429))
     await asyncio.sleep(2)
-    assert pace.take(now(), seen=True)  # the probe that ends the pause
-    pace.end(now())
+    assert pace.try_acquire(now(), seen=True)  # the probe that ends the pause
+    pace.release(now())
     await asyncio.sleep(10)
     order = await order_of_turns(pace, until=math.inf, late=1.0)
     assert order == ["seen 1", "seen 2", "first 1", "first 2"]
@@ -144,19 +144,19 @@ async def test_a_quota_that_was_found_out_is_one_as_well():
 
 async def test_among_tasks_already_seen_the_earlier_deadline_goes_first():
     pace = budget(max_concurrency=1)
-    pace.take(now(), seen=True)
+    pace.try_acquire(now(), seen=True)
     order = []
 
     async def want(name, until):
-        sent = await pace.turn(now(), seen=True, until=until)
+        sent = await pace.acquire(now(), seen=True, until=until)
         order.append(name)
-        pace.end(sent)
+        pace.release(sent)
 
     async with asyncio.TaskGroup() as group:
         for name, until in (("none", math.inf), ("late", 100.0), ("soon", 20.0)):
             group.create_task(want(name, until))
         await asyncio.sleep(1)
-        pace.end(0.0)
+        pace.release(0.0)
     assert order == ["soon", "late", "none"]
 
 
@@ -165,7 +165,7 @@ async def test_more_turns_fall_due_than_are_sorted_in_one_go():
     pace = budget(rate_limit=RateLimit(100_000, 1.0))
 
     async def want():
-        pace.end(await pace.turn(5.0, seen=True))
+        pace.release(await pace.acquire(5.0, seen=True))
 
     async with asyncio.TaskGroup() as group:
         for _ in range(5000):
@@ -175,33 +175,33 @@ async def test_more_turns_fall_due_than_are_sorted_in_one_go():
 
 async def test_turns_that_came_late_make_later_ones_be_expected_late():
     pace = budget(max_concurrency=1, rate_limit=RateLimit(100_000, 1.0))
-    assert pace.turn_delay == 0.0
-    pace.take(now(), seen=True)
-    waiter = asyncio.create_task(pace.turn(1.0, seen=True))
+    assert pace.acquire_delay == 0.0
+    pace.try_acquire(now(), seen=True)
+    waiter = asyncio.create_task(pace.acquire(1.0, seen=True))
     await asyncio.sleep(3)
-    pace.end(0.0)
-    pace.end(await waiter)
-    assert pace.turn_delay == 2.0
+    pace.release(0.0)
+    pace.release(await waiter)
+    assert pace.acquire_delay == 2.0
     for _ in range(500):
         await answered(pace)
-    assert pace.turn_delay < 0.1
+    assert pace.acquire_delay < 0.1
 
 
 @pytest.mark.parametrize("seen", [True, False])
 async def test_one_who_asks_now_does_not_overtake_one_who_waits(seen):
     pace = budget(max_concurrency=2, rate_limit=RateLimit(1, 10.0))
-    pace.take(now(), seen=True)
-    waiter = asyncio.create_task(pace.turn(now(), seen=seen))
+    pace.try_acquire(now(), seen=True)
+    waiter = asyncio.create_task(pace.acquire(now(), seen=seen))
     await asyncio.sleep(0)
-    assert not pace.take(now(), seen=seen)
-    pace.end(0.0)
+    assert not pace.try_acquire(now(), seen=seen)
+    pace.release(0.0)
     assert await waiter == 10.0
 
 
 async def test_a_cancelled_waiter_costs_nobody_a_turn():
     pace = budget(rate_limit=RateLimit(1, 10.0))
     await answered(pace)
-    waiters = [asyncio.create_task(pace.turn(now(), seen=True)) for _ in range(3)]
+    waiters = [asyncio.create_task(pace.acquire(now(), seen=True)) for _ in range(3)]
     await asyncio.sleep(1)
     waiters[0].cancel()
     assert await waiters[1] == 10.0
@@ -212,7 +212,7 @@ async def test_a_cancelled_waiter_costs_nobody_a_turn():
 async def test_a_turn_that_came_as_its_waiter_was_cancelled_goes_to_the_next():
     pace = budget(rate_limit=RateLimit(1, 10.0))
     await answered(pace)
-    first, second = (asyncio.create_task(pace.turn(now(), seen=True)) for _ in range(2))
+    first, second = (asyncio.create_task(pace.acquire(now(), seen=True)) for _ in range(2))
     asyncio.get_running_loop().call_at(
         10.0, lambda: asyncio.get_running_loop().call_soon(first.cancel)
     )
@@ -226,7 +226,7 @@ async def test_a_turn_that_came_as_its_waiter_was_cancelled_goes_to_the_next():
 
 async def test_no_timer_is_left_when_nobody_waits():
     pace = budget()
-    waiters = [asyncio.create_task(pace.turn(1000.0 + n, seen=True)) for n in range(5)]
+    waiters = [asyncio.create_task(pace.acquire(1000.0 + n, seen=True)) for n in range(5)]
     await asyncio.sleep(1)
     for waiter in waiters:
         waiter.cancel()
@@ -239,16 +239,16 @@ async def test_no_timer_is_left_when_nobody_waits():
 
 async def test_ten_thousand_cancelled_waiters_are_not_kept():
     pace = budget(max_concurrency=1)
-    pace.take(now(), seen=True)
-    waiters = [asyncio.create_task(pace.turn(now(), seen=n % 2 == 0)) for n in range(10_000)]
+    pace.try_acquire(now(), seen=True)
+    waiters = [asyncio.create_task(pace.acquire(now(), seen=n % 2 == 0)) for n in range(10_000)]
     await asyncio.sleep(1)
     for waiter in waiters[10:]:
         waiter.cancel()
     await asyncio.gather(*waiters[10:], return_exceptions=True)
     assert len(pace._seen) + len(pace._due) + len(pace._first) < 2000
-    pace.end(0.0)
+    pace.release(0.0)
     for waiter in asyncio.as_completed(waiters[:10]):
-        pace.end(await waiter)
+        pace.release(await waiter)
 
 
 @given(
@@ -268,13 +268,13 @@ def test_whatever_comes_a_budget_ends_empty_and_keeps_its_limits(most, wants):
             nonlocal most_in_flight
             try:
                 async with asyncio.timeout(takes if gives_up else None):
-                    sent = await pace.turn(at, seen=seen)
+                    sent = await pace.acquire(at, seen=seen)
             except TimeoutError:
                 return
             sent_at.append(sent)
             most_in_flight = max(most_in_flight, pace.stats(waits=0, now=now()).in_flight)
             await asyncio.sleep(takes)
-            pace.end(sent)
+            pace.release(sent)
 
         async with asyncio.TaskGroup() as group:
             for at, takes, seen, gives_up in wants:
@@ -291,15 +291,15 @@ def test_whatever_comes_a_budget_ends_empty_and_keeps_its_limits(most, wants):
 
 async def test_a_refusal_pauses_the_whole_client_and_one_request_probes():
     pace = budget()
-    pace.take(now(), seen=True)
-    pace.end(0.0, refused())
-    assert pace.pause_left(now()) == 1.0
-    probe, other = (asyncio.create_task(pace.turn(now(), seen=True)) for _ in range(2))
+    pace.try_acquire(now(), seen=True)
+    pace.release(0.0, refused())
+    assert pace.pause_remaining(now()) == 1.0
+    probe, other = (asyncio.create_task(pace.acquire(now(), seen=True)) for _ in range(2))
     assert await probe == 1.0
     await asyncio.sleep(5)
     assert not other.done()
-    pace.end(1.0)
-    pace.end(await other)
+    pace.release(1.0)
+    pace.release(await other)
 
 
 @pytest.mark.parametrize(
@@ -317,7 +317,7 @@ async def test_pauses_double_while_they_last_or_are_as_long_as_asked(error, paus
     pace = budget()
     for pause in pauses:
         await answered(pace, error)
-        assert pace.pause_left(now()) == pytest.approx(pause)
+        assert pace.pause_remaining(now()) == pytest.approx(pause)
 
 
 async def test_a_good_answer_to_the_probe_ends_the_doubling():
@@ -326,41 +326,41 @@ async def test_a_good_answer_to_the_probe_ends_the_doubling():
         await answered(pace, refused())
     await answered(pace)
     await answered(pace, refused())
-    assert pace.pause_left(now()) == pytest.approx(1.0)
+    assert pace.pause_remaining(now()) == pytest.approx(1.0)
 
 
 async def test_refusals_of_requests_under_way_do_not_lengthen_the_pause():
     pace = budget()
     for _ in range(4):
-        pace.take(now(), seen=True)
-    pace.end(0.0, refused())
+        pace.try_acquire(now(), seen=True)
+    pace.release(0.0, refused())
     await asyncio.sleep(0.5)
-    pace.end(0.0, refused())
-    assert pace.pause_left(now()) == 0.5
-    pace.end(0.0, refused(10.0))
-    assert pace.pause_left(now()) == 10.0
+    pace.release(0.0, refused())
+    assert pace.pause_remaining(now()) == 0.5
+    pace.release(0.0, refused(10.0))
+    assert pace.pause_remaining(now()) == 10.0
     await asyncio.sleep(11)
-    pace.end(0.0, refused(10.0))
-    assert pace.pause_left(now()) == 0.0
+    pace.release(0.0, refused(10.0))
+    assert pace.pause_remaining(now()) == 0.0
 
 
 async def test_a_good_answer_to_a_request_from_before_does_not_end_the_pause():
     pace = budget()
-    pace.take(now(), seen=True)
-    pace.take(now(), seen=True)
-    pace.end(0.0, refused())
-    pace.end(0.0)
-    assert pace.pause_left(now()) == 1.0
-    assert isinstance(pace.held_by("t", now()), RateLimitedError)
+    pace.try_acquire(now(), seen=True)
+    pace.try_acquire(now(), seen=True)
+    pace.release(0.0, refused())
+    pace.release(0.0)
+    assert pace.pause_remaining(now()) == 1.0
+    assert isinstance(pace.blocked_by("t", now()), RateLimitedError)
 
 
 async def test_a_cancelled_probe_lets_the_next_one_go():
     pace = budget()
     await answered(pace, refused())
-    sent = await pace.turn(now(), seen=True)
-    waiter = asyncio.create_task(pace.turn(now(), seen=True))
+    sent = await pace.acquire(now(), seen=True)
+    waiter = asyncio.create_task(pace.acquire(now(), seen=True))
     await asyncio.sleep(1)
-    pace.end(sent, cancelled=True)
+    pace.release(sent, cancelled=True)
     assert await waiter == 2.0
 
 
@@ -376,16 +376,16 @@ async def test_trouble_after_a_pause_that_was_asked_for_is_that_tasks_own(error)
     pace = budget()
     await answered(pace, refused())
     await answered(pace, error)
-    assert pace.pause_left(now()) == 0.0
+    assert pace.pause_remaining(now()) == 0.0
     await answered(pace, refused())
-    assert pace.pause_left(now()) == 1.0
+    assert pace.pause_remaining(now()) == 1.0
 
 
 async def test_a_probe_that_is_refused_prolongs_the_pause():
     pace = budget()
     await answered(pace, refused())
     await answered(pace, refused())
-    assert pace.pause_left(now()) == pytest.approx(2.0)
+    assert pace.pause_remaining(now()) == pytest.approx(2.0)
 
 
 @pytest.mark.parametrize("error", TROUBLE)
@@ -394,16 +394,16 @@ async def test_a_probe_that_fails_in_any_way_prolongs_an_outage(error):
     for task_id in "abcde":
         await answered(pace, broken(task_id))
     await answered(pace, error)
-    assert pace.pause_left(now()) == pytest.approx(2.0)
+    assert pace.pause_remaining(now()) == pytest.approx(2.0)
 
 
 @pytest.mark.parametrize("error", TROUBLE[1:])
-async def test_who_is_held_by_an_outage_is_told_of_it_by_its_own_name(error):
+async def test_who_is_blocked_by_an_outage_is_told_of_it_by_its_own_name(error):
     pace = budget()
     for task_id in "bcdef":
         await answered(pace, broken(task_id))
     await answered(pace, error)
-    held = pace.held_by("mine", now())
+    held = pace.blocked_by("mine", now())
     assert (type(held), held.task_id, error.task_id) == (type(error), "mine", "a")
 
 
@@ -411,7 +411,7 @@ async def probed_by(pace, *wanted):
     """Who probes a pause of a second, of waits that want a turn so late and have such deadlines."""
     await answered(pace, refused())
     waits = {
-        name: asyncio.create_task(pace.turn(now() + late, seen=seen, until=now() + left))
+        name: asyncio.create_task(pace.acquire(now() + late, seen=seen, until=now() + left))
         for name, late, left, seen in wanted
     }
     await asyncio.sleep(0.9)
@@ -442,22 +442,22 @@ async def test_several_tasks_failing_in_a_row_are_an_outage():
     pace = budget()
     for task_id in "abcd":
         await answered(pace, broken(task_id))
-    assert pace.pause_left(now()) == 0.0
+    assert pace.pause_remaining(now()) == 0.0
     await answered(pace, TransportError("reset", task_id="e"))
-    assert pace.pause_left(now()) == 1.0
+    assert pace.pause_remaining(now()) == 1.0
     for pause in (2.0, 4.0):
         await answered(pace, broken("a"))
-        assert pace.pause_left(now()) == pytest.approx(pause)
+        assert pace.pause_remaining(now()) == pytest.approx(pause)
     await answered(pace)
     await answered(pace, broken("a"))
-    assert pace.pause_left(now()) == 0.0
+    assert pace.pause_remaining(now()) == 0.0
 
 
 async def test_one_task_failing_again_and_again_is_no_outage():
     pace = budget()
     for _ in range(50):
         await answered(pace, broken("a"))
-    assert pace.pause_left(now()) == 0.0
+    assert pace.pause_remaining(now()) == 0.0
 
 
 @pytest.mark.parametrize("good", [None, ApiError("credits", code=402)])
@@ -466,7 +466,7 @@ async def test_a_service_that_answers_anybody_is_no_outage(good):
     for task_id in "abcdefgh":
         await answered(pace, broken(task_id))
         await answered(pace, good)
-    assert pace.pause_left(now()) == 0.0
+    assert pace.pause_remaining(now()) == 0.0
 
 
 async def test_an_unreadable_answer_is_neither_outage_nor_success():
@@ -475,7 +475,7 @@ async def test_an_unreadable_answer_is_neither_outage_nor_success():
         await answered(pace, broken(task_id))
     await answered(pace, ResponseFormatError("not JSON", task_id="x"))
     await answered(pace, broken("e"))
-    assert pace.pause_left(now()) == 1.0
+    assert pace.pause_remaining(now()) == 1.0
 
 
 async def test_time_spent_in_pauses_is_counted_once():
@@ -493,9 +493,9 @@ async def test_time_spent_in_pauses_is_counted_once():
 
 async def test_what_holds_the_client_is_told_for_the_task_that_asks():
     pace = budget()
-    assert pace.held_by("mine", now()) is None
+    assert pace.blocked_by("mine", now()) is None
     await answered(pace, MaintenanceError("back soon", code=455, task_id="another"))
-    held = pace.held_by("mine", now())
+    held = pace.blocked_by("mine", now())
     assert isinstance(held, MaintenanceError)
     assert (held.task_id, held.msg, held.retry_after) == ("mine", "back soon", 5.0)
 
@@ -504,31 +504,31 @@ async def test_an_outage_that_holds_the_client_is_told():
     pace = budget()
     for task_id in "abcde":
         await answered(pace, TransportError("reset", task_id=task_id))
-    assert isinstance(pace.held_by("mine", now()), TransportError)
+    assert isinstance(pace.blocked_by("mine", now()), TransportError)
 
 
 async def test_a_full_quota_that_holds_the_client_is_told():
     pace = budget(rate_limit=RateLimit(1, 10.0))
-    pace.take(now(), seen=True)
-    held = pace.held_by("mine", now())
+    pace.try_acquire(now(), seen=True)
+    held = pace.blocked_by("mine", now())
     assert isinstance(held, RateLimitedError)
     assert held.retry_after is None
     assert pace.opens_in(now()) == 0.0
-    pace.end(0.0)
-    assert pace.held_by("mine", now()).retry_after == 10.0
+    pace.release(0.0)
+    assert pace.blocked_by("mine", now()).retry_after == 10.0
     assert pace.opens_in(now()) == 10.0
 
 
 async def test_the_round_trip_is_smoothed():
     pace = budget()
     for seconds in (1.0, 2.0):
-        sent = await pace.turn(now(), seen=True)
+        sent = await pace.acquire(now(), seen=True)
         await asyncio.sleep(seconds)
-        pace.end(sent)
+        pace.release(sent)
     assert pace.round_trip == 1.125
-    sent = await pace.turn(now(), seen=True)
+    sent = await pace.acquire(now(), seen=True)
     await asyncio.sleep(30)
-    pace.end(sent, TransportError("reset", task_id="a"))
+    pace.release(sent, TransportError("reset", task_id="a"))
     assert pace.round_trip == 1.125
 
 

@@ -923,9 +923,9 @@ class _Noted(DurationModel):
         super().__init__()
         self.told = []
 
-    def look(self, task_id, age, duration=None):
+    def observe(self, task_id, age, duration=None):
         self.told.append((task_id, age, duration))
-        super().look(task_id, age, duration)
+        super().observe(task_id, age, duration)
 
     def forget(self, task_id):
         self.told.append((task_id, "forgotten"))
@@ -1110,10 +1110,10 @@ class _Scripted:
         self.turns = list(turns)
         self.looks = list(looks)
 
-    async def turn(self, at, *, seen, until):
+    async def acquire(self, at, *, seen, until):
         return self.turns.pop(0)
 
-    async def look(self, task_id, sent, *, until):
+    async def poll(self, task_id, sent, *, until):
         return self.looks.pop(0)
 
 

@@ -22,10 +22,11 @@ from PIL import Image, PngImagePlugin
 from report_samples import entry, failed, record, saved
 
 from kontext_async import ConfigurationError, TaskStatus
-from kontext_async.results import _thumbnails, report
-from kontext_async.results._histogram import histogram
-from kontext_async.results._thumbnails import make_thumbnails
-from kontext_async.results.report import write_report
+from kontext_async.results.report import page as report
+from kontext_async.results.report import thumbnails
+from kontext_async.results.report.histogram import histogram
+from kontext_async.results.report.page import write_report
+from kontext_async.results.report.thumbnails import make_thumbnails
 from kontext_async.simulator.images import plain_png
 
 
@@ -427,7 +428,7 @@ def test_no_damage_to_a_file_stops_the_report(kind, tmp_path):
 
 def test_a_folder_that_takes_no_thumbnails_still_gets_its_report(tmp_path):
     """Where `thumbnails` is in the way, the images themselves are shown."""
-    (tmp_path / _thumbnails._FOLDER).write_text("a file")
+    (tmp_path / thumbnails._FOLDER).write_text("a file")
     assert seen(tmp_path, saved(tmp_path, "a.png")).urls() == ["a.png", "a.png"]
 
 

@@ -8,7 +8,7 @@ import pytest
 from browser import CHROMIUM, Browser
 from report_samples import entry, failed, record, saved
 
-from kontext_async.results.report import write_report
+from kontext_async.results.report.page import write_report
 from kontext_async.simulator.images import plain_png
 
 pytestmark = pytest.mark.skipif(

@@ -29,7 +29,7 @@ from kontext_async import (
     WaitTimeoutError,
 )
 from kontext_async.results import DownloadError, LedgerError
-from kontext_async.results._rows import entry_of, error_text, recalled, record_text, state_of
+from kontext_async.results.ledger.rows import entry_of, error_text, recalled, record_text, state_of
 
 # Half characters, NUL and what a terminal acts on are among them.
 TEXTS = st.text(st.characters(exclude_categories=()))

@@ -25,7 +25,7 @@ RECORD = TaskRecord(task_id="a", status=TaskStatus.GENERATING)
 def state_after(attempt=3, *, age=10.0, error=None, failures=0):
     state = PollState(100.0)
     record = None if error else RECORD
-    state.note(now=107.0, attempt=attempt, age=age, record=record, error=error, failures=failures)
+    state.update(now=107.0, attempt=attempt, age=age, record=record, error=error, failures=failures)
     return state
 
 
@@ -35,9 +35,9 @@ def taught(durations, **settings):
     for k, duration in enumerate(durations):
         age = model.next_age(0.0)
         while age < duration:
-            model.look(str(k), age)
+            model.observe(str(k), age)
             age = model.next_age(age)
-        model.look(str(k), age, duration)
+        model.observe(str(k), age, duration)
     return model
 
 
@@ -90,7 +90,7 @@ class TestPollState:
         state = state_after()
         assert state._outcome is None
         assert state.outcome is state.outcome
-        state.note(now=108.0, attempt=4, age=11.0, error=OSError())
+        state.update(now=108.0, attempt=4, age=11.0, error=OSError())
         assert state.outcome.failed
 
     def test_before_the_first_look_there_is_no_outcome(self):
@@ -122,14 +122,14 @@ class TestLearning:
         """That many tasks run for long is learned before any of them ends."""
         model = DurationModel()
         for k in range(100):
-            model.look(str(k), 25.0)
+            model.observe(str(k), 25.0)
         assert model.next_age(0.0) > 25.0
 
     def test_the_first_to_finish_do_not_mislead(self):
         """Of many tasks that began together the first ends are the shortest, and known to be."""
         model = DurationModel()
         for k in range(1000):
-            model.look(str(k), 10.0, 9.5) if k % 50 == 0 else model.look(str(k), 10.0)
+            model.observe(str(k), 10.0, 9.5) if k % 50 == 0 else model.observe(str(k), 10.0)
         alone = taught([9.5] * 20)
         assert model.next_age(0.0) > alone.next_age(0.0) + 1.0
 
@@ -153,13 +153,13 @@ class TestLearning:
         model = taught([400.0] * 40)
         assert 385.0 < model.next_age(350.0) < 415.0
         for k in range(2000):
-            model.look(str(k), 12.0, 10.0)
+            model.observe(str(k), 12.0, 10.0)
         assert model.next_age(350.0) == pytest.approx(365.0)
 
     def test_what_is_forgotten_leaves_no_trace_of_the_task(self):
         """A wait that gives up frees what was kept of its task."""
         model = DurationModel()
-        model.look("a", 5.0)
+        model.observe("a", 5.0)
         assert "running=1" in repr(model)
         model.forget("a")
         model.forget("a")
@@ -174,17 +174,17 @@ class TestLearning:
         """Looks at an age already known, and ages that go back, add nothing."""
         once, twice = DurationModel(), DurationModel()
         for age in (3.0, 8.0, 13.0):
-            once.look("a", age)
+            once.observe("a", age)
             for seen in (age, age, age - 1.0):
-                twice.look("a", seen)
+                twice.observe("a", seen)
         assert once.to_json() == twice.to_json()
 
     @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf, -1.0])
     def test_what_is_no_time_is_passed_over(self, number):
         """Nonsense from a broken clock changes nothing."""
         model, untouched = DurationModel(), DurationModel().to_json()
-        model.look("a", number)
-        model.look("a", 5.0, number)
+        model.observe("a", number)
+        model.observe("a", 5.0, number)
         assert model.to_json() == untouched
 
     @pytest.mark.parametrize("duration", [0.0, 3600.0, 1e9])
@@ -192,8 +192,8 @@ class TestLearning:
         """Tasks that take no time, or longer than the curve can show, break nothing."""
         model = DurationModel()
         for k in range(300):
-            model.look(str(k), duration)
-            model.look(str(k), duration + 1.0, duration)
+            model.observe(str(k), duration)
+            model.observe(str(k), duration + 1.0, duration)
         assert 0.25 <= model.next_age(0.0) <= 60.0
 
     @pytest.mark.parametrize("cost", [0.0, -1.0, math.nan, math.inf])
@@ -217,7 +217,7 @@ class TestProperties:
         """Whatever was learned, and whatever the jitter: 0.25 s to 60 s on."""
         model = DurationModel(cost_per_request=cost)
         for look in seen:
-            model.look(*look)
+            model.observe(*look)
         assert 0.25 - 1e-9 <= model.next_age(age, step) - age <= 60.0 + 1e-9
 
     @given(looks, times, times, st.floats(0.0, 5.0))
@@ -225,7 +225,7 @@ class TestProperties:
         """The next age grows with the age."""
         model = DurationModel()
         for look in seen:
-            model.look(*look)
+            model.observe(*look)
         first, second = sorted([one, other])
         assert model.next_age(first, step) <= model.next_age(second, step) + 1e-6
 
@@ -234,7 +234,7 @@ class TestProperties:
         """A loaded model saves the same text, and looks at the same ages."""
         model = DurationModel()
         for look in seen:
-            model.look(*look)
+            model.observe(*look)
         loaded = DurationModel.from_json(model.to_json())
         again = DurationModel.from_json(loaded.to_json())
         assert loaded.to_json() == model.to_json()

@@ -21,8 +21,9 @@ from ledger_world import (
     until,
 )
 
-from kontext_async.results import LedgerError, _store
-from kontext_async.results._store import Store, open_reader, open_writer
+from kontext_async.results import LedgerError
+from kontext_async.results.ledger import store as store_module
+from kontext_async.results.ledger.store import Store, open_reader, open_writer
 
 ADD = "INSERT INTO tasks (task_id, state, attempts, created_at, updated_at) VALUES (?, '', 0, 0, 0)"
 ALL = "SELECT task_id FROM tasks ORDER BY position"
@@ -103,7 +104,7 @@ async def test_a_new_ledger_outlives_a_power_cut_and_is_told_from_other_files(st
         "journal_mode": "wal",
         "synchronous": 2,
         "application_id": 0x4B6E7478,
-        "user_version": len(_store._MIGRATIONS),
+        "user_version": len(store_module._MIGRATIONS),
     }
 
 
@@ -314,7 +315,7 @@ async def test_a_second_writer_is_refused_and_a_reader_welcome(store, path):
 
 HOLD = """
 import asyncio, pathlib, sys
-from kontext_async.results._store import Store
+from kontext_async.results.ledger.store import Store
 
 async def main():
     store = Store(pathlib.Path(sys.argv[1]))
@@ -466,7 +467,7 @@ async def test_a_reader_says_what_is_damaged_too(path):
     with (
         closing(open_reader(path)) as connection,
         pytest.raises(LedgerError, match="it is damaged"),
-        _store.translated(path),
+        store_module.translated(path),
     ):
         connection.execute(ALL).fetchall()
 
@@ -506,9 +507,9 @@ COLOURS = "SELECT task_id, colour FROM tasks"
 async def test_a_ledger_of_an_older_release_is_brought_up_to_date(path, monkeypatch, prepare):
     """Step by step, each once; also one that was killed."""
     await prepare(path, "a")
-    known = _store._MIGRATIONS
+    known = store_module._MIGRATIONS
     for count in (1, 2, 2):
-        monkeypatch.setattr(_store, "_MIGRATIONS", (*known, *STEPS[:count]))
+        monkeypatch.setattr(store_module, "_MIGRATIONS", (*known, *STEPS[:count]))
         await make(path)
     with closing(open_reader(path)) as connection:
         assert connection.execute(COLOURS).fetchall() == [("a", "red")]
@@ -518,12 +519,14 @@ async def test_a_ledger_of_an_older_release_is_brought_up_to_date(path, monkeypa
 async def test_a_step_that_fails_undoes_those_before_it(path, monkeypatch):
     """The ledger stays what it was."""
     await make(path, "a")
-    known = _store._MIGRATIONS
-    monkeypatch.setattr(_store, "_MIGRATIONS", (*known, STEPS[0], "UPDATE missing SET colour = 1"))
+    known = store_module._MIGRATIONS
+    monkeypatch.setattr(
+        store_module, "_MIGRATIONS", (*known, STEPS[0], "UPDATE missing SET colour = 1")
+    )
     assert "no such table: missing" in str(await error_of(Store(path).open(), LedgerError))
     await error_of(Store(path.with_name("new")).open(), LedgerError)
     assert not path.with_name("new").exists()
-    monkeypatch.setattr(_store, "_MIGRATIONS", known)
+    monkeypatch.setattr(store_module, "_MIGRATIONS", known)
     await make(path, "b")
     assert read(path) == ["a", "b"]
 
@@ -531,10 +534,10 @@ async def test_a_step_that_fails_undoes_those_before_it(path, monkeypatch):
 @pytest.mark.parametrize("prepare", [make, leave_log])
 async def test_a_ledger_of_a_newer_release_is_refused_untouched(path, monkeypatch, prepare):
     """By writers and readers; the older release says which version it knows."""
-    known = _store._MIGRATIONS
-    monkeypatch.setattr(_store, "_MIGRATIONS", (*known, STEPS[0]))
+    known = store_module._MIGRATIONS
+    monkeypatch.setattr(store_module, "_MIGRATIONS", (*known, STEPS[0]))
     await prepare(path, "a")
-    monkeypatch.setattr(_store, "_MIGRATIONS", known)
+    monkeypatch.setattr(store_module, "_MIGRATIONS", known)
     before = bytes_of(path)
     for refused in (open_writer, open_reader):
         with pytest.raises(LedgerError, match=r"version 2, made by a newer .* knows 1"):

@@ -1,8 +1,7 @@
 """Keeping results: images on disk, what happened to each task, and a page to look at."""
 
-from kontext_async.results._files import SavedImage
-from kontext_async.results.download import ImageSaver, SaveStream, download, save_outcomes
 from kontext_async.results.errors import DownloadError, LedgerError, ResultExpiredError
+from kontext_async.results.images import ImageSaver, SavedImage, SaveStream, download, save_outcomes
 from kontext_async.results.ledger import Ledger, LedgerEntry, RecordedOutcomes
 from kontext_async.results.report import write_report
 

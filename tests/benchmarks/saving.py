@@ -26,7 +26,8 @@ import aiohttp
 from benchmarks.cpu import compared
 
 from kontext_async import CompletedTask, KontextClient
-from kontext_async.results import ImageSaver, _files
+from kontext_async.results import ImageSaver
+from kontext_async.results.images import files as _files
 
 _AT_A_TIME = 8
 

@@ -137,11 +137,11 @@ def simulate(
             spent[task] = requests, age - durations[task]
             order.append(task)
             if model:
-                model.look(str(task), age, durations[task])
+                model.observe(str(task), age, durations[task])
             continue
         if model:
-            model.look(str(task), age)
-        state.note(now=now, attempt=requests + 1, age=age)
+            model.observe(str(task), age)
+        state.update(now=now, attempt=requests + 1, age=age)
         delay = wait(state)
         heapq.heappush(looks, (now + delay, task, requests + 1, age + delay))
     return spent, order
@@ -287,7 +287,7 @@ def looks(wait: Callable[[PollState], float], until: float) -> list[float]:
     """The ages, up to one, at which a strategy would look at a task."""
     state, ages = PollState(0.0), [0.0]
     while ages[-1] <= until:
-        state.note(now=ages[-1], attempt=len(ages), age=ages[-1])
+        state.update(now=ages[-1], attempt=len(ages), age=ages[-1])
         ages.append(ages[-1] + wait(state))
     return ages[1:-1]
 

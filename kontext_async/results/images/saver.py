@@ -27,8 +27,9 @@ from kontext_async.client import KontextClient
 from kontext_async.errors import ClientStateError, ConfigurationError, KontextError
 from kontext_async.models import CompletedTask
 from kontext_async.polling import check_seconds
-from kontext_async.results._fetching import Fetcher, failure, is_busy, refusal
-from kontext_async.results._files import (
+from kontext_async.results.errors import DownloadError, ResultExpiredError
+from kontext_async.results.images.fetching import Fetcher, failure, is_busy, refusal
+from kontext_async.results.images.files import (
     Draft,
     Place,
     SavedImage,
@@ -40,7 +41,6 @@ from kontext_async.results._files import (
     open_folder,
     remove_drafts,
 )
-from kontext_async.results.errors import DownloadError, ResultExpiredError
 
 __all__ = ["ImageSaver", "SaveStream", "download", "save_outcomes"]
 

@@ -13,7 +13,7 @@ import attrs
 
 from kontext_async.errors import ConfigurationError
 
-__all__ = ["DiscoveredLimit", "Limit", "RateLimit", "WindowLimit"]
+__all__ = ["DiscoveredLimit", "Limit", "RateLimit", "SlidingWindow"]
 
 
 def _check(name: str, value: object, kind: type[int | float]) -> None:
@@ -62,7 +62,7 @@ class Limit(Protocol):
         """Requests per second allowed just now; None while no limit is known."""
 
 
-class WindowLimit:
+class SlidingWindow:
     """Holds an explicit `RateLimit` as the server counts.
 
     The server sees a request somewhere between its sending and its answer, so a place is given

@@ -26,7 +26,7 @@ from kontext_async.errors import (
     ServerError,
     TransportError,
 )
-from kontext_async.limits import DiscoveredLimit, Limit, RateLimit, WindowLimit
+from kontext_async.pacing.limits import DiscoveredLimit, Limit, RateLimit, SlidingWindow
 
 __all__ = ["ClientStats", "RequestBudget"]
 
@@ -146,7 +146,7 @@ class RequestBudget:
 
     def __init__(self, *, max_concurrency: int, rate_limit: RateLimit | None) -> None:
         self._slots = max_concurrency
-        self._limit: Limit = DiscoveredLimit() if rate_limit is None else WindowLimit(rate_limit)
+        self._limit: Limit = DiscoveredLimit() if rate_limit is None else SlidingWindow(rate_limit)
         self._pause = _Pause()
         self._seen: list[_Entry] = []  # a heap, by the time wanted
         self._due: list[_Entry] = []  # those whose time has come: a heap, by deadline
@@ -161,7 +161,7 @@ class RequestBudget:
         self.round_trip = 0.0  # seconds, smoothed as TCP does (RFC 6298); 0 before the first
         self._lateness = 0.0  # seconds by which turns for known tasks came late, at worst, of late
 
-    def take(self, now: float, *, seen: bool) -> bool:
+    def try_acquire(self, now: float, *, seen: bool) -> bool:
         """Take a turn at once, if one is to be had."""
         if self._is_queued(now, seen=seen) or self._opens_at(now) > now:
             return False
@@ -169,12 +169,12 @@ class RequestBudget:
         return True
 
     @property
-    def turn_delay(self) -> float:
+    def acquire_delay(self) -> float:
         """Seconds by which a turn for a known task may well come later than it is wanted."""
         return self._lateness + self._limit.stall()
 
-    async def turn(self, at: float, *, seen: bool, until: float = math.inf) -> float:
-        """Wait until ``at`` and then for a turn; return when it came, which `end` wants to know.
+    async def acquire(self, at: float, *, seen: bool, until: float = math.inf) -> float:
+        """Wait until ``at`` and then for a turn; return when it came, for `release`.
 
         ``until`` is the deadline of the one who asks: it decides who goes first.
         """
@@ -193,10 +193,10 @@ class RequestBudget:
             if turn.cancelled():
                 self._leave()
             else:
-                self.give_back(turn.result())
+                self.cancel(turn.result())
             raise
 
-    def end(
+    def release(
         self, sent: float, error: KontextError | None = None, *, cancelled: bool = False
     ) -> None:
         """Give back the turn that came at ``sent``, with what the look at the task led to."""
@@ -218,7 +218,7 @@ class RequestBudget:
         if self._waiting:
             self._dispatch(loop, now)
 
-    def give_back(self, sent: float) -> None:
+    def cancel(self, sent: float) -> None:
         """Give back the turn that came at ``sent``, as no request was made in it."""
         loop = asyncio.get_running_loop()
         self._in_flight -= 1
@@ -227,7 +227,7 @@ class RequestBudget:
         self._pause.lost(sent=sent)
         self._dispatch(loop, loop.time())
 
-    def held_by(self, task_id: str, now: float) -> KontextError | None:
+    def blocked_by(self, task_id: str, now: float) -> KontextError | None:
         """Why no request may go now: the pause's error, or `RateLimitedError` for a full quota."""
         error = self._pause.error
         if isinstance(error, ApiError):  # it names the task it came for
@@ -257,7 +257,7 @@ class RequestBudget:
         opens_at = max(self._pause.opens_at(now), self._limit.opens_at(now))
         return opens_at - now if opens_at < math.inf else 0.0
 
-    def pause_left(self, now: float) -> float:
+    def pause_remaining(self, now: float) -> float:
         return self._pause.remaining(now)
 
     def pause_spent(self, now: float) -> float:

@@ -37,7 +37,7 @@ from kontext_async.errors import (
 )
 from kontext_async.models import TaskRecord, TaskStatus
 
-__all__ = ["MAX_BODY", "RECORD_INFO", "check_task_id", "decode", "server_age"]
+__all__ = ["MAX_BODY", "RECORD_INFO", "check_task_id", "decode", "retry_after", "server_age"]
 
 RECORD_INFO: Final = "/api/v1/flux/kontext/record-info"
 """Where the API tells how a task stands; the query's ``taskId`` names it."""
@@ -240,7 +240,7 @@ class _Answer:
             msg,
             code=code,
             http_status=self.status,
-            retry_after=_retry_after(self.headers, self.now),
+            retry_after=retry_after(self.headers, self.now),
             task_id=self.task_id,
         )
 
@@ -257,7 +257,7 @@ class _Answer:
         return "".join(c if c.isprintable() else " " for c in text)
 
 
-def _retry_after(headers: Mapping[str, str], now: float) -> float | None:
+def retry_after(headers: Mapping[str, str], now: float) -> float | None:
     """The wait that Retry-After asks for, in seconds; None where it cannot be read."""
     value = headers.get("Retry-After", "").strip()
     if _SECONDS.fullmatch(value):

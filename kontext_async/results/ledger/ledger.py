@@ -21,12 +21,12 @@ from kontext_async.client import KontextClient
 from kontext_async.errors import KontextError
 from kontext_async.models import CompletedTask
 from kontext_async.polling import PollEvent
-from kontext_async.results._files import SavedImage, in_thread
-from kontext_async.results._recording import RecordedOutcomes, Recording
-from kontext_async.results._rows import COLUMNS, LedgerEntry, TaskState, entry_of, error_text
-from kontext_async.results._store import Answer, Row, Store, open_reader, translated
-from kontext_async.results.download import ImageSaver, SaveStream
 from kontext_async.results.errors import DownloadError, LedgerError
+from kontext_async.results.images.files import SavedImage, in_thread
+from kontext_async.results.images.saver import ImageSaver, SaveStream
+from kontext_async.results.ledger.recording import RecordedOutcomes, Recording
+from kontext_async.results.ledger.rows import COLUMNS, LedgerEntry, TaskState, entry_of, error_text
+from kontext_async.results.ledger.store import Answer, Row, Store, open_reader, translated
 from kontext_async.wire import check_task_id
 
 __all__ = ["Ledger", "LedgerEntry", "RecordedOutcomes"]

@@ -15,9 +15,9 @@ from urllib.parse import quote
 import attrs
 
 from kontext_async.errors import ConfigurationError
-from kontext_async.results._histogram import histogram
-from kontext_async.results._thumbnails import make_thumbnails, write_whole
-from kontext_async.results.ledger import LedgerEntry
+from kontext_async.results.ledger.ledger import LedgerEntry
+from kontext_async.results.report.histogram import histogram
+from kontext_async.results.report.thumbnails import make_thumbnails, write_whole
 
 if TYPE_CHECKING:
     import jinja2
@@ -116,7 +116,7 @@ def _environment() -> jinja2.Environment:
             "a report needs its extra: pip install 'kontext-async[report]'"
         ) from exc
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("kontext_async.results"),
+        loader=jinja2.PackageLoader("kontext_async.results.report"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -130,7 +130,7 @@ def _inline(role: str, name: str) -> dict[str, Any]:
     """A part of the page and the digest by which its security policy admits it."""
     from markupsafe import Markup  # noqa: PLC0415  # comes with Jinja2
 
-    text = (files("kontext_async.results") / "templates" / name).read_text("utf-8")
+    text = (files("kontext_async.results.report") / "templates" / name).read_text("utf-8")
     digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
     return {role: Markup(text), f"{role}_digest": f"sha256-{digest}"}  # noqa: S704  # our own
 

@@ -14,7 +14,8 @@ from typing import Self, TypeAlias
 
 from kontext_async.batch import OutcomeStream, TaskOutcome, _failure, _name
 from kontext_async.errors import ConfigurationError, KontextError, WaitTimeoutError
-from kontext_async.results._rows import (
+from kontext_async.results.errors import LedgerError
+from kontext_async.results.ledger.rows import (
     RECALLED,
     TaskState,
     error_text,
@@ -22,8 +23,7 @@ from kontext_async.results._rows import (
     record_text,
     state_of,
 )
-from kontext_async.results._store import Answer, Row, Store
-from kontext_async.results.errors import LedgerError
+from kontext_async.results.ledger.store import Answer, Row, Store
 from kontext_async.wire import check_task_id
 
 __all__ = ["Begin", "RecordedOutcomes", "Recording"]

@@ -13,7 +13,7 @@ from yarl import URL
 
 from kontext_async._version import __version__
 from kontext_async.results.errors import DownloadError
-from kontext_async.wire import _retry_after
+from kontext_async.wire import retry_after
 
 __all__ = ["Fetcher", "failure", "is_busy", "is_public", "refusal"]
 
@@ -173,7 +173,7 @@ def refusal(response: aiohttp.ClientResponse, task_id: str) -> DownloadError:
         task_id=task_id,
         http_status=status,
         retryable=is_busy(status) or status in (403, 404),
-        retry_after=_retry_after(response.headers, time.time()),
+        retry_after=retry_after(response.headers, time.time()),
     )
 
 

@@ -20,8 +20,8 @@ from kontext_async.errors import (
 )
 from kontext_async.models import CompletedTask, TaskRecord, TaskStatus
 from kontext_async.polling import _Treatment, _treatment
-from kontext_async.results._store import Row
 from kontext_async.results.errors import LedgerError
+from kontext_async.results.ledger.store import Row
 
 __all__ = [
     "COLUMNS",

@@ -12,8 +12,8 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from kontext_async.results._files import done
 from kontext_async.results.errors import LedgerError
+from kontext_async.results.images.files import done
 
 __all__ = ["Answer", "Row", "Store", "open_reader", "open_writer", "translated"]
 

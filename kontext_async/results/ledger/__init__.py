@@ -1,0 +1,5 @@
+"""The outcome of each task on disk, so that a restart continues where the last run stopped."""
+
+from kontext_async.results.ledger.ledger import Ledger, LedgerEntry, RecordedOutcomes
+
+__all__ = ["Ledger", "LedgerEntry", "RecordedOutcomes"]

@@ -1,0 +1,12 @@
+"""The API's HTTP contract as pure functions: requests to send, and answers to read."""
+
+from kontext_async.wire.records import (
+    MAX_BODY,
+    RECORD_INFO,
+    check_task_id,
+    decode,
+    retry_after,
+    server_age,
+)
+
+__all__ = ["MAX_BODY", "RECORD_INFO", "check_task_id", "decode", "retry_after", "server_age"]
