@@ -67,12 +67,6 @@ def _check_source(task_ids: object) -> None:
         )
 
 
-def _for_task(error: AuthenticationError, task_id: str) -> AuthenticationError:
-    return AuthenticationError(
-        error.msg, code=error.code, http_status=error.http_status, task_id=task_id
-    )
-
-
 def _failure(task: asyncio.Task[Any]) -> BaseException | None:
     """What ended a task that is done; its cancellation, too, is no good end."""
     return asyncio.CancelledError() if task.cancelled() else task.exception()
@@ -247,7 +241,7 @@ class _Batch:
         except ConfigurationError as error:
             return error
         if self._gate.refusal is not None:
-            return _for_task(self._gate.refusal, name)
+            return self._gate.refusal.for_task(name)
         now = self._loop.time()
         if now < self._latest:
             return None
@@ -259,7 +253,7 @@ class _Batch:
         if failure is None:
             self._put_end(name, task.result())
         elif self._gate.refusal is not None and task.cancelled():
-            error = _for_task(self._gate.refusal, name)
+            error = self._gate.refusal.for_task(name)
             self._put(TaskOutcome(task_id=name, error=error))
         else:
             self._fail(failure)

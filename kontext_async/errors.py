@@ -1,13 +1,16 @@
-"""Everything that can go wrong, by who must act.
+"""The exception tree, and the one classification of it.
 
-The caller misused us (`ConfigurationError`, `ClientStateError`), the API answered no (`ApiError`),
-the task ended badly (`GenerationFailedError`), the answer or the network failed
-(`ResponseFormatError`, `TransportError`), or we stopped waiting (`WaitTimeoutError`).
+The branches are by who must act: the caller misused the library (`ConfigurationError`,
+`ClientStateError`), the API refused (`ApiError`), the task ended without an image
+(`GenerationFailedError`), the answer or the network failed (`ResponseFormatError`,
+`TransportError`), or the wait reached its deadline (`WaitTimeoutError`).
 """
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+import enum
+from typing import Any, ClassVar, Self
 
 from kontext_async.models import TaskRecord, TaskStatus
 
@@ -17,6 +20,7 @@ __all__ = [
     "ClientStateError",
     "ConfigurationError",
     "GenerationFailedError",
+    "Handling",
     "InvalidRequestError",
     "KontextError",
     "MaintenanceError",
@@ -28,19 +32,17 @@ __all__ = [
     "WaitTimeoutError",
 ]
 
-# Text from outside is cut to this many characters in a message.
+# Characters of a text from outside that a message shows.
 _SHOWN = 200
 
 
-def _shown(text: str) -> str:
-    """Text from outside, on one line, with nothing a terminal would act on."""
-    line = "".join(c if c.isprintable() else " " for c in text[: 2 * _SHOWN])
-    line = " ".join(line.split())
-    return line if len(line) <= _SHOWN else line[: _SHOWN - 1] + "…"
+class Handling(enum.Enum):
+    """What a wait does about an error of one of its polls."""
 
-
-def _about(task_id: str | None) -> str:
-    return "" if task_id is None else f"task {_shown(task_id)}: "
+    RAISE = enum.auto()  # polling again cannot help
+    RETRY = enum.auto()  # poll again, for at most `error_grace`
+    RETRY_NOT_FOUND = enum.auto()  # poll again, for at most `not_found_grace`
+    BACK_OFF = enum.auto()  # pause the whole client, then poll again until the deadline
 
 
 def _rebuild(cls: type[KontextError], args: tuple[Any, ...]) -> KontextError:
@@ -50,7 +52,41 @@ def _rebuild(cls: type[KontextError], args: tuple[Any, ...]) -> KontextError:
 
 
 class KontextError(Exception):
-    """The root of all errors this library raises."""
+    """The root of all errors this library raises.
+
+    ``task_id`` is the task it is about, None where it is about no single task.
+    """
+
+    title: ClassVar[str] = ""
+    """A few words for people, such as a heading of a group of such errors."""
+
+    task_id: str | None = None
+
+    @property
+    def handling(self) -> Handling:
+        """What a wait does when one of its polls raises this."""
+        return Handling.RAISE
+
+    @property
+    def retryable(self) -> bool:
+        """True if the same call may succeed later, without a change by the caller."""
+        return self.handling is not Handling.RAISE
+
+    def for_task(self, task_id: str, **changes: object) -> Self:
+        """Return the same error about another task, with some attributes changed."""
+        error = copy.copy(self)
+        error.__dict__.update(changes, task_id=task_id)
+        return error
+
+    def _about(self) -> str:
+        return "" if self.task_id is None else f"task {self._one_line(self.task_id)}: "
+
+    @staticmethod
+    def _one_line(text: str) -> str:
+        """Return text from outside on one line, without what a terminal would interpret."""
+        line = "".join(c if c.isprintable() else " " for c in text[: 2 * _SHOWN])
+        line = " ".join(line.split())
+        return line if len(line) <= _SHOWN else line[: _SHOWN - 1] + "…"
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The default calls the class with `args` alone, which keyword-only parameters refuse.
@@ -66,11 +102,12 @@ class ClientStateError(KontextError, RuntimeError):
 
 
 class ApiError(KontextError):
-    """Raised when the API, or a gateway before it, answers no.
+    """Raised when the API, or a gateway in front of it, refuses a request.
 
-    ``code`` is the envelope's code, or the HTTP status where the body is no envelope.
-    ``http_status`` is None where no request was sent because the client is being held back.
-    ``retry_after`` is the wait the service asks for in seconds, None where it names none.
+    ``code`` is the envelope's code. It is the HTTP status where the body is not an envelope;
+    ``from_gateway`` is then True. ``http_status`` is None where the client sent no request
+    because of a pause or a full rate limit. ``retry_after`` is the wait the service asks for in
+    seconds, None where it names none.
     """
 
     _advice = ""
@@ -83,6 +120,7 @@ class ApiError(KontextError):
         http_status: int | None = None,
         retry_after: float | None = None,
         task_id: str | None = None,
+        from_gateway: bool = False,
     ) -> None:
         super().__init__(msg)
         self.msg = msg
@@ -90,53 +128,80 @@ class ApiError(KontextError):
         self.http_status = http_status
         self.retry_after = retry_after
         self.task_id = task_id
+        self.from_gateway = from_gateway
 
     @property
-    def asks_for_pause(self) -> bool:
-        """Whether the service asks everybody for patience: 429, 455, or 503 with Retry-After."""
-        return self.code in (429, 455) or (self.code == 503 and self.retry_after is not None)
+    def handling(self) -> Handling:
+        if self.code in (429, 455) or (self.code == 503 and self.retry_after is not None):
+            return Handling.BACK_OFF
+        # 505 says that the feature is disabled (the provider's sibling pages). A 403 or 408 may
+        # come from a gateway for a moment.
+        is_final = self.code == 505 or (400 <= self.code < 500 and self.code not in (403, 408))
+        return Handling.RAISE if is_final else Handling.RETRY
 
     def __str__(self) -> str:
         http = "" if self.http_status in (None, self.code) else f" (HTTP {self.http_status})"
-        said = _shown(self.msg) or "no message"
+        message = self._one_line(self.msg) or "no message"
         wait = "" if self.retry_after is None else f"; retry after {self.retry_after:g} s"
-        return f"{_about(self.task_id)}code {self.code}{http}: {said}{wait}{self._hint()}"
+        return f"{self._about()}code {self.code}{http}: {message}{wait}{self._hint()}"
 
     def _hint(self) -> str:
         if self.code == 402:
             return "; the account has no credits left"
         if self.code == 404:
-            return "; nothing is served there: check base_url"
+            return "; nothing is served at this address: check base_url"
         return self._advice
 
 
 class AuthenticationError(ApiError):
     """Raised when the API does not accept the key (401, or 403 in an envelope)."""
 
+    title = "API key refused"
     _advice = "; check the API key"
+
+    @property
+    def handling(self) -> Handling:
+        return Handling.RAISE
 
 
 class TaskNotFoundError(ApiError):
-    """Raised when the API knows no such task: it may be too new, too old, or another account's."""
+    """Raised when the API does not know the task.
+
+    The task may be too new or too old, or belong to another account.
+    """
+
+    title = "Task unknown"
+
+    @property
+    def handling(self) -> Handling:
+        return Handling.RETRY_NOT_FOUND
 
     def _hint(self) -> str:
         return "; check the task id and that the key is of the account that made the task"
 
 
 class InvalidRequestError(ApiError):
-    """Raised when the API finds the request malformed (422)."""
+    """Raised when the API rejects the request as malformed (422)."""
+
+    title = "Invalid request"
 
 
 class RateLimitedError(ApiError):
-    """Raised when requests come faster than the account may send them (429)."""
+    """Raised when requests exceed the account's rate limit (429)."""
+
+    title = "Rate limited"
 
 
 class MaintenanceError(ApiError):
     """Raised while the service is under maintenance (455)."""
 
+    title = "Maintenance"
+
 
 class ServerError(ApiError):
     """Raised when the service fails to answer (500 and other 5xx)."""
+
+    title = "Server error"
 
 
 class GenerationFailedError(KontextError):
@@ -144,8 +209,10 @@ class GenerationFailedError(KontextError):
 
     ``error_code`` and ``error_message`` are the record's ``errorCode`` (400: the prompt was
     flagged; 500: internal error; 501: generation failed; None where not given) and
-    ``errorMessage``. ``record`` is None where the API told of the failure without a record.
+    ``errorMessage``. ``record`` is None where the API reported the failure without a record.
     """
+
+    title = "Generation failed"
 
     def __init__(
         self,
@@ -165,16 +232,18 @@ class GenerationFailedError(KontextError):
 
     def __str__(self) -> str:
         code = "no error code" if self.error_code is None else f"error {self.error_code}"
-        said = _shown(self.error_message) or "no message"
-        return f"{_about(self.task_id)}{self.status.name} ({code}): {said}"
+        message = self._one_line(self.error_message) or "no message"
+        return f"{self._about()}{self.status.name} ({code}): {message}"
 
 
 class ResponseFormatError(KontextError):
     """Raised when an answer is not what the API's contract allows.
 
     ``excerpt`` is the beginning of the answer, at most 200 characters, without the API key and
-    the task's parameters. ``http_status`` is the status it came with.
+    the task's parameters. ``http_status`` is the answer's HTTP status.
     """
+
+    title = "Unreadable answer"
 
     def __init__(
         self,
@@ -189,37 +258,48 @@ class ResponseFormatError(KontextError):
         self.http_status = http_status
         self.excerpt = excerpt
 
+    @property
+    def handling(self) -> Handling:
+        return Handling.RETRY
+
     def __str__(self) -> str:
         http = "" if self.http_status is None else f" (HTTP {self.http_status})"
-        seen = f"; it begins: {_shown(self.excerpt)}" if self.excerpt else ""
-        return f"{_about(self.task_id)}unreadable answer{http}: {self.args[0]}{seen}"
+        seen = f"; it begins: {self._one_line(self.excerpt)}" if self.excerpt else ""
+        return f"{self._about()}unreadable answer{http}: {self.args[0]}{seen}"
 
 
 class TransportError(KontextError):
-    """Raised when no whole answer came: DNS, connect, TLS, reset, time-out, or a redirect.
+    """Raised when no whole answer arrives: DNS, connect, TLS, reset, timeout, or a redirect.
 
-    ``retryable`` is False where asking again cannot help: a redirect, or a certificate that
-    does not verify.
+    ``retryable`` is False for a redirect and for a certificate that does not verify.
     """
+
+    title = "Network trouble"
 
     def __init__(self, problem: str, *, task_id: str | None = None, retryable: bool = True) -> None:
         super().__init__(problem)
         self.task_id = task_id
-        self.retryable = retryable
+        self._retryable = retryable
+
+    @property
+    def handling(self) -> Handling:
+        return Handling.RETRY if self._retryable else Handling.RAISE
 
     def __str__(self) -> str:
-        return f"{_about(self.task_id)}{_shown(self.args[0])}"
+        return f"{self._about()}{self._one_line(self.args[0])}"
 
 
 class WaitTimeoutError(KontextError, TimeoutError):
-    """Raised when a deadline passes before the task was seen to end.
+    """Raised when a deadline passes before the task is seen to end.
 
-    This is no failure: the task may still finish and be paid for. Wait for the same
+    This is not a failure: the task may still finish and be paid for. Wait for the same
     ``task_id`` again to get its result; do not submit it again. ``elapsed`` is in seconds,
-    ``polls`` counts the looks taken. ``last_record`` is the last good answer, ``last_error`` the
-    error of the last look that failed, or the pause that kept the client from looking; each is
-    None where there was none.
+    ``polls`` counts the requests about the task. ``last_record`` is the last good answer.
+    ``last_error`` is the error of the last failed poll, or of the pause that held the client at
+    the deadline. Each is None where there was none.
     """
+
+    title = "Not finished in time"
 
     def __init__(
         self,
@@ -237,10 +317,14 @@ class WaitTimeoutError(KontextError, TimeoutError):
         self.last_record = last_record
         self.last_error = last_error
 
+    @property
+    def retryable(self) -> bool:
+        return True
+
     def __str__(self) -> str:
-        looks = "1 look" if self.polls == 1 else f"{self.polls} looks"
+        polls = "1 poll" if self.polls == 1 else f"{self.polls} polls"
         last = "" if self.last_error is None else f" (last error: {self.last_error})"
         return (
-            f"{_about(self.task_id)}not finished after {self.elapsed:.1f} s and {looks}{last}; "
+            f"{self._about()}not finished after {self.elapsed:.1f} s and {polls}{last}; "
             "it may still finish and be paid for: wait for the same id again"
         )

@@ -7,7 +7,6 @@ the cost of the request itself: it builds closures and a future for every attemp
 from __future__ import annotations
 
 import asyncio
-import enum
 import functools
 import inspect
 import math
@@ -19,16 +18,12 @@ from tenacity import RetryCallState
 from tenacity.wait import WaitBaseT, wait_base
 
 from kontext_async.errors import (
-    ApiError,
-    AuthenticationError,
     ClientStateError,
     ConfigurationError,
     GenerationFailedError,
+    Handling,
     KontextError,
     ResponseFormatError,
-    ServerError,
-    TaskNotFoundError,
-    TransportError,
     WaitTimeoutError,
 )
 from kontext_async.models import CompletedTask, TaskRecord
@@ -109,36 +104,6 @@ class WaitPolicy:
         raise ConfigurationError(
             f"the wait strategy returned {delay!r}, not a delay of 0 or more seconds"
         )
-
-
-class _Treatment(enum.Enum):
-    FINAL = enum.auto()  # asking again cannot help
-    NOT_FOUND = enum.auto()  # perhaps the task is too new to be seen
-    TROUBLE = enum.auto()  # something broke, and may be mended
-    PATIENCE = enum.auto()  # the service asks everybody to wait
-
-
-def _treatment(error: KontextError) -> _Treatment:
-    if isinstance(error, TaskNotFoundError):
-        return _Treatment.NOT_FOUND
-    if isinstance(error, ApiError):
-        return _api_treatment(error)
-    if isinstance(error, TransportError):
-        return _Treatment.TROUBLE if error.retryable else _Treatment.FINAL
-    return _Treatment.TROUBLE if isinstance(error, ResponseFormatError) else _Treatment.FINAL
-
-
-def _api_treatment(error: ApiError) -> _Treatment:
-    if error.asks_for_pause:
-        return _Treatment.PATIENCE
-    if isinstance(error, ServerError):
-        # 505 says that the feature is switched off (provider's pages).
-        return _Treatment.FINAL if error.code == 505 else _Treatment.TROUBLE
-    if isinstance(error, AuthenticationError):
-        return _Treatment.FINAL
-    # 403 without an envelope is a gateway's mood.
-    final = 400 <= error.code < 500 and error.code not in (403, 408)
-    return _Treatment.FINAL if final else _Treatment.TROUBLE
 
 
 class Budget(Protocol):
@@ -307,23 +272,23 @@ class TaskWait:
         now = self._loop.time()
         self._last_error = error
         self._failures += 1
-        grace_left = self._grace_left(_treatment(error), now)
+        grace_left = self._grace_left(error.handling, now)
         if grace_left < 1e-6:  # what rounding may leave of nothing
             self._emit(now, error=error)
             return error
         self._go_on(now, error=error, within=grace_left)
         return None
 
-    def _grace_left(self, treatment: _Treatment, now: float) -> float:
+    def _grace_left(self, handling: Handling, now: float) -> float:
         """Seconds for which looks may go on failing like this; pauses do not count."""
         unpaused = now - self._transport.budget.pause_spent(now)
-        if treatment is _Treatment.PATIENCE:
+        if handling is Handling.BACK_OFF:
             return math.inf
-        if treatment is _Treatment.TROUBLE:
+        if handling is Handling.RETRY:
             if self._failing_since is None:
                 self._failing_since = unpaused
             grace, since = self._policy.error_grace, self._failing_since
-        elif treatment is _Treatment.NOT_FOUND:
+        elif handling is Handling.RETRY_NOT_FOUND:
             if self._missing_since is None:
                 self._missing_since = unpaused
             grace, since = self._policy.not_found_grace, self._missing_since

@@ -14,6 +14,7 @@ from kontext_async.errors import (
     ClientStateError,
     ConfigurationError,
     GenerationFailedError,
+    Handling,
     InvalidRequestError,
     KontextError,
     MaintenanceError,
@@ -25,6 +26,7 @@ from kontext_async.errors import (
     WaitTimeoutError,
 )
 from kontext_async.models import TaskRecord, TaskStatus
+from kontext_async.results import DownloadError
 
 RECORD = TaskRecord(
     task_id="task1",
@@ -83,7 +85,7 @@ def same(twin, error):
 
 
 def test_every_public_error_is_among_the_examples():
-    assert {type(error).__name__ for error in EXAMPLES} == set(errors.__all__)
+    assert {type(error).__name__ for error in EXAMPLES} == set(errors.__all__) - {"Handling"}
 
 
 @pytest.mark.parametrize("error", EXAMPLES, ids=lambda error: type(error).__name__)
@@ -142,7 +144,7 @@ def test_answers_of_the_api_share_a_class(kind):
         ),
         (
             ApiError("Not Found", code=404, http_status=404),
-            "code 404: Not Found; nothing is served there: check base_url",
+            "code 404: Not Found; nothing is served at this address: check base_url",
         ),
         (AuthenticationError("No", code=401), "code 401: No; check the API key"),
         (
@@ -176,7 +178,7 @@ def test_answers_of_the_api_share_a_class(kind):
         (
             WaitTimeoutError(task_id="t", elapsed=1.25, polls=1),
             (
-                "task t: not finished after 1.2 s and 1 look; it may still finish and be paid for: "
+                "task t: not finished after 1.2 s and 1 poll; it may still finish and be paid for: "
                 "wait for the same id again"
             ),
         ),
@@ -185,7 +187,7 @@ def test_answers_of_the_api_share_a_class(kind):
                 task_id="t", elapsed=600, polls=40, last_error=TransportError("reset")
             ),
             (
-                "task t: not finished after 600.0 s and 40 looks (last error: reset); "
+                "task t: not finished after 600.0 s and 40 polls (last error: reset); "
                 "it may still finish and be paid for: wait for the same id again"
             ),
         ),
@@ -197,15 +199,44 @@ def test_the_text_says_what_happened_and_what_to_do(error, text):
 
 
 @pytest.mark.parametrize(
-    ("code", "retry_after", "asks"),
-    [(429, None, True), (455, None, True), (503, 5.0, True), (503, None, False), (500, 5.0, False)],
+    ("error", "handling"),
+    [
+        (ApiError("No", code=429), Handling.BACK_OFF),
+        (ApiError("No", code=455), Handling.BACK_OFF),
+        (ApiError("No", code=503, retry_after=5.0), Handling.BACK_OFF),
+        (ServerError("No", code=503), Handling.RETRY),
+        (ServerError("No", code=500, retry_after=5.0), Handling.RETRY),
+        (ServerError("No", code=505), Handling.RAISE),
+        (ApiError("No", code=402), Handling.RAISE),
+        (ApiError("No", code=403), Handling.RETRY),
+        (ApiError("No", code=408), Handling.RETRY),
+        (ApiError("No", code=1000), Handling.RETRY),
+        (AuthenticationError("No", code=403), Handling.RAISE),
+        (InvalidRequestError("No", code=422), Handling.RAISE),
+        (TaskNotFoundError("No", code=422), Handling.RETRY_NOT_FOUND),
+        (TransportError("reset"), Handling.RETRY),
+        (TransportError("redirect", retryable=False), Handling.RAISE),
+        (ResponseFormatError("no flag"), Handling.RETRY),
+        (ConfigurationError("no key"), Handling.RAISE),
+        (DownloadError("reset"), Handling.RETRY),
+        (DownloadError("too large", retryable=False), Handling.RAISE),
+    ],
 )
-def test_only_a_call_for_patience_asks_everybody_to_pause(code, retry_after, asks):
-    assert ApiError("No", code=code, retry_after=retry_after).asks_for_pause is asks
+def test_each_error_says_how_a_wait_handles_it(error, handling):
+    assert error.handling is handling
+    assert error.retryable is (handling is not Handling.RAISE)
 
 
-def test_trouble_with_the_network_is_worth_another_try_unless_said_otherwise():
-    assert TransportError("reset").retryable
+def test_a_timeout_can_be_retried_by_the_caller():
+    error = WaitTimeoutError(task_id="t", elapsed=1.0, polls=1)
+    assert (error.handling, error.retryable) == (Handling.RAISE, True)
+
+
+def test_an_error_can_be_repeated_for_another_task():
+    error = ApiError("No", code=500, http_status=502, task_id="a")
+    other = error.for_task("b", http_status=None)
+    assert (type(other), str(other)) == (ApiError, "task b: code 500: No")
+    assert (error.task_id, error.http_status) == ("a", 502)
 
 
 def test_text_from_outside_is_cut_and_made_harmless():

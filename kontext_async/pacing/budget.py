@@ -7,7 +7,6 @@ so that a hundred thousand waits need one timer of the event loop, not a hundred
 from __future__ import annotations
 
 import asyncio
-import copy
 import heapq
 import itertools
 import math
@@ -19,6 +18,7 @@ import attrs
 
 from kontext_async.errors import (
     ApiError,
+    Handling,
     KontextError,
     MaintenanceError,
     RateLimitedError,
@@ -107,7 +107,7 @@ class _Pause:
 
     def probes_outage(self, sent: float) -> bool:
         """Whether a request was to see if an outage is over, and not a pause that was asked for."""
-        asked_for = isinstance(self.error, ApiError) and self.error.asks_for_pause
+        asked_for = self.error is not None and self.error.handling is Handling.BACK_OFF
         return self.is_probe(sent) and not asked_for
 
     def hold(self, error: KontextError, *, now: float, sent: float) -> None:
@@ -230,18 +230,11 @@ class RequestBudget:
     def blocked_by(self, task_id: str, now: float) -> KontextError | None:
         """Why no request may go now: the pause's error, or `RateLimitedError` for a full quota."""
         error = self._pause.error
-        if isinstance(error, ApiError):  # it names the task it came for
-            return type(error)(
-                error.msg,
-                code=error.code,
-                retry_after=self._pause.remaining(now),
-                task_id=task_id,
-            )
+        if isinstance(error, ApiError):
+            remaining = self._pause.remaining(now)
+            return error.for_task(task_id, retry_after=remaining, http_status=None)
         if error is not None:
-            assert isinstance(error, (TransportError, ResponseFormatError)), "else no outage"
-            error = copy.copy(error)
-            error.task_id = task_id
-            return error
+            return error.for_task(task_id)
         opens_at = self._limit.opens_at(now)
         if opens_at <= now:
             return None
@@ -280,7 +273,7 @@ class RequestBudget:
         self._pause.lift(sent=sent)
 
     def _note_bad(self, error: KontextError, *, now: float, sent: float) -> None:
-        if isinstance(error, ApiError) and error.asks_for_pause:
+        if error.handling is Handling.BACK_OFF:
             self._pause.hold(error, now=now, sent=sent)
         elif isinstance(error, (ServerError, TransportError, ResponseFormatError)):
             if not isinstance(error, ResponseFormatError):  # neither an outage nor a good answer

@@ -15,11 +15,11 @@ from kontext_async.errors import (
     ApiError,
     ClientStateError,
     GenerationFailedError,
+    Handling,
     KontextError,
     WaitTimeoutError,
 )
 from kontext_async.models import CompletedTask, TaskRecord, TaskStatus
-from kontext_async.polling import _Treatment, _treatment
 from kontext_async.results.errors import LedgerError
 from kontext_async.results.ledger.store import Row
 
@@ -83,7 +83,7 @@ def state_of(error: KontextError | None) -> TaskState:
         return "failed"
     if isinstance(error, (ClientStateError, WaitTimeoutError)):
         return "unfinished"
-    passes = _treatment(error) in {_Treatment.TROUBLE, _Treatment.PATIENCE}
+    passes = error.handling in {Handling.RETRY, Handling.BACK_OFF}
     return "unfinished" if passes else "error"
 
 
