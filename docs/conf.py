@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from kontext_async import TaskStatus, __version__
-from kontext_async.cli._app import app as kontext
+from kontext_async.cli.app import app as kontext
 
 project = "kontext-async"
 author = "kontext-async contributors"

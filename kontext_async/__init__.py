@@ -1,7 +1,7 @@
 """An asyncio client that waits for Flux Kontext image-generation tasks."""
 
 from kontext_async._version import __version__
-from kontext_async.batch import OutcomeStream, TaskOutcome
+from kontext_async.batch import Journal
 from kontext_async.client import KontextClient
 from kontext_async.errors import (
     ApiError,
@@ -21,10 +21,10 @@ from kontext_async.errors import (
     WaitTimeoutError,
 )
 from kontext_async.models import CompletedTask, TaskRecord, TaskStatus
-from kontext_async.pacing import ClientStats
-from kontext_async.pacing.limits import RateLimit
-from kontext_async.polling import PollEvent
+from kontext_async.pacing import ClientStats, RateLimit
+from kontext_async.polling import PollEvent, TaskOutcome
 from kontext_async.schedule import DurationModel, PollState, wait_learned
+from kontext_async.streams import Stream
 
 __all__ = [
     "ApiError",
@@ -37,16 +37,17 @@ __all__ = [
     "GenerationFailedError",
     "Handling",
     "InvalidRequestError",
+    "Journal",
     "KontextClient",
     "KontextError",
     "MaintenanceError",
-    "OutcomeStream",
     "PollEvent",
     "PollState",
     "RateLimit",
     "RateLimitedError",
     "ResponseFormatError",
     "ServerError",
+    "Stream",
     "TaskNotFoundError",
     "TaskOutcome",
     "TaskRecord",

@@ -4,61 +4,58 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import enum
 import functools
 import math
-import warnings
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Coroutine, Iterable
-from types import TracebackType
-from typing import Any, Self
-
-import attrs
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Iterable,
+)
+from typing import Any, Protocol, TypeVar
 
 from kontext_async.errors import (
     AuthenticationError,
-    ClientStateError,
     ConfigurationError,
     KontextError,
     WaitTimeoutError,
 )
-from kontext_async.models import CompletedTask, TaskRecord
-from kontext_async.polling import TaskWait, WaitPolicy, check_seconds
+from kontext_async.fairness import yield_to_loop
+from kontext_async.models import TaskRecord
+from kontext_async.polling import TaskOutcome, TaskWait, WaitPolicy, check_seconds
+from kontext_async.streams import Stream
 from kontext_async.transport import Transport
 from kontext_async.wire import check_task_id
 
-__all__ = ["OutcomeStream", "TaskOutcome", "outcomes_in_order"]
+__all__ = ["Journal", "check_source", "outcome_stream", "outcomes_in_order"]
 
-# How much is started, taken or ended in one go, so that the event loop gets air in between.
-_PIECE = 500
+_T = TypeVar("_T")
 
 _END = object()
 
 
-@attrs.frozen(kw_only=True)
-class TaskOutcome:
-    """How one task of a batch ended: of ``result`` and ``error`` one is None."""
+class Journal(Protocol):
+    """A durable memory of outcomes that a batch works with, such as a ledger on disk.
 
-    task_id: str
-    result: CompletedTask | None = None
-    error: KontextError | None = None
-
-    def unwrap(self) -> CompletedTask:
-        """The result; raises the error where there is one."""
-        if self.error is not None:
-            raise self.error
-        assert self.result is not None, "an outcome has a result or an error"
-        return self.result
-
-
-def _name(task_id: object) -> str:
-    """What an outcome calls a task: its id, or how something that is no id looks.
-
-    In brackets, so that the number 5 is not taken for the id "5".
+    The futures belong to the journal: a batch that ends neither cancels nor awaits them. An
+    exception of a call or a future ends the batch.
     """
-    return str.__str__(task_id) if isinstance(task_id, str) else f"<{repr(task_id)[:200]}>"
+
+    def begin(self, task_id: str) -> asyncio.Future[TaskOutcome | None]:
+        """Return the outcome that is known already, or note that a wait begins: None."""
+        ...
+
+    def record(self, outcome: TaskOutcome) -> asyncio.Future[None]:
+        """Make an outcome durable; the batch hands it on when the future is done."""
+        ...
 
 
-def _check_source(task_ids: object) -> None:
+def check_source(task_ids: object) -> None:
+    """Raise `ConfigurationError` unless this is an iterable of ids, and not a single string."""
     if isinstance(task_ids, (str, bytes)):
         raise ConfigurationError("task_ids is a single string: put the id in a list")
     if not isinstance(task_ids, (Iterable, AsyncIterable)):
@@ -67,15 +64,33 @@ def _check_source(task_ids: object) -> None:
         )
 
 
-def _failure(task: asyncio.Task[Any]) -> BaseException | None:
-    """What ended a task that is done; its cancellation, too, is no good end."""
-    return asyncio.CancelledError() if task.cancelled() else task.exception()
+def _name(task_id: object) -> str:
+    """Return the name of a task in its outcome: its id, or the repr of an invalid one.
+
+    The repr is in brackets, so that the number 5 differs from the id "5".
+    """
+    return str.__str__(task_id) if isinstance(task_id, str) else f"<{repr(task_id)[:200]}>"
 
 
-class _Gate:
-    """A client's transport as one batch uses it: shut as soon as the batch is to end.
+def _exception(future: asyncio.Future[Any]) -> BaseException | None:
+    """Return what a future ended with, if that is not a value."""
+    return asyncio.CancelledError() if future.cancelled() else future.exception()
 
-    Waits are cancelled piece by piece; those that get a turn meanwhile must not ask any more.
+
+class _State(enum.Enum):
+    """A batch's states; `_Batch` has the table of transitions."""
+
+    READING = enum.auto()
+    DRAINING = enum.auto()
+    ENDING = enum.auto()
+    ENDED = enum.auto()
+
+
+class _BatchPoller:
+    """A client's transport, for one batch: it sends nothing once it is shut.
+
+    Waits are cancelled in portions; one that gets a permit meanwhile must not use it. The first
+    `AuthenticationError` shuts it too: as ``refusal`` it is the outcome of all that remain.
     """
 
     def __init__(self, transport: Transport) -> None:
@@ -83,28 +98,44 @@ class _Gate:
         self.durations = transport.durations
         self.request_timeout = transport.request_timeout
         self.acquire = transport.acquire
-        self.is_shut = False
-        self.refusal: AuthenticationError | None = None  # the answer to all that remain
+        self.refusal: AuthenticationError | None = None
+        self._is_shut = False
         self._transport = transport
+
+    def shut(self) -> None:
+        self._is_shut = True
 
     async def poll(
         self, task_id: str, sent: float, *, until: float
     ) -> tuple[TaskRecord, float | None] | None:
-        if self.is_shut:
+        if self._is_shut:
             self.budget.cancel(sent)
             raise asyncio.CancelledError
         try:
             return await self._transport.poll(task_id, sent, until=until)
         except AuthenticationError as error:
             if self.refusal is None:
-                self.refusal, self.is_shut = error, True
+                self.refusal, self._is_shut = error, True
             raise
 
 
 class _Batch:
     """The waits of one batch, and the outcomes not yet taken.
 
-    Knows nothing of the iterator before it, so that one that is dropped can be noticed.
+    An id passes through the journal's ``begin``, a wait, and the journal's ``record``; without a
+    journal through the wait alone.
+
+    =================  ==========================================  ========
+    state              event                                       becomes
+    =================  ==========================================  ========
+    READING            the source is exhausted                     DRAINING
+    READING, DRAINING  `end`, `abandon`, or an exception of the    ENDING
+                       source, a callback or the journal
+    DRAINING           the last outcome is ready                   ENDED
+    ENDING             the source is closed, all waits cancelled   ENDED
+    =================  ==========================================  ========
+
+    Outcomes are handed on until it is ENDING; those not yet taken remain when it is ENDED.
     """
 
     def __init__(
@@ -115,50 +146,42 @@ class _Batch:
         *,
         max_in_flight: int,
         batch_timeout: float | None,
-        order: list[str],
+        journal: Journal | None,
+        names_read: list[str] | None,
     ) -> None:
+        transport.check_open()
         self._source = task_ids
         self._policy = policy
         self._transport = transport
-        self._gate = _Gate(transport)
+        self._poller = _BatchPoller(transport)
         self._max_in_flight = max_in_flight
-        self._order = order  # the names of all that is read are put down here
+        self._journal = journal
+        self._names_read = names_read
         self._loop = asyncio.get_running_loop()
         self._began = self._loop.time()
         self._latest = math.inf if batch_timeout is None else self._began + batch_timeout
-        self._read: set[str] = set()
-        self._waits: dict[asyncio.Task[CompletedTask | KontextError], str] = {}
+        self._distinct: set[str] = set()
+        self._waits: dict[asyncio.Task[TaskOutcome], str] = {}
+        self._journaling: set[asyncio.Future[Any]] = set()
+        self._background: set[asyncio.Task[None]] = set()
         self._ready: deque[TaskOutcome] = deque()
         self._taken = 0
-        self._failure: BaseException | None = None  # ends the batch
-        self._stopped = False
+        self._failure: BaseException | None = None  # to be raised from `next`
         self._changed = asyncio.Event()
-        self._background: set[asyncio.Task[None]] = set()
-        self._feeder = self._spawn(self._feed())
+        self._state = _State.READING
+        self._reader = self._spawn(self._read())
 
     @property
-    def over(self) -> bool:
-        """Whether all was read, has ended and was taken."""
-        return not (self._background or self._waits or self._ready or self._failure)
-
-    def check_loop(self) -> None:
-        """Raise `ClientStateError` in another event loop than the one it began in."""
-        if asyncio.get_running_loop() is not self._loop:
-            raise ClientStateError("this iterator of outcomes belongs to another event loop")
+    def finished(self) -> bool:
+        return self._state is _State.ENDED and not self._ready and self._failure is None
 
     async def next(self) -> TaskOutcome | None:
-        """The next outcome; None at the end. Raises what ended the batch before its time."""
         self._taken += 1
-        if self._taken % _PIECE == 0:  # many may be there, and nothing to wait for
-            await asyncio.sleep(0)
+        await yield_to_loop(self._taken)  # many outcomes may be ready, without any waiting
         while not self._ready:
-            failure = self._failure
-            if failure is not None:
-                await self.end()
-                if failure is self._failure:  # else another consumer has raised it meanwhile
-                    self._failure = None
-                    raise failure
-            elif self.over:
+            if self._failure is not None:
+                await self._raise(self._failure)
+            elif self.finished:
                 return None
             else:
                 await self._change()
@@ -166,36 +189,61 @@ class _Batch:
         self._changed.set()
         return outcome
 
-    async def end(self) -> None:
-        """End every wait, and return when nothing is left running."""
+    async def end(self, error: BaseException | None = None) -> None:
+        if not self.finished:
+            self._failure = self._failure or error
         self._stop()
-        while self._background or self._waits:
+        while self._state is not _State.ENDED:
             await self._change()
         self._ready.clear()
 
+    def _fail(self, error: BaseException) -> None:
+        if self._is_active:
+            self._failure = error
+            self._stop()
+
     def abandon(self) -> None:
-        """End every wait in the background; may be called from anywhere."""
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._stop)
 
-    def _stop(self) -> None:
-        if not self._stopped:  # a source that is being closed must not be cancelled again
-            self._stopped = self._gate.is_shut = True
-            self._feeder.cancel()
-            self._spawn(self._cancel_waits())
+    async def _raise(self, failure: BaseException) -> None:
+        await self.end()
+        if failure is self._failure:  # another consumer may have raised it meanwhile
+            self._failure = None
+            raise failure
 
-    async def _feed(self) -> None:
+    def _stop(self) -> None:
+        if not self._is_active:  # a source that is being closed is cancelled once
+            return
+        self._state = _State.ENDING
+        self._poller.shut()
+        self._reader.cancel()
+        self._spawn(self._cancel_waits())
+
+    async def _read(self) -> None:
         async with contextlib.aclosing(self._ids()) as task_ids:
+            count = 0
             async for task_id in task_ids:
+                count += 1
                 name = _name(task_id)
-                self._order.append(name)
-                if name not in self._read:
-                    self._read.add(name)
-                    self._start(task_id, name)
-                if len(self._order) % _PIECE == 0:
-                    await asyncio.sleep(0)
-                while len(self._waits) + len(self._ready) >= self._max_in_flight:
+                if self._names_read is not None:
+                    self._names_read.append(name)
+                if name not in self._distinct:
+                    self._distinct.add(name)
+                    self._begin(task_id, name)
+                await yield_to_loop(count)
+                while self._in_flight >= self._max_in_flight:
                     await self._change()
+        if self._state is _State.READING:
+            self._state = _State.DRAINING
+
+    @property
+    def _is_active(self) -> bool:
+        return self._state in (_State.READING, _State.DRAINING)
+
+    @property
+    def _in_flight(self) -> int:
+        return len(self._waits) + len(self._journaling) + len(self._ready)
 
     async def _ids(self) -> AsyncGenerator[object, None]:
         if not isinstance(self._source, AsyncIterable):
@@ -211,9 +259,9 @@ class _Batch:
                 await source.aclose()
 
     async def _next_id(self, source: AsyncIterator[object]) -> object:
-        """The next id; `_END` where there is none, or none in the batch's time."""
+        """Return the next id, or `_END` if there is none before the batch's deadline."""
         scope = asyncio.timeout_at(None if self._latest == math.inf else self._latest)
-        self._transport.readings.add(scope)
+        self._transport.source_reads.add(scope)
         try:
             async with scope:
                 return await anext(source, _END)
@@ -223,75 +271,105 @@ class _Batch:
             self._transport.check_open()
             return _END
         finally:
-            self._transport.readings.discard(scope)
+            self._transport.source_reads.discard(scope)
 
-    def _start(self, task_id: object, name: str) -> None:
-        error = self._known_error(task_id, name)
-        if error is not None:
-            self._put(TaskOutcome(task_id=name, error=error))
-            return
-        wait = TaskWait(name, self._policy, self._gate, from_first_look=True, latest=self._latest)
-        task = self._loop.create_task(wait.outcome())
-        self._waits[task] = name
-        task.add_done_callback(self._wait_ended)
-
-    def _known_error(self, task_id: object, name: str) -> KontextError | None:
+    def _begin(self, task_id: object, name: str) -> None:
         try:
             check_task_id(task_id)
         except ConfigurationError as error:
-            return error
-        if self._gate.refusal is not None:
-            return self._gate.refusal.for_task(name)
+            self._hand_on(TaskOutcome(task_id=name, error=error))
+            return
+        if self._journal is None:
+            self._wait(name)
+        else:
+            self._follow(self._journal.begin(name), functools.partial(self._begun, name))
+
+    def _begun(self, name: str, known: TaskOutcome | None) -> None:
+        if known is not None:
+            self._hand_on(known)
+        elif self._is_active:
+            self._wait(name)
+
+    def _wait(self, name: str) -> None:
+        error = self._early_error(name)
+        if error is not None:
+            self._record(TaskOutcome(task_id=name, error=error))
+            return
+        wait = TaskWait(
+            name, self._policy, self._poller, timeout_from_first_poll=True, latest=self._latest
+        )
+        task = self._loop.create_task(wait.run())
+        self._waits[task] = name
+        task.add_done_callback(self._waited)
+
+    def _early_error(self, name: str) -> KontextError | None:
+        if self._poller.refusal is not None:
+            return self._poller.refusal.for_task(name)
         now = self._loop.time()
         if now < self._latest:
             return None
         return WaitTimeoutError(task_id=name, elapsed=now - self._began, polls=0)
 
-    def _wait_ended(self, task: asyncio.Task[CompletedTask | KontextError]) -> None:
+    def _waited(self, task: asyncio.Task[TaskOutcome]) -> None:
         name = self._waits.pop(task)
-        failure = _failure(task)
-        if failure is None:
-            self._put_end(name, task.result())
-        elif self._gate.refusal is not None and task.cancelled():
-            error = self._gate.refusal.for_task(name)
-            self._put(TaskOutcome(task_id=name, error=error))
-        else:
+        refusal = self._poller.refusal
+        if refusal is not None and task.cancelled():
+            self._record(TaskOutcome(task_id=name, error=refusal.for_task(name)))
+        elif (failure := _exception(task)) is not None:
             self._fail(failure)
-        self._changed.set()
+        else:
+            outcome = task.result()
+            self._record(outcome)
+            if refusal is not None and outcome.error is refusal:
+                self._spawn(self._cancel_waits())
+        self._step_ended()
 
-    def _put_end(self, name: str, end: CompletedTask | KontextError) -> None:
-        if isinstance(end, CompletedTask):
-            self._put(TaskOutcome(task_id=name, result=end))
-            return
-        self._put(TaskOutcome(task_id=name, error=end))
-        if end is self._gate.refusal:
-            self._spawn(self._cancel_waits())
+    def _record(self, outcome: TaskOutcome) -> None:
+        if self._journal is None:
+            self._hand_on(outcome)
+        else:
+            self._follow(self._journal.record(outcome), lambda _: self._hand_on(outcome))
 
-    def _put(self, outcome: TaskOutcome) -> None:
-        self._ready.append(outcome)
-        self._changed.set()
+    def _hand_on(self, outcome: TaskOutcome) -> None:
+        if self._is_active:
+            self._ready.append(outcome)
+            self._changed.set()
 
-    def _fail(self, failure: BaseException) -> None:
-        if not self._stopped:
-            self._failure = failure
-            self._stop()
+    def _follow(self, future: asyncio.Future[_T], then: Callable[[_T], None]) -> None:
+        """Call ``then`` with the journal's answer; end the batch if that is an exception."""
+        self._journaling.add(future)
+        future.add_done_callback(functools.partial(self._followed, then))
+
+    def _followed(self, then: Callable[[_T], None], future: asyncio.Future[_T]) -> None:
+        self._journaling.discard(future)
+        if (failure := _exception(future)) is not None:
+            self._fail(failure)
+        else:
+            then(future.result())
+        self._step_ended()
 
     async def _cancel_waits(self) -> None:
         for count, wait in enumerate(list(self._waits), 1):
             wait.cancel()
-            if count % _PIECE == 0:
-                await asyncio.sleep(0)
+            await yield_to_loop(count)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = self._loop.create_task(work)
         self._background.add(task)
-        task.add_done_callback(self._work_ended)
+        task.add_done_callback(self._spawned_ended)
         return task
 
-    def _work_ended(self, task: asyncio.Task[None]) -> None:
+    def _spawned_ended(self, task: asyncio.Task[None]) -> None:
         self._background.discard(task)
-        if (failure := _failure(task)) is not None:
+        if (failure := _exception(task)) is not None:
             self._fail(failure)
+        self._step_ended()
+
+    def _step_ended(self) -> None:
+        is_idle = not (self._background or self._waits)
+        is_drained = self._state is _State.DRAINING and not self._journaling
+        if is_idle and (is_drained or self._state is _State.ENDING):
+            self._state = _State.ENDED
         self._changed.set()
 
     async def _change(self) -> None:
@@ -299,92 +377,38 @@ class _Batch:
         await self._changed.wait()
 
 
-class OutcomeStream:
-    """The outcomes of a batch, each as its task ends: an async iterator and context manager.
+def outcome_stream(
+    task_ids: Iterable[str] | AsyncIterable[str],
+    policy: WaitPolicy,
+    transport: Transport,
+    *,
+    max_in_flight: int,
+    batch_timeout: float | None,
+    journal: Journal | None = None,
+    names_read: list[str] | None = None,
+) -> Stream[TaskOutcome]:
+    """Return the outcomes of a batch that begins with the stream.
 
-    Exhausting it, leaving its ``async with`` or `aclose` ends every wait; one that is dropped
-    unfinished ends them too, with a `ResourceWarning`.
+    The name of each id read is appended to ``names_read``, duplicates included.
     """
-
-    def __init__(
-        self,
-        task_ids: Iterable[str] | AsyncIterable[str],
-        policy: WaitPolicy,
-        transport: Transport,
-        *,
-        max_in_flight: int,
-        batch_timeout: float | None,
-        order: list[str] | None = None,
-    ) -> None:
-        self._batch: _Batch | None = None
-        self._closed = False
-        _check_source(task_ids)
-        if isinstance(max_in_flight, bool) or not isinstance(max_in_flight, int):
-            raise ConfigurationError(f"max_in_flight must be an int, not {max_in_flight!r}")
-        if max_in_flight < 1:
-            raise ConfigurationError("max_in_flight must be at least 1")
-        check_seconds("batch_timeout", batch_timeout)
-        self._transport = transport
-        self._begin = functools.partial(
+    check_source(task_ids)
+    if isinstance(max_in_flight, bool) or not isinstance(max_in_flight, int):
+        raise ConfigurationError(f"max_in_flight must be an int, not {max_in_flight!r}")
+    if max_in_flight < 1:
+        raise ConfigurationError("max_in_flight must be at least 1")
+    check_seconds("batch_timeout", batch_timeout)
+    return Stream(
+        functools.partial(
             _Batch,
             task_ids,
             policy,
             transport,
             max_in_flight=max_in_flight,
             batch_timeout=batch_timeout,
-            order=[] if order is None else order,
+            journal=journal,
+            names_read=names_read,
         )
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> TaskOutcome:
-        if self._closed:
-            raise StopAsyncIteration
-        outcome = await self._started().next()
-        if outcome is None:
-            self._closed = True
-            raise StopAsyncIteration
-        return outcome
-
-    async def __aenter__(self) -> Self:
-        if not self._closed:
-            self._started()
-        return self
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self.aclose()
-
-    async def aclose(self) -> None:
-        """End every wait that is left; what has not been taken is dropped."""
-        if self._batch is not None:
-            self._batch.check_loop()
-        self._closed = True
-        if self._batch is not None:
-            await self._batch.end()
-
-    def __del__(self) -> None:
-        batch = self._batch
-        if batch is not None and not self._closed and not batch.over:
-            batch.abandon()
-            warnings.warn(
-                "an iterator of outcomes was dropped before its end: use `async with`",
-                ResourceWarning,
-                source=self,
-                stacklevel=2,
-            )
-
-    def _started(self) -> _Batch:
-        if self._batch is None:
-            self._transport.check_open()
-            self._batch = self._begin()
-        self._batch.check_loop()
-        return self._batch
+    )
 
 
 async def outcomes_in_order(
@@ -395,18 +419,18 @@ async def outcomes_in_order(
     max_in_flight: int,
     batch_timeout: float | None,
 ) -> list[TaskOutcome]:
-    """An outcome for each id given, in that order."""
-    order: list[str] = []
-    by_name: dict[str, TaskOutcome] = {}
-    stream = OutcomeStream(
+    """Return an outcome for each id given, in that order."""
+    names: list[str] = []
+    outcomes: dict[str, TaskOutcome] = {}
+    stream = outcome_stream(
         task_ids,
         policy,
         transport,
         max_in_flight=max_in_flight,
         batch_timeout=batch_timeout,
-        order=order,
+        names_read=names,
     )
     async with stream:
         async for outcome in stream:
-            by_name[outcome.task_id] = outcome
-    return [by_name[name] for name in order]
+            outcomes[outcome.task_id] = outcome
+    return [outcomes[name] for name in names]

@@ -1,4 +1,4 @@
-"""The client, as its users see it."""
+"""The client: its arguments checked, and the calls users make."""
 
 from __future__ import annotations
 
@@ -14,21 +14,29 @@ from tenacity.wait import WaitBaseT
 from yarl import URL
 
 from kontext_async import wire
-from kontext_async.batch import OutcomeStream, TaskOutcome, outcomes_in_order
+from kontext_async.batch import Journal, outcome_stream, outcomes_in_order
 from kontext_async.errors import ConfigurationError, RateLimitedError
 from kontext_async.models import CompletedTask, TaskRecord
-from kontext_async.pacing import ClientStats, RequestBudget
-from kontext_async.pacing.limits import RateLimit
-from kontext_async.polling import PollEvent, TaskWait, WaitPolicy, check_seconds
+from kontext_async.pacing import ClientStats, RateLimit, RequestBudget
+from kontext_async.polling import (
+    DEFAULT_ERROR_GRACE,
+    DEFAULT_NOT_FOUND_GRACE,
+    DEFAULT_TIMEOUT,
+    PollEvent,
+    TaskOutcome,
+    TaskWait,
+    WaitPolicy,
+    check_seconds,
+)
 from kontext_async.schedule import DurationModel, wait_learned
+from kontext_async.streams import Stream
 from kontext_async.transport import Transport
 
 __all__ = ["KontextClient"]
 
 _KEY_VARIABLE = "APIKLEY_API_KEY"
 
-# The defaults of a wait's timeout, error_grace and not_found_grace.
-_USUAL_SECONDS = (600.0, 120.0, 10.0)
+_DEFAULTS = (DEFAULT_TIMEOUT, DEFAULT_ERROR_GRACE, DEFAULT_NOT_FOUND_GRACE)
 
 
 def _checked_key(api_key: str | None) -> str:
@@ -91,19 +99,19 @@ def _checked_session(session: aiohttp.ClientSession | None) -> aiohttp.ClientSes
 
 
 class KontextClient:
-    """Asks the Flux Kontext API how tasks stand, and waits for them.
+    """A client of the Flux Kontext API that waits for image-generation tasks.
 
-    ``api_key``: None takes it from the environment's ``APIKLEY_API_KEY``; white space around it
-    is stripped. ``base_url``: https, or http where the host is loopback or ``allow_http`` is true.
-    ``session``: a session of your own is used with its connector, proxy, tracing and middlewares,
-    and never closed; None makes one. ``request_timeout``: seconds for one request, its body
-    included. ``max_concurrency``: requests in flight at most. ``rate_limit``: None discovers it.
-    ``durations``: what is known of how long tasks take; None starts from a general guess.
+    ``api_key``: None reads the environment variable ``APIKLEY_API_KEY``; surrounding white space
+    is stripped. ``base_url``: https; http only to a loopback host, or with ``allow_http``.
+    ``session``: your own is used with its connector, proxy, tracing and middlewares, and never
+    closed; None makes one. ``request_timeout``: seconds for one request, its body included.
+    ``max_concurrency``: the most requests in flight. ``rate_limit``: None discovers it.
+    ``durations``: the model of task durations to use and feed; None starts from a general guess.
 
-    A client belongs to the event loop it is first used in. Closing it, with ``async with`` or
+    A client belongs to the event loop of its first use. Closing it, with ``async with`` or
     `aclose`, ends its pending waits with `ClientStateError`.
 
-    Raises `ConfigurationError` where an argument cannot be used.
+    Raises `ConfigurationError` if an argument cannot be used.
     """
 
     def __init__(
@@ -140,12 +148,11 @@ class KontextClient:
             budget=RequestBudget(max_concurrency=max_concurrency, rate_limit=rate_limit),
             durations=durations,
         )
-        timeout, error_grace, not_found_grace = _USUAL_SECONDS
-        self._usual_policy = WaitPolicy(
-            timeout=timeout,
+        self._default_policy = WaitPolicy(
+            timeout=DEFAULT_TIMEOUT,
             wait=wait_learned(durations),
-            error_grace=error_grace,
-            not_found_grace=not_found_grace,
+            error_grace=DEFAULT_ERROR_GRACE,
+            not_found_grace=DEFAULT_NOT_FOUND_GRACE,
             on_event=None,
         )
 
@@ -166,27 +173,26 @@ class KontextClient:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Close the client: its pending waits end with `ClientStateError`. Twice is once."""
+        """Close the client; its pending waits end with `ClientStateError`. Idempotent."""
         await self._transport.aclose()
 
     @property
     def base_url(self) -> str:
-        """Where this client asks, without a trailing slash."""
+        """The API's address, without a trailing slash."""
         return self._base_url
 
     @property
     def stats(self) -> ClientStats:
-        """What the client has done so far, and how it stands."""
+        """Counts of requests and errors so far, and the present limits."""
         transport = self._transport
         return transport.budget.stats(waits=transport.waits, now=transport.loop_time)
 
     async def record_info(self, task_id: str) -> TaskRecord:
-        """Look at a task once.
+        """Poll a task once, and return its record, whatever its status.
 
-        A task of any status gives a record. Raises `ApiError`, `GenerationFailedError` (only
-        where the API tells of a failure without a record), `TransportError` or
-        `ResponseFormatError`. Where the client is being held back for longer than
-        ``request_timeout``, `RateLimitedError` is raised and nothing is sent.
+        Raises `ApiError`, `TransportError`, `ResponseFormatError`, or `GenerationFailedError` if
+        the API reports a failure without a record. If a pause or the rate limit holds the client
+        back for longer than ``request_timeout``, raises `RateLimitedError` and sends nothing.
         """
         task_id = wire.check_task_id(task_id)
         transport, budget = self._transport, self._transport.budget
@@ -197,10 +203,10 @@ class KontextClient:
             sent = await transport.acquire(now, seen=True, until=latest)
             if sent is not None:
                 answer = await transport.poll(task_id, sent, until=math.inf)
-                assert answer is not None, "nothing but until cuts a look short"
+                assert answer is not None, "only until cuts a poll short"
                 return answer[0]
         raise RateLimitedError(
-            "not sent: this client is being held back by the service, or is at its own limits",
+            "not sent: the service asked this client to pause, or its own limits are reached",
             code=429,
             retry_after=budget.opens_in(transport.loop_time) or None,  # 0 is no advice
             task_id=task_id,
@@ -210,34 +216,31 @@ class KontextClient:
         self,
         task_id: str,
         *,
-        timeout: float | None = 600.0,
+        timeout: float | None = DEFAULT_TIMEOUT,
         wait: WaitBaseT | None = None,
-        error_grace: float | None = 120.0,
-        not_found_grace: float | None = 10.0,
+        error_grace: float | None = DEFAULT_ERROR_GRACE,
+        not_found_grace: float | None = DEFAULT_NOT_FOUND_GRACE,
         on_event: Callable[[PollEvent], object] | None = None,
     ) -> CompletedTask:
         """Wait until a task succeeds.
 
-        ``timeout``: seconds from now to the hard deadline; None waits for ever, 0 looks once.
+        ``timeout``: seconds from the call to the hard deadline; None is no limit, 0 polls once.
         ``wait``: any tenacity wait strategy; None is the learned schedule (`wait_learned`).
-        ``error_grace``: seconds for which this wait's looks may keep failing (server errors,
-        network, unreadable answers) before the last error is raised; pauses of the whole client
-        do not count; None: until the deadline; 0: raise at once.
+        ``error_grace``: seconds for which this wait's polls may keep failing (server errors,
+        network, unreadable answers) before the last error is raised. Pauses of the whole client
+        do not count. None is until the deadline, 0 raises at once.
         ``not_found_grace``: the same for a task that the API does not know (yet).
-        ``on_event``: called with a `PollEvent` after each look; what it raises ends the wait.
+        ``on_event``: called with a `PollEvent` after each poll; its exceptions end the wait.
 
-        Raises `GenerationFailedError` if the task failed, `WaitTimeoutError` at the deadline (no
-        failure: wait again), `AuthenticationError` and other `ApiError` that asking again
-        cannot help, `TransportError` or `ResponseFormatError` after the grace,
-        `ConfigurationError` for a bad argument, `ClientStateError` once the client is closed.
+        Raises `GenerationFailedError` if the task failed, `WaitTimeoutError` at the deadline (not
+        a failure: wait again), `AuthenticationError` and other `ApiError` that are not retryable,
+        `TransportError` or `ResponseFormatError` after the grace, `ConfigurationError` for a bad
+        argument, and `ClientStateError` once the client is closed.
         """
         task_id = wire.check_task_id(task_id)
         policy = self._policy(timeout, wait, error_grace, not_found_grace, on_event)
         self._transport.check_open()
-        outcome = await TaskWait(task_id, policy, self._transport).outcome()
-        if isinstance(outcome, CompletedTask):
-            return outcome
-        raise outcome
+        return (await TaskWait(task_id, policy, self._transport).run()).unwrap()
 
     def as_completed(
         self,
@@ -245,35 +248,37 @@ class KontextClient:
         *,
         max_in_flight: int = 10_000,
         batch_timeout: float | None = None,
-        timeout: float | None = 600.0,
+        timeout: float | None = DEFAULT_TIMEOUT,
         wait: WaitBaseT | None = None,
-        error_grace: float | None = 120.0,
-        not_found_grace: float | None = 10.0,
+        error_grace: float | None = DEFAULT_ERROR_GRACE,
+        not_found_grace: float | None = DEFAULT_NOT_FOUND_GRACE,
         on_event: Callable[[PollEvent], object] | None = None,
-    ) -> OutcomeStream:
+        journal: Journal | None = None,
+    ) -> Stream[TaskOutcome]:
         """Wait for many tasks, and iterate over a `TaskOutcome` for each as it ends.
 
-        Each distinct id is polled once and answered once. Use the iterator as an async context
-        manager, so that leaving early ends the waits that are left.
+        Each distinct id is polled by one wait and has one outcome. Use the stream as an async
+        context manager, so that leaving early ends the waits that are left.
 
         ``task_ids``: any iterable or async iterable of ids, read only as fast as there is room.
-        ``max_in_flight``: tasks waited for, and outcomes not yet taken, at a time.
-        ``batch_timeout``: seconds over the whole; what is left then ends as `WaitTimeoutError`
-        outcomes. ``timeout`` counts from a task's own first look. The rest is as in
-        `wait_for_result`.
+        ``max_in_flight``: the most tasks waited for plus outcomes not yet taken.
+        ``batch_timeout``: seconds for the whole batch; what is left then ends with
+        `WaitTimeoutError`. ``timeout`` counts from a task's own first poll. ``journal``: a
+        durable memory of outcomes, see `Journal`. The rest is as in `wait_for_result`.
 
-        What goes wrong with a task is its own outcome; an `AuthenticationError` is that of all
-        that remain, with no further requests. Exceptions of the source, of ``on_event`` and of
-        ``wait`` end the batch and are raised from the iteration. Raises `ConfigurationError` for
-        a bad argument.
+        A task's error is its own outcome; an `AuthenticationError` is that of all that remain,
+        without further requests. Exceptions of the source, of ``on_event``, of ``wait`` and of
+        the journal end the batch and are raised from the iteration. Raises `ConfigurationError`
+        for a bad argument.
         """
         policy = self._policy(timeout, wait, error_grace, not_found_grace, on_event)
-        return OutcomeStream(
+        return outcome_stream(
             task_ids,
             policy,
             self._transport,
             max_in_flight=max_in_flight,
             batch_timeout=batch_timeout,
+            journal=journal,
         )
 
     async def wait_for_results(
@@ -282,16 +287,16 @@ class KontextClient:
         *,
         max_in_flight: int = 10_000,
         batch_timeout: float | None = None,
-        timeout: float | None = 600.0,
+        timeout: float | None = DEFAULT_TIMEOUT,
         wait: WaitBaseT | None = None,
-        error_grace: float | None = 120.0,
-        not_found_grace: float | None = 10.0,
+        error_grace: float | None = DEFAULT_ERROR_GRACE,
+        not_found_grace: float | None = DEFAULT_NOT_FOUND_GRACE,
         on_event: Callable[[PollEvent], object] | None = None,
     ) -> list[TaskOutcome]:
-        """Wait for many tasks: a `TaskOutcome` for each id, in the order given.
+        """Wait for many tasks, and return a `TaskOutcome` for each id, in the order given.
 
-        An id given twice is polled once and stands in the list twice. Arguments and errors are
-        those of `as_completed`.
+        An id given twice is polled by one wait and is in the list twice. Arguments and errors
+        are those of `as_completed`.
         """
         policy = self._policy(timeout, wait, error_grace, not_found_grace, on_event)
         return await outcomes_in_order(
@@ -310,13 +315,13 @@ class KontextClient:
         not_found_grace: float | None,
         on_event: Callable[[PollEvent], object] | None,
     ) -> WaitPolicy:
-        # Nearly every wait has the defaults, which need not be checked anew.
-        is_usual = (timeout, error_grace, not_found_grace) == _USUAL_SECONDS
-        if is_usual and wait is None and on_event is None:
-            return self._usual_policy
+        # Nearly every wait has the defaults: no need to check them again.
+        has_defaults = (timeout, error_grace, not_found_grace) == _DEFAULTS
+        if has_defaults and wait is None and on_event is None:
+            return self._default_policy
         return WaitPolicy(
             timeout=timeout,
-            wait=self._usual_policy.wait if wait is None else wait,
+            wait=self._default_policy.wait if wait is None else wait,
             error_grace=error_grace,
             not_found_grace=not_found_grace,
             on_event=on_event,

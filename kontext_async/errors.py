@@ -98,7 +98,7 @@ class ConfigurationError(KontextError, ValueError):
 
 
 class ClientStateError(KontextError, RuntimeError):
-    """Raised when a client is used after closing, or from another event loop than its first."""
+    """Raised when a client, saver or ledger is not open, or belongs to another event loop."""
 
 
 class ApiError(KontextError):

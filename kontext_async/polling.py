@@ -1,4 +1,4 @@
-"""One wait: look, judge the answer, sleep as the schedule says, until the task ends.
+"""A single wait: poll, classify the answer, sleep, repeat.
 
 A short driver over tenacity's wait strategies. `AsyncRetrying` would do the same at 1.8 times
 the cost of the request itself: it builds closures and a future for every attempt.
@@ -11,7 +11,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import attrs
 from tenacity import RetryCallState
@@ -29,19 +29,35 @@ from kontext_async.errors import (
 from kontext_async.models import CompletedTask, TaskRecord
 from kontext_async.schedule import DurationModel, PollState
 
-__all__ = ["Budget", "PollEvent", "TaskWait", "Transport", "WaitPolicy", "check_seconds"]
+__all__ = [
+    "DEFAULT_ERROR_GRACE",
+    "DEFAULT_NOT_FOUND_GRACE",
+    "DEFAULT_TIMEOUT",
+    "PollEvent",
+    "Poller",
+    "RequestPacing",
+    "TaskOutcome",
+    "TaskWait",
+    "WaitPolicy",
+    "check_seconds",
+]
 
-# The last look before a deadline is sent this early at least, in seconds.
-_SHORTEST_LEAD = 0.05
+# The service gives up on a task after 10 minutes.
+DEFAULT_TIMEOUT: Final = 600.0
+DEFAULT_ERROR_GRACE: Final = 120.0
+DEFAULT_NOT_FOUND_GRACE: Final = 10.0
+
+# The last poll precedes the deadline by two round trips, and by this many seconds at least.
+_MIN_LEAD = 0.05
 
 
 @attrs.frozen(kw_only=True)
 class PollEvent:
-    """One look of a wait, as ``on_event`` is told of it.
+    """One poll of a wait, as passed to ``on_event``.
 
-    ``attempt`` counts from 1; ``elapsed`` is in seconds since the wait began. Of ``record`` and
-    ``error`` one is None. ``next_delay`` is how many seconds from now the next look is wanted,
-    None where there will be none.
+    ``attempt`` counts from 1; ``elapsed`` is in seconds since the wait began. One of ``record``
+    and ``error`` is None. ``next_delay`` is the planned delay until the next poll in seconds,
+    None if this was the last.
     """
 
     task_id: str
@@ -50,6 +66,22 @@ class PollEvent:
     record: TaskRecord | None
     error: KontextError | None
     next_delay: float | None
+
+
+@attrs.frozen(kw_only=True)
+class TaskOutcome:
+    """The end of one task's wait: one of ``result`` and ``error`` is None."""
+
+    task_id: str
+    result: CompletedTask | None = None
+    error: KontextError | None = None
+
+    def unwrap(self) -> CompletedTask:
+        """Return the result, or raise the error."""
+        if self.error is not None:
+            raise self.error
+        assert self.result is not None, "an outcome has a result or an error"
+        return self.result
 
 
 def check_seconds(name: str, value: object) -> None:
@@ -88,7 +120,7 @@ def _is_async(function: Any) -> bool:
 
 @attrs.frozen(kw_only=True)
 class WaitPolicy:
-    """The keywords of a wait, checked. What each means is written at `wait_for_result`."""
+    """The checked keywords of a wait; `KontextClient.wait_for_result` explains each."""
 
     timeout: float | None = attrs.field(validator=_seconds)
     wait: WaitBaseT = attrs.field(validator=_plain_callable)
@@ -97,7 +129,7 @@ class WaitPolicy:
     on_event: Callable[[PollEvent], object] | None = attrs.field(validator=_plain_callable)
 
     def delay(self, state: RetryCallState) -> float:
-        """What the strategy says, in seconds; `ConfigurationError` where that is no delay."""
+        """Return the strategy's delay in seconds; raise `ConfigurationError` if it is not one."""
         delay: object = self.wait(state)
         if isinstance(delay, (int, float)) and 0 <= delay < math.inf:
             return delay
@@ -106,8 +138,8 @@ class WaitPolicy:
         )
 
 
-class Budget(Protocol):
-    """What a wait asks of its client's request budget."""
+class RequestPacing(Protocol):
+    """The view that a wait has of its client's request budget. Times are in seconds."""
 
     @property
     def round_trip(self) -> float: ...
@@ -118,11 +150,11 @@ class Budget(Protocol):
     def pause_spent(self, now: float) -> float: ...
 
 
-class Transport(Protocol):
-    """How a wait looks: it takes its turn, and then asks. None says that ``until`` has come."""
+class Poller(Protocol):
+    """Acquires permits and polls. Both methods return None when ``until`` comes first."""
 
     @property
-    def budget(self) -> Budget: ...
+    def budget(self) -> RequestPacing: ...
     @property
     def durations(self) -> DurationModel: ...
     @property
@@ -136,8 +168,8 @@ class Transport(Protocol):
 class TaskWait:
     """One wait for one task, to be run once.
 
-    The policy's timeout counts from the making of this object, or ``from_first_look``; ``latest``
-    is an instant of the loop's clock that ends the wait in any case.
+    The policy's timeout counts from the creation of this object, or from the first poll if
+    ``timeout_from_first_poll``. The wait ends at ``latest``, on the loop's clock, in any case.
     """
 
     __slots__ = (
@@ -146,83 +178,83 @@ class TaskWait:
         "_deadline",
         "_failing_since",
         "_failures",
-        "_from_first_look",
-        "_had_early",
+        "_had_early_poll",
         "_last_error",
         "_last_record",
         "_latest",
         "_loop",
         "_missing_since",
+        "_next_poll_at",
         "_policy",
+        "_poller",
         "_polls",
         "_state",
         "_task_id",
-        "_transport",
-        "_wanted_at",
+        "_timeout_from_first_poll",
     )
 
     def __init__(
         self,
         task_id: str,
         policy: WaitPolicy,
-        transport: Transport,
+        poller: Poller,
         *,
-        from_first_look: bool = False,
+        timeout_from_first_poll: bool = False,
         latest: float = math.inf,
     ) -> None:
         self._task_id = task_id
         self._policy = policy
-        self._transport = transport
-        self._from_first_look = from_first_look
+        self._poller = poller
+        self._timeout_from_first_poll = timeout_from_first_poll
         self._latest = latest
         self._loop = asyncio.get_running_loop()
         self._began = self._loop.time()
-        self._deadline = latest if from_first_look else self._own_deadline()
-        self._wanted_at = self._began  # when to look next; infinity where no look is wanted
+        self._deadline = latest if timeout_from_first_poll else self._own_deadline()
+        self._next_poll_at = self._began  # infinity where no poll is planned
         self._polls = 0
-        self._failures = 0  # looks in a row
-        self._had_early = False  # the early one of the two last looks
-        self._missing_since: float | None = None  # these two by the clock that pauses stop
+        self._failures = 0  # polls in a row
+        self._had_early_poll = False  # the first of the two last polls, see `_plan_next`
+        self._missing_since: float | None = None  # these two on a clock that stops in pauses
         self._failing_since: float | None = None
-        self._born: float | None = None  # when the task was made
+        self._born: float | None = None  # the task's creation on the loop's clock
         self._last_record: TaskRecord | None = None
         self._last_error: KontextError | None = None
         self._state: PollState | None = None
 
-    async def outcome(self) -> CompletedTask | KontextError:
-        """Wait, and return the task or why there is none; raises only what is no outcome.
+    async def run(self) -> TaskOutcome:
+        """Wait, and return the completed task or the error that ended it.
 
-        That is what the caller's callbacks raise, `ConfigurationError` for a strategy that
-        returns no delay, and `ClientStateError`.
+        Raises what the caller's callbacks raise, `ConfigurationError` for a strategy that returns
+        something other than a delay, and `ClientStateError`.
         """
         try:
-            outcome = await self._look()
+            outcome = await self._poll()
             while outcome is None:
-                outcome = await self._look()
+                outcome = await self._poll()
             return outcome
         finally:
-            self._transport.durations.forget(self._task_id)
+            self._poller.durations.forget(self._task_id)
 
-    async def _look(self) -> CompletedTask | KontextError | None:
-        """Look once, when it is time to; how the wait ends, if that ends it."""
-        sent = await self._transport.acquire(
-            self._wanted_at, seen=self._polls > 0, until=self._deadline
+    async def _poll(self) -> TaskOutcome | None:
+        """Poll once, when it is time to; return the outcome if that ends the wait."""
+        sent = await self._poller.acquire(
+            self._next_poll_at, seen=self._polls > 0, until=self._deadline
         )
         if sent is None:
             return self._timed_out()
-        if self._from_first_look and not self._polls:
+        if self._timeout_from_first_poll and not self._polls:
             self._began = sent
             self._deadline = self._own_deadline()
         self._polls += 1
-        self._wanted_at = math.inf
+        self._next_poll_at = math.inf
         try:
-            answer = await self._transport.poll(self._task_id, sent, until=self._deadline)
+            answer = await self._poller.poll(self._task_id, sent, until=self._deadline)
         except ClientStateError:
             raise
         except KontextError as error:
-            outcome: CompletedTask | KontextError | None = self._failed_look(error)
+            outcome = self._on_error(error)
         else:
-            outcome = self._timed_out() if answer is None else self._good_look(*answer)
+            outcome = self._timed_out() if answer is None else self._on_record(*answer)
         if outcome is None and self._policy.timeout == 0:
             return self._timed_out()
         return outcome
@@ -231,18 +263,15 @@ class TaskWait:
         timeout = self._policy.timeout
         if timeout is None:
             return self._latest
-        return min(self._began + (timeout or self._transport.request_timeout), self._latest)
+        return min(self._began + (timeout or self._poller.request_timeout), self._latest)
 
-    def _good_look(
-        self, record: TaskRecord, age: float | None
-    ) -> CompletedTask | KontextError | None:
-        """How the wait ends, if this look ends it."""
+    def _on_record(self, record: TaskRecord, age: float | None) -> TaskOutcome | None:
         now = self._loop.time()
         self._last_record = record
         if self._born is None and age is not None:
             self._born = now - age
         if record.status.phase == "ready" and record.result_image_url is None:
-            return self._failed_look(
+            return self._on_error(
                 ResponseFormatError(
                     "data.response.resultImageUrl: missing in a record of success",
                     task_id=self._task_id,
@@ -251,37 +280,39 @@ class TaskWait:
         self._failures = 0
         self._missing_since = self._failing_since = None
         if record.status.phase == "generating":
-            self._transport.durations.observe(self._task_id, self._age(now))
-            self._go_on(now, record=record)
+            self._poller.durations.observe(self._task_id, self._age(now))
+            self._plan_next(now, record=record)
             return None
         if record.duration is not None:
-            taken = record.duration.total_seconds()
-            self._transport.durations.observe(self._task_id, self._age(now), taken)
+            duration = record.duration.total_seconds()
+            self._poller.durations.observe(self._task_id, self._age(now), duration)
         self._emit(now, record=record)
-        if record.status.phase == "failed":
-            return GenerationFailedError(
+        if record.status.phase == "ready":
+            return TaskOutcome(task_id=self._task_id, result=CompletedTask.of(record))
+        return self._ended_by(
+            GenerationFailedError(
                 task_id=self._task_id,
                 status=record.status,
                 error_code=record.error_code,
                 error_message=record.error_message,
                 record=record,
             )
-        return CompletedTask.of(record)
+        )
 
-    def _failed_look(self, error: KontextError) -> KontextError | None:
+    def _on_error(self, error: KontextError) -> TaskOutcome | None:
         now = self._loop.time()
         self._last_error = error
         self._failures += 1
         grace_left = self._grace_left(error.handling, now)
-        if grace_left < 1e-6:  # what rounding may leave of nothing
+        if grace_left < 1e-6:  # rounding may leave this much of zero
             self._emit(now, error=error)
-            return error
-        self._go_on(now, error=error, within=grace_left)
+            return self._ended_by(error)
+        self._plan_next(now, error=error, within=grace_left)
         return None
 
     def _grace_left(self, handling: Handling, now: float) -> float:
-        """Seconds for which looks may go on failing like this; pauses do not count."""
-        unpaused = now - self._transport.budget.pause_spent(now)
+        """Return the seconds for which polls may go on failing so; pauses do not count."""
+        unpaused = now - self._poller.budget.pause_spent(now)
         if handling is Handling.BACK_OFF:
             return math.inf
         if handling is Handling.RETRY:
@@ -296,7 +327,7 @@ class TaskWait:
             return 0.0
         return math.inf if grace is None else since + grace - unpaused
 
-    def _go_on(
+    def _plan_next(
         self,
         now: float,
         *,
@@ -304,18 +335,21 @@ class TaskWait:
         error: KontextError | None = None,
         within: float = math.inf,
     ) -> None:
-        """Plan the next look, and tell of this one."""
-        budget = self._transport.budget
-        last = self._deadline - max(_SHORTEST_LEAD, 2 * budget.round_trip)
+        """Plan the next poll, and report this one.
+
+        Where permits take time to come, the last poll is brought forward once by that time, so
+        that it is sent before the deadline; a second last poll follows if there is time.
+        """
+        budget = self._poller.budget
+        last = self._deadline - max(_MIN_LEAD, 2 * budget.round_trip)
         next_delay = None
         if now < last and self._policy.timeout != 0:
             delay = min(self._delay(now, record, error), within)
-            # Where turns take time to come, the last look is to be had earlier, and once again.
-            early = last if self._had_early else last - budget.acquire_delay
+            early = last if self._had_early_poll else last - budget.acquire_delay
             final = early if now < early else last
-            self._had_early = self._had_early or final <= now + delay
-            self._wanted_at = min(now + delay, final)
-            expected = max(self._wanted_at, now + budget.pause_remaining(now))
+            self._had_early_poll = self._had_early_poll or final <= now + delay
+            self._next_poll_at = min(now + delay, final)
+            expected = max(self._next_poll_at, now + budget.pause_remaining(now))
             next_delay = expected - now if expected < self._deadline else None
         self._emit(now, record=record, error=error, next_delay=next_delay)
 
@@ -358,14 +392,19 @@ class TaskWait:
                 )
             )
 
-    def _timed_out(self) -> WaitTimeoutError:
+    def _ended_by(self, error: KontextError) -> TaskOutcome:
+        return TaskOutcome(task_id=self._task_id, error=error)
+
+    def _timed_out(self) -> TaskOutcome:
         now = self._loop.time()
-        held = self._wanted_at < now  # wanting a look, and kept from it
-        return WaitTimeoutError(
-            task_id=self._task_id,
-            elapsed=now - self._began,
-            polls=self._polls,
-            last_record=self._last_record,
-            last_error=(held and self._transport.budget.blocked_by(self._task_id, now))
-            or self._last_error,
+        was_blocked = self._next_poll_at < now
+        blocked_by = was_blocked and self._poller.budget.blocked_by(self._task_id, now)
+        return self._ended_by(
+            WaitTimeoutError(
+                task_id=self._task_id,
+                elapsed=now - self._began,
+                polls=self._polls,
+                last_record=self._last_record,
+                last_error=blocked_by or self._last_error,
+            )
         )

@@ -1,4 +1,4 @@
-"""How a client asks: its aiohttp session, its event loop, its life from first use to closing."""
+"""One client's requests over aiohttp: the session, its event loop, opening and closing."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from kontext_async.errors import (
     ResponseFormatError,
     TransportError,
 )
+from kontext_async.fairness import yield_to_loop
 from kontext_async.models import TaskRecord
 from kontext_async.pacing import RequestBudget
 from kontext_async.schedule import DurationModel
@@ -30,21 +31,18 @@ __all__ = ["Transport"]
 
 _log = logging.getLogger("kontext_async")
 
-# Between two polls a connection is kept for the next, up to this many seconds.
+# Seconds for which an idle connection is kept: the longest delay of the learned schedule.
 _KEEP_ALIVE = 60.0
 _CONNECT_TIMEOUT = 10.0
 
-# What a look can come to, but for a record.
-_FAILURES = (ApiError, GenerationFailedError, ResponseFormatError, TransportError)
-
-# How many waits are ended in one go, so that the event loop gets air in between.
-_PIECE = 1000
+# Errors a poll may raise.
+_POLL_ERRORS = (ApiError, GenerationFailedError, ResponseFormatError, TransportError)
 
 
 class Transport:
-    """Sends one client's requests, each in a turn of the client's budget.
+    """Sends one client's requests, each with a permit of the client's budget.
 
-    It belongs to the event loop it is first used in.
+    It belongs to the event loop of its first use.
     """
 
     def __init__(
@@ -60,9 +58,9 @@ class Transport:
         self.budget = budget
         self.durations = durations
         self.request_timeout = request_timeout
-        self._queued: set[asyncio.Timeout] = set()  # the waits for a turn
-        self._looking: set[_Cutoff] = set()  # the requests in flight
-        self.readings: set[asyncio.Timeout] = set()  # of batches that wait for their source
+        self._acquiring: set[asyncio.Timeout] = set()
+        self._in_flight: set[_Deadline] = set()
+        self.source_reads: set[asyncio.Timeout] = set()  # of batches; they end with the client
         self._api_key = api_key
         self._endpoint = URL(base_url + wire.RECORD_INFO)
         self._borrowed = session
@@ -77,7 +75,7 @@ class Transport:
                 "Accept-Encoding": "identity",
             }
         )
-        # The whole of a request is timed here: aiohttp would round 5 s and more to whole seconds.
+        # `_Deadline` bounds the whole request: aiohttp rounds 5 s and more to whole seconds.
         self._timeout = aiohttp.ClientTimeout(sock_connect=_CONNECT_TIMEOUT)
 
     @property
@@ -86,16 +84,16 @@ class Transport:
 
     @property
     def waits(self) -> int:
-        """How many waits, and single looks, are under way."""
-        return len(self._queued) + len(self._looking)
+        """Waits and single polls under way."""
+        return len(self._acquiring) + len(self._in_flight)
 
     @property
     def loop_time(self) -> float:
-        """The time of the loop this belongs to; 0 before the first use."""
+        """The time of this transport's event loop; 0 before the first use."""
         return 0.0 if self._loop is None else self._loop.time()
 
     def check_open(self) -> None:
-        """Raise `ClientStateError` if this is closed, or belongs to another event loop."""
+        """Raise `ClientStateError` if closed, or if another event loop is running."""
         self._check_not_closed()
         loop = asyncio.get_running_loop()
         if self._loop is None:
@@ -111,9 +109,9 @@ class Transport:
             raise ClientStateError("this client is closed: make a new one")
 
     async def acquire(self, at: float, *, seen: bool, until: float) -> float | None:
-        """A turn at ``at`` or later, as the time when it came; None where that is ``until``.
+        """Acquire a permit at ``at`` or later, and return the time; None if ``until`` comes first.
 
-        Raises `ClientStateError` once this is closed.
+        ``seen``: the task has been polled before. Raises `ClientStateError` once closed.
         """
         assert self._loop is not None, "check_open comes first"
         self._check_not_closed()
@@ -121,7 +119,7 @@ class Transport:
         if at <= now and self.budget.try_acquire(now, seen=seen):
             return now
         scope = asyncio.timeout_at(None if until == math.inf else until)
-        self._queued.add(scope)
+        self._acquiring.add(scope)
         try:
             async with scope:
                 return await self.budget.acquire(at, seen=seen, until=until)
@@ -129,16 +127,16 @@ class Transport:
             self._check_not_closed()
             return None
         finally:
-            self._queued.discard(scope)
+            self._acquiring.discard(scope)
 
     async def poll(
         self, task_id: str, sent: float, *, until: float
     ) -> tuple[TaskRecord, float | None] | None:
-        """Ask about a task, in the turn that came at ``sent``.
+        """Poll a task once, with the permit acquired at ``sent``.
 
-        Returns its record, and the age in seconds of one that runs, where the answer tells; None
-        where ``until`` came before the answer. Raises `ApiError`, `GenerationFailedError`,
-        `ResponseFormatError`, `TransportError`, or `ClientStateError` once this is closed.
+        Returns the record, and the age in seconds of a task that runs if the answer tells it; None
+        if ``until`` comes before the answer. Raises `ApiError`, `GenerationFailedError`,
+        `ResponseFormatError`, `TransportError`, or `ClientStateError` once closed.
         """
         try:
             answer = await self._get(task_id, sent, until)
@@ -149,7 +147,7 @@ class Transport:
             record = wire.decode(
                 status, headers, body, task_id=task_id, api_key=self._api_key, now=time.time()
             )
-        except _FAILURES as error:
+        except _POLL_ERRORS as error:
             self.budget.release(sent, error)
             _log.debug("task %s: %s", task_id, type(error).__name__)
             raise
@@ -166,13 +164,13 @@ class Transport:
     ) -> tuple[int, CIMultiDictProxy[str], bytes] | None:
         assert self._loop is not None, "check_open comes first"
         assert self._session is not None, "check_open comes first"
-        self._check_not_closed()  # perhaps since the turn came
+        self._check_not_closed()  # perhaps since the permit was acquired
         if self._session.closed:
             raise ClientStateError("the session that was passed in is closed")
-        cutoff = _Cutoff(self._loop, min(until, sent + self.request_timeout))
-        self._looking.add(cutoff)
+        deadline = _Deadline(self._loop, min(until, sent + self.request_timeout))
+        self._in_flight.add(deadline)
         try:
-            with cutoff:
+            with deadline:
                 response = await self._session.get(
                     self._endpoint.with_query({"taskId": task_id}),
                     headers=None if self._borrowed is None else self._headers,
@@ -181,43 +179,43 @@ class Transport:
                     raise_for_status=False,
                     auto_decompress=True,
                 )
-                # Once its body is read to the end, the connection is free again by itself.
+                # aiohttp releases the connection when the body is read to its end.
                 try:
                     return response.status, response.headers, await _read(response)
                 except BaseException:
                     response.close()
                     raise
         except (aiohttp.ClientError, OSError) as exc:  # TimeoutError is an OSError
-            error = self._translated(exc, task_id)
+            error = self._translate(exc, task_id)
             cause = _cause(exc)
-            late = cutoff.came and until <= sent + self.request_timeout
+            is_late = deadline.expired and until <= sent + self.request_timeout
         except ValueError as exc:
-            if "AUTHORIZATION" not in str(exc):  # aiohttp's word for two of them
+            if "AUTHORIZATION" not in str(exc):  # aiohttp found two of them
                 raise
             raise ConfigurationError(
                 "the session takes a login for this host from netrc, which collides with the API "
                 "key: pass one without trust_env, or remove that login"
             ) from None
         finally:
-            self._looking.discard(cutoff)
+            self._in_flight.discard(deadline)
         self._check_not_closed()
-        if late:
+        if is_late:
             return None
         raise error from cause
 
-    def _translated(self, exc: Exception, task_id: str) -> TransportError:
+    def _translate(self, exc: Exception, task_id: str) -> TransportError:
         if isinstance(exc, TimeoutError) and not isinstance(exc, aiohttp.ClientError):
             return TransportError(
                 f"no whole answer within {self.request_timeout:g} s", task_id=task_id
             )
         return TransportError(
-            f"{type(exc).__name__}: {_said(exc)}".replace(self._api_key, "***"),
+            f"{type(exc).__name__}: {_message(exc)}".replace(self._api_key, "***"),
             task_id=task_id,
             retryable=not isinstance(exc, _UNTRUSTED),
         )
 
     async def aclose(self) -> None:
-        """End all waits with `ClientStateError`, and close the session if it is our own."""
+        """End all waits with `ClientStateError`, and close the session unless it is borrowed."""
         if self._closed:
             return
         if self._loop is not None:
@@ -230,33 +228,28 @@ class Transport:
                 await self._session.close()
 
     async def _end_waits(self) -> None:
-        for cutoff in self._looking:
-            cutoff.come()
+        for deadline in self._in_flight:
+            deadline.expire()
         await asyncio.sleep(0)
-        scopes = [*self.readings, *self._queued]
-        for start in range(0, len(scopes), _PIECE):
-            for scope in scopes[start : start + _PIECE]:
-                under_way = scope in self._queued or scope in self.readings
-                if under_way and not scope.expired():  # else it is ending already
-                    scope.reschedule(self.loop_time)
-            await asyncio.sleep(0)
+        for count, scope in enumerate([*self.source_reads, *self._acquiring], 1):
+            is_left = scope in self._acquiring or scope in self.source_reads
+            if is_left and not scope.expired():
+                scope.reschedule(self.loop_time)
+            await yield_to_loop(count)
 
 
-class _Cutoff:
-    """Ends a block with TimeoutError at an instant: `asyncio.timeout_at` at half its cost.
+class _Deadline:
+    """A cheaper `asyncio.timeout_at`: every poll needs one. `expire` ends it early."""
 
-    Every poll needs one, and it may be brought on before its time.
-    """
-
-    __slots__ = ("_cancelling", "_handle", "_task", "came")
+    __slots__ = ("_cancelling", "_handle", "_task", "expired")
 
     def __init__(self, loop: asyncio.AbstractEventLoop, when: float) -> None:
-        self._handle = loop.call_at(when, self.come)
-        self.came = False
+        self._handle = loop.call_at(when, self.expire)
+        self.expired = False
 
-    def come(self) -> None:
-        if not self.came:
-            self.came = True
+    def expire(self) -> None:
+        if not self.expired:
+            self.expired = True
             self._task.cancel()
 
     def __enter__(self) -> None:
@@ -272,18 +265,18 @@ class _Cutoff:
         traceback: TracebackType | None,
     ) -> None:
         self._handle.cancel()
-        # As asyncio's own does it: a cancellation by somebody else goes before ours.
-        is_ours = self.came and self._task.uncancel() <= self._cancelling
+        # As in asyncio's own: a cancellation by somebody else takes precedence.
+        is_ours = self.expired and self._task.uncancel() <= self._cancelling
         if is_ours and exc_type is asyncio.CancelledError:
             raise TimeoutError from exc
 
 
-# Raised where the server is not who it should be.
+# The server is not the one it should be.
 _UNTRUSTED = (aiohttp.ClientConnectorCertificateError, aiohttp.ServerFingerprintMismatch)
 
 
-def _said(exc: Exception) -> str:
-    """What a failure says of itself, but not what it quotes of the answer: that may be the key."""
+def _message(exc: Exception) -> str:
+    """Return the failure's text without quotes from the answer, which may echo the key."""
     if isinstance(exc, aiohttp.ClientResponseError):
         return f"{exc.status}, {exc.message.partition(':')[0]}"
     if isinstance(exc, aiohttp.ServerDisconnectedError):
@@ -292,10 +285,10 @@ def _said(exc: Exception) -> str:
 
 
 def _cause(exc: Exception) -> Exception | None:
-    """What a `TransportError` is raised from: the operating system's errors alone.
+    """Return the exception to chain: only the operating system's errors.
 
-    Others hold the request's headers, or headers of the answer that may echo them. Frames go,
-    too: request headers are among their locals, which some error reporters collect.
+    Others hold the request's headers, or headers of the answer that may echo them. Frames are
+    dropped too: some error reporters collect their locals, and request headers are among them.
     """
     is_safe = isinstance(exc, OSError) and not isinstance(exc, TimeoutError)
     return exc.with_traceback(None) if is_safe else None
@@ -304,14 +297,14 @@ def _cause(exc: Exception) -> Exception | None:
 def _new_session(headers: CIMultiDict[str]) -> aiohttp.ClientSession:
     return aiohttp.ClientSession(
         headers=headers,
-        # The budget's slots bound the connections.
+        # The budget bounds the connections.
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE),
         cookie_jar=aiohttp.DummyCookieJar(),
     )
 
 
 async def _read(response: aiohttp.ClientResponse) -> bytes:
-    """The body, or as much of it as shows that it is too long."""
+    """Read the body, or as much of it as shows that it is too large."""
     body = await response.content.readany()
     if response.content.at_eof():
         return body

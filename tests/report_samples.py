@@ -6,7 +6,7 @@ import json
 from datetime import UTC, datetime, timedelta
 
 from kontext_async import TaskRecord, TaskStatus
-from kontext_async.results.ledger.ledger import LedgerEntry
+from kontext_async.results import LedgerEntry
 from kontext_async.simulator.images import plain_png
 
 MADE = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)

@@ -25,10 +25,10 @@ from kontext_async import (
     TransportError,
     WaitTimeoutError,
 )
-from kontext_async.cli import _app, _local, _progress, _waiting, main
-from kontext_async.cli._output import Exit, gravest, kind, outcome_line, silence_stdout
-from kontext_async.cli._running import run
-from kontext_async.cli._tally import Tally
+from kontext_async.cli import app, local, main, progress, waiting
+from kontext_async.cli.output import Exit, gravest, kind, outcome_line, silence_stdout
+from kontext_async.cli.running import run
+from kontext_async.cli.tally import Tally
 from kontext_async.simulator import Failure, Simulator
 
 KEY = "marker-key-5f1c"
@@ -48,7 +48,7 @@ def kontext(simulator, monkeypatch):
 
     def invoke(*args, input=None):  # noqa: A002 - the runner's name for it
         return CliRunner().invoke(
-            _app.app, [*args, "--base-url", simulator.base_url], input=input, prog_name="kontext"
+            app.app, [*args, "--base-url", simulator.base_url], input=input, prog_name="kontext"
         )
 
     return invoke
@@ -387,14 +387,14 @@ class TestResuming:
     def test_few_ids_are_all_named(self, capsys):
         """The command to go on with can be copied."""
         tally = Tally(["task 1", "task2"])
-        _waiting.say_how_to_resume(tally, None)
+        waiting.say_how_to_resume(tally, None)
         said = capsys.readouterr().err
         assert "Still generating: task 1, task2" in said
         assert "kontext wait 'task 1' task2" in said
 
     def test_an_id_is_not_taken_for_an_option(self, capsys):
         """One that begins with a dash comes after two."""
-        _waiting.say_how_to_resume(Tally(["-x1", "task2"]), None)
+        waiting.say_how_to_resume(Tally(["-x1", "task2"]), None)
         assert "kontext wait -- -x1 task2" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
@@ -402,14 +402,14 @@ class TestResuming:
     )
     def test_many_ids_are_named_in_part(self, capsys, source, file):
         """The first twenty, the number of the others, and the way to give them all again."""
-        _waiting.say_how_to_resume(Tally(f"task{n}" for n in range(1000)), source)
+        waiting.say_how_to_resume(Tally(f"task{n}" for n in range(1000)), source)
         said = capsys.readouterr().err
         assert "task19 and 980 more" in said
         assert f"kontext wait --from {file}" in said
 
     def test_nothing_left_is_nothing_said(self, capsys):
         """An interrupt after the last outcome leaves nothing to resume."""
-        _waiting.say_how_to_resume(Tally([]), None)
+        waiting.say_how_to_resume(Tally([]), None)
         assert capsys.readouterr().err == ""
 
 
@@ -437,7 +437,7 @@ class TestProgress:
         ids = [simulator.add_task(duration=d, outcome="success") for d in (5.0, 15.0, 25.0)]
         taken = []
         tally = Tally(ids)
-        code = await _waiting.wait_for_all(client, tally, taken.append, timeout=60.0)
+        code = await waiting.wait_for_all(client, tally, taken.append, timeout=60.0)
         assert code == 0
         said = capsys.readouterr().err
         assert said.startswith("Waiting for 3 tasks\n")
@@ -456,7 +456,7 @@ class TestProgress:
         monkeypatch.setattr(sys, "stdout", screen)
         task_id = simulator.add_task(duration=20.0, outcome="success")
         tally = Tally([task_id])
-        await _waiting.wait_for_all(
+        await waiting.wait_for_all(
             client,
             tally,
             lambda o: screen.write(f"<{o.task_id}>\n"),
@@ -475,24 +475,24 @@ class TestProgress:
         monkeypatch.setenv("TERM", "xterm-256color")
         monkeypatch.setattr(sys, "stderr", screen)
         tally = Tally([simulator.add_task(**done())])
-        await _waiting.wait_for_all(client, tally, lambda o: None, timeout=60.0)
+        await waiting.wait_for_all(client, tally, lambda o: None, timeout=60.0)
         assert "1 done, 0 failed in" in screen.getvalue()
 
     @pytest.mark.virtual_time
     async def test_a_pause_is_shown(self, near, capsys, monkeypatch):
         """While the service makes the client wait, the line says for how long."""
         simulator, client = near
-        monkeypatch.setattr(_progress, "_REPORT", 1.0)
+        monkeypatch.setattr(progress, "_REPORT", 1.0)
         limited = ("rate_limited_until", "success")
         tally = Tally([simulator.add_task(script=limited)])
-        await _waiting.wait_for_all(client, tally, lambda o: None, timeout=60.0)
+        await waiting.wait_for_all(client, tally, lambda o: None, timeout=60.0)
         assert "held back for " in capsys.readouterr().err
 
 
 class TestLocal:
     async def test_simulate_serves_until_it_is_cancelled(self, capsys):
         """The address is a line for programs; a way to use it is said to people."""
-        serving = asyncio.create_task(_local.serve(Simulator()))
+        serving = asyncio.create_task(local.serve(Simulator()))
         while not (said := capsys.readouterr()).out:  # noqa: ASYNC110 - output has no event
             await asyncio.sleep(0.01)
         address = json.loads(said.out)["baseUrl"]
@@ -512,10 +512,10 @@ class TestLocal:
         async def serve(simulator):
             return Exit.DONE
 
-        monkeypatch.setattr(_app, "Simulator", Built)
-        monkeypatch.setattr(_app, "serve", serve)
+        monkeypatch.setattr(app, "Simulator", Built)
+        monkeypatch.setattr(app, "serve", serve)
         options = "--port 0 --duration 3 --spread 0 --failure-rate 0.5 --rate-limit 20/10 --seed 7"
-        result = CliRunner().invoke(_app.app, ["simulate", *options.split(), "--no-auto-create"])
+        result = CliRunner().invoke(app.app, ["simulate", *options.split(), "--no-auto-create"])
         assert result.exit_code == 0
         assert (built["failure_rate"], built["seed"], built["auto_create"]) == (0.5, 7, False)
         assert (built["rate_limit"].max_requests, built["rate_limit"].period) == (20, 10.0)
@@ -523,7 +523,7 @@ class TestLocal:
     def test_a_port_that_is_taken_is_wrong_usage(self, simulator):
         """The message names the port."""
         port = simulator.base_url.rpartition(":")[2]
-        result = CliRunner().invoke(_app.app, ["simulate", "--port", port])
+        result = CliRunner().invoke(app.app, ["simulate", "--port", port])
         assert result.exit_code == 2
         assert f"port {port}" in result.stderr
 
@@ -533,14 +533,14 @@ class TestLocal:
         async def serve(simulator):
             raise OSError(5, "Input/output error")
 
-        monkeypatch.setattr(_app, "serve", serve)
-        result = CliRunner().invoke(_app.app, ["simulate"])
+        monkeypatch.setattr(app, "serve", serve)
+        result = CliRunner().invoke(app.app, ["simulate"])
         assert isinstance(result.exception, OSError)
 
     @pytest.mark.parametrize("limit", ["", "often", "0/10", "5/0", "5/x"])
     def test_a_limit_that_is_none_is_wrong_usage(self, limit):
         """Requests and seconds are positive numbers."""
-        result = CliRunner().invoke(_app.app, ["simulate", "--rate-limit", limit])
+        result = CliRunner().invoke(app.app, ["simulate", "--rate-limit", limit])
         assert result.exit_code == 2
 
 
@@ -555,7 +555,7 @@ class TestMain:
 
     def test_without_its_extra_it_says_what_to_install(self, monkeypatch):
         """A plain installation has the command, but not its libraries."""
-        for name in [name for name in sys.modules if name.startswith("kontext_async.cli._")]:
+        for name in [name for name in sys.modules if name.startswith("kontext_async.cli.")]:
             monkeypatch.delitem(sys.modules, name)
         monkeypatch.setitem(sys.modules, "typer", None)
         with pytest.raises(SystemExit, match=r"pip install 'kontext-async\[cli\]'"):
@@ -563,13 +563,13 @@ class TestMain:
 
     def test_another_missing_module_is_not_taken_for_the_extra(self, monkeypatch):
         """A broken installation shows what is really missing."""
-        monkeypatch.setitem(sys.modules, "kontext_async.cli._app", None)
-        with pytest.raises(ModuleNotFoundError, match="_app"):
+        monkeypatch.setitem(sys.modules, "kontext_async.cli.app", None)
+        with pytest.raises(ModuleNotFoundError, match=r"cli\.app"):
             main()
 
     def test_no_option_takes_the_key_itself(self):
         """A key on a command line would show in process lists and histories."""
         for command in ("get", "wait"):
-            text = CliRunner().invoke(_app.app, [command, "--help"]).output
+            text = CliRunner().invoke(app.app, [command, "--help"]).output
             assert "--api-key-file" in text
             assert "--api-key " not in text

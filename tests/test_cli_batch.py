@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 import kontext_async
 from kontext_async import TaskOutcome, TransportError
-from kontext_async.cli import _app, _batch, _local
+from kontext_async.cli import app, batch, local
 from kontext_async.results import Ledger
 from kontext_async.results.ledger.store import open_writer
 from kontext_async.simulator import Failure
@@ -43,7 +43,7 @@ def kontext(simulator, monkeypatch, tmp_path):
     def invoke(command, *args, input=None):  # noqa: A002 - the runner's name for it
         if command in {"batch", "wait"}:
             args = (*args, "--base-url", simulator.base_url)
-        return CliRunner().invoke(_app.app, [command, *args], input=input, prog_name="kontext")
+        return CliRunner().invoke(app.app, [command, *args], input=input, prog_name="kontext")
 
     return invoke
 
@@ -189,7 +189,7 @@ class TestBatch:
 
     def test_without_its_extra_no_report_is_promised(self, kontext, simulator, monkeypatch):
         """The extra is named before anything is sent."""
-        monkeypatch.setattr(_batch, "can_report", lambda: False)
+        monkeypatch.setattr(batch, "can_report", lambda: False)
         (task_id,), text = add(simulator)
         result = kontext("batch", "--from", "-", "--into", "out", "--report", input=text)
         assert result.exit_code == 2
@@ -246,7 +246,7 @@ class TestFolder:
         kontext("batch", "--from", "-", "--into", "out", input=text)
         screen = Terminal()
         monkeypatch.setattr(sys, "stdout", screen)
-        assert _batch.show_status(Path("out")) == 0
+        assert batch.show_status(Path("out")) == 0
         assert screen.getvalue() == ""
         assert "done" in capsys.readouterr().err
 
@@ -287,13 +287,13 @@ class TestDemo:
     @pytest.fixture(autouse=True)
     def _soon_over(self, monkeypatch, tmp_path):
         tasks = [("a lighthouse", 0.0, None), ("a face", 0.0, Failure(400, "It was flagged."))]
-        monkeypatch.setattr(_local, "_TASKS", tasks)
-        monkeypatch.setattr(_app.tempfile, "mkdtemp", lambda prefix: str(tmp_path))
+        monkeypatch.setattr(local, "_TASKS", tasks)
+        monkeypatch.setattr(app.tempfile, "mkdtemp", lambda prefix: str(tmp_path))
         monkeypatch.delenv("APIKLEY_API_KEY", raising=False)
 
     def test_it_ends_by_naming_the_report(self, tmp_path):
         """A table, results for programs, images in a folder, and a page about them."""
-        result = CliRunner().invoke(_app.app, ["demo"])
+        result = CliRunner().invoke(app.app, ["demo"])
         assert result.exit_code == 0
         assert [line["outcome"] for line in lines(result).values()].count("success") == 1
         assert "1 done, 1 failed, 1 saved" in result.stderr
@@ -305,8 +305,8 @@ class TestDemo:
 
     def test_without_the_extra_it_names_the_folder(self, monkeypatch, tmp_path):
         """And says what a page about the images needs."""
-        monkeypatch.setattr(_local, "can_report", lambda: False)
-        result = CliRunner().invoke(_app.app, ["demo"])
+        monkeypatch.setattr(local, "can_report", lambda: False)
+        result = CliRunner().invoke(app.app, ["demo"])
         assert result.exit_code == 0
         assert f"Images: {tmp_path / 'demo'}" in result.stderr
         assert "pip install 'kontext-async[images,report]'" in result.stderr
@@ -320,7 +320,7 @@ class TestDemo:
 
         screen = Terminal()
         monkeypatch.setattr(sys, "stdout", screen)
-        await _local.demonstrate(tmp_path)
+        await local.demonstrate(tmp_path)
         assert screen.getvalue() == ""
         assert "demo-02" in capsys.readouterr().err
 
@@ -328,10 +328,10 @@ class TestDemo:
 @pytest.mark.parametrize("over", [0, 2])
 def test_an_interrupted_batch_is_told_how_it_stands(over, capsys):
     """What is paid for and not yet over is named only where there is such a thing."""
-    tally = _batch.BatchTally(["task-1", "task-2"])
+    tally = batch.BatchTally(["task-1", "task-2"])
     for task_id in ("task-1", "task-2")[:over]:
         tally.ended(TaskOutcome(task_id=task_id, error=TransportError("reset", task_id=task_id)))
-    _batch.say_how_to_go_on(tally, Path("out"))
+    batch.say_how_to_go_on(tally, Path("out"))
     said = capsys.readouterr().err
     assert ("paid for" in said) is (over == 0)
     assert said.endswith("kontext batch --into out\n")

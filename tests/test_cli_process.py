@@ -148,7 +148,7 @@ def test_a_terminal_gets_a_live_bar(start, simulator):
 def test_a_crash_shows_no_locals(start, simulator):
     """A traceback of a defect has the lines, but not the values in them."""
     crash = (
-        "import kontext_async.cli._app as app\n"
+        "import kontext_async.cli.app as app\n"
         "def broken(*args, **kwargs):\n"
         "    secret = args[0]\n"
         "    raise ZeroDivisionError\n"

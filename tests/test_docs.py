@@ -17,8 +17,8 @@ from virtual_time import VirtualTimeLoop
 
 import kontext_async
 from kontext_async import KontextClient, errors
-from kontext_async.cli._app import app
-from kontext_async.cli._output import _FIELDS, Exit
+from kontext_async.cli.app import app
+from kontext_async.cli.output import _FIELDS, Exit
 from kontext_async.simulator import Failure
 
 CHECKOUT = Path(__file__).parent.parent

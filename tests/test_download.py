@@ -36,7 +36,6 @@ from kontext_async.results import (
     ImageSaver,
     ResultExpiredError,
     SavedImage,
-    SaveStream,
     download,
     save_outcomes,
 )
@@ -1082,8 +1081,8 @@ def test_a_stream_dropped_after_its_loop_warns_and_no_more(tmp_path):
 async def test_a_stream_not_begun_or_at_its_end_may_be_dropped(simulator, client, tmp_path):
     """Nothing is under way."""
     async with ImageSaver(client, tmp_path) as saver:
-        SaveStream(Source([], then=500), saver)
-        stream = SaveStream(Source(finished(simulator, "a")), saver)
+        save_outcomes(Source([], then=500), saver)
+        stream = save_outcomes(Source(finished(simulator, "a")), saver)
         assert len([pair async for pair in stream]) == 1
         del stream
         gc.collect()

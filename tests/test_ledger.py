@@ -30,6 +30,7 @@ from ledger_world import (
 )
 
 from kontext_async import (
+    ClientStateError,
     ConfigurationError,
     GenerationFailedError,
     TaskNotFoundError,
@@ -151,7 +152,7 @@ async def test_a_ledger_may_be_opened_again(client, simulator, path):
     async with ledger:
         found = await collected(ledger, client, ["done", "bad"])
         assert found["bad"].unwrap()
-        assert "it is open already" in str(await error_of(ledger.__aenter__(), LedgerError))
+        assert "it is open already" in str(await error_of(ledger.__aenter__(), ClientStateError))
     assert asked(simulator).count("done") == 1
 
 
@@ -219,7 +220,7 @@ async def test_ids_and_messages_may_be_anything(client, simulator, path):
 
 async def test_reading_says_what_is_wrong_when_it_comes_to_it(path):
     """There is no ledger; it is none; somebody wrote what nobody can read."""
-    with pytest.raises(LedgerError, match="there is none"):
+    with pytest.raises(LedgerError, match="it does not exist"):
         next(Ledger.read(path))
     path.write_text("nothing of ours")
     with pytest.raises(LedgerError, match="it is not a ledger"):

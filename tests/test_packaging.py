@@ -22,38 +22,45 @@ PACKAGE = Path(kontext_async.__file__).parent
 CHECKOUT = Path(__file__).parent.parent
 
 CORE = {"errors", "models"}
-WAITING = CORE | {"pacing", "polling", "schedule", "transport", "wire"}
+WAITING = CORE | {"fairness", "pacing", "polling", "schedule", "streams", "transport", "wire"}
 CLIENT = WAITING | {"batch", "client"}
 
-# A module, or a sub-package: which of the others it may import. "" is the package itself.
+# A module or package, and the others that it may import. "" is the package itself.
 ALLOWED = {
     "_version": set(),
     "models": set(),
     "errors": {"models"},
+    "fairness": set(),
     "wire": CORE,
     "schedule": CORE,
-    "pacing": CORE,
-    "transport": CORE | {"_version", "pacing", "schedule", "wire"},
+    "pacing": {"errors"},
+    "streams": {"errors"},
     "polling": CORE | {"schedule"},
-    "batch": CORE | {"polling", "transport", "wire"},
+    "transport": CORE | {"_version", "fairness", "pacing", "schedule", "wire"},
+    "batch": CORE | {"fairness", "polling", "streams", "transport", "wire"},
     "client": WAITING | {"batch"},
     "": CLIENT | {"_version"},
     "simulator": {"models"},
     "testing": {"", "client", "simulator"},
-    "results": {"", "_version", *CLIENT},
+    "results/images": {"", "_version", "results", *CLIENT},
+    "results/ledger": {"", "results", "results/images", *CLIENT},
+    "results/report": {"", "results", "results/images", "results/ledger", *CLIENT},
+    "results": {"errors", "results/images", "results/ledger", "results/report"},
     "cli": {"", "_version", *CLIENT, "results", "simulator"},
 }
-PURE = ["errors.py", "models.py", "pacing/limits.py", "schedule.py", "wire/records.py"]
+PURE = ["errors.py", "models.py", "pacing/limits.py", "schedule.py", "wire"]
 IMPURE = {"aiohttp", "asyncio", "random", "sqlite3", "time"}
 
 
-def sources():
-    return sorted(PACKAGE.rglob("*.py"))
+def sources(place=""):
+    found = PACKAGE / place
+    return sorted(found.rglob("*.py")) if found.is_dir() else [found]
 
 
-def unit(path):
-    """The row of the table that a file belongs to."""
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py").removeprefix("__init__")
+def row(parts):
+    """The row of the table that a file or a dotted name of ours belongs to."""
+    name = "/".join(parts)
+    return max((r for r in ALLOWED if f"{name}/".startswith(f"{r}/")), key=len, default="")
 
 
 def imported(path):
@@ -66,29 +73,43 @@ def imported(path):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def own(name):
-    """The row that an imported name of ours belongs to."""
-    part = [*name.split("."), ""][1]
-    return part if (PACKAGE / part).is_dir() or (PACKAGE / f"{part}.py").exists() else ""
+def imported_of_ours(path):
+    """The same for our own package, each name as its parts below it."""
+    names = (name.split(".") for name in imported(path))
+    return [parts[1:] for parts in names if parts[0] == "kontext_async"]
+
+
+def of(path):
+    return path.relative_to(PACKAGE).with_suffix("").parts
+
+
+EACH_FILE = pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(PACKAGE)))
 
 
 def public_modules():
     found = pkgutil.walk_packages([str(PACKAGE)], "kontext_async.")
-    return ["kontext_async", *(m.name for m in found if "._" not in m.name)]
+    names = (m.name for m in found if "._" not in m.name and ".cli." not in m.name)
+    return ["kontext_async", *names]
 
 
-@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(PACKAGE)))
+@EACH_FILE
 def test_modules_import_only_upward_in_the_layout(path):
-    """Each file imports only those of our modules that its row of the table allows."""
-    ours = {own(name) for name in imported(path) if name.split(".")[0] == "kontext_async"}
-    assert ours - {unit(path)} <= ALLOWED[unit(path)]
+    """Each file imports only the modules of ours that its row of the table allows."""
+    own = row(of(path))
+    assert {row(parts) for parts in imported_of_ours(path)} - {own} <= ALLOWED[own]
 
 
-@pytest.mark.parametrize("name", PURE)
-def test_pure_modules_know_no_clock_loop_network_or_chance(name):
+@EACH_FILE
+def test_no_module_imports_a_private_name_of_another(path):
+    """A name with an underscore stays in its file; the version is everybody's."""
+    parts = {part for parts in imported_of_ours(path) for part in parts}
+    assert not {part for part in parts if part.startswith("_")} - {"_version", "__version__"}
+
+
+@pytest.mark.parametrize("path", [path for place in PURE for path in sources(place)])
+def test_pure_modules_know_no_clock_loop_network_or_chance(path):
     """Decoding, models, errors and schedules are functions of their arguments."""
-    tops = {module.split(".")[0] for module in imported(PACKAGE / name)}
-    assert not tops & IMPURE
+    assert not {module.split(".")[0] for module in imported(path)} & IMPURE
 
 
 @pytest.mark.parametrize("name", public_modules())

@@ -1100,18 +1100,18 @@ def test_an_event_shows_no_prompt():
 
 
 class _Scripted:
-    """A transport whose turns and looks come at once, as they are told."""
+    """A transport with scripted permits and answers."""
 
     request_timeout = 30.0
 
     def __init__(self, turns, looks=()):
         self.budget = RequestBudget(max_concurrency=1, rate_limit=None)
         self.durations = DurationModel()
-        self.turns = list(turns)
+        self.permits = list(turns)
         self.looks = list(looks)
 
     async def acquire(self, at, *, seen, until):
-        return self.turns.pop(0)
+        return self.permits.pop(0)
 
     async def poll(self, task_id, sent, *, until):
         return self.looks.pop(0)
@@ -1124,13 +1124,13 @@ def policy(**options):
 
 async def test_a_wait_that_never_got_a_turn_has_looked_at_nothing():
     """The transport says so with None."""
-    error = await TaskWait("task", policy(), _Scripted([None])).outcome()
+    error = (await TaskWait("task", policy(), _Scripted([None])).run()).error
     assert (type(error), error.polls, error.last_error) == (WaitTimeoutError, 0, None)
 
 
 async def test_a_look_that_was_cut_ends_the_wait():
     """Again the transport says None, and that look counts."""
-    error = await TaskWait("task", policy(), _Scripted([0.0], [None])).outcome()
+    error = (await TaskWait("task", policy(), _Scripted([0.0], [None])).run()).error
     assert (type(error), error.polls) == (WaitTimeoutError, 1)
 
 
@@ -1141,14 +1141,14 @@ async def test_a_batchs_wait_counts_from_its_first_look(simulator):
         await client.record_info(simulator.add_task(script=["generating"]))
         task_id = simulator.add_task(duration=math.inf)
         transport = client._transport
-        wait = TaskWait(task_id, policy(timeout=15.0), transport, from_first_look=True)
-        error = await wait.outcome()
+        wait = TaskWait(task_id, policy(timeout=15.0), transport, timeout_from_first_poll=True)
+        error = (await wait.run()).error
         assert (error.elapsed, loop.time()) == (seconds(15), seconds(25))
-        wait = TaskWait(task_id, policy(), transport, from_first_look=True, latest=28.0)
-        error = await wait.outcome()
+        wait = TaskWait(task_id, policy(), transport, timeout_from_first_poll=True, latest=28.0)
+        error = (await wait.run()).error
         assert (error.elapsed, loop.time(), error.polls) == (seconds(3), seconds(28), 0)
         wait = TaskWait(task_id, policy(timeout=None), transport, latest=40.0)
-        error = await wait.outcome()
+        error = (await wait.run()).error
         assert (error.elapsed, loop.time(), error.polls) == (seconds(12), seconds(40), 1)
 
 

@@ -308,6 +308,13 @@ async def test_a_refused_key_is_the_outcome_of_all_the_rest(path):
         assert set(errors(await run(path, client, ids)).values()) == {type(None)}
 
 
+@contextlib.contextmanager
+def busy_disk_from_the_first_poll(ledger):
+    """An ``on_event`` that lets nothing get to the disk, and the function that ends this."""
+    with contextlib.ExitStack() as stack:
+        yield lambda event: stack.enter_context(busy_disk(ledger._store)), stack.close
+
+
 # What ends a batch
 
 
@@ -350,13 +357,14 @@ async def test_what_is_recorded_after_the_error_is_not_handed_on(ledger, client,
         await until(lambda: simulator.requests and not client.stats.waits)
         raise CallersError
 
-    async with ledger.as_completed(client, source()) as outcomes:
-        with busy_disk(ledger._store):
+    with busy_disk_from_the_first_poll(ledger) as (on_event, free):
+        async with ledger.as_completed(client, source(), on_event=on_event) as outcomes:
             await error_of(anext(outcomes), CallersError)
-        await until(lambda: states(path) == {task_id: "done"})
-        await asyncio.sleep(0)
-        await error_of(anext(outcomes), StopAsyncIteration)
-        await error_of(anext(outcomes), StopAsyncIteration)
+            free()
+            await until(lambda: states(path) == {task_id: "done"})
+            await asyncio.sleep(0)
+            await error_of(anext(outcomes), StopAsyncIteration)
+            await error_of(anext(outcomes), StopAsyncIteration)
 
 
 async def test_an_exception_of_a_source_read_after_the_batchs_time_is_told_too(ledger, client):
@@ -430,7 +438,7 @@ async def leave(stream, ledger, client):
 
 async def close_ledger(stream, ledger, client):
     await ledger.aclose()
-    await error_of(exhaust(stream), LedgerError)
+    await error_of(exhaust(stream), ClientStateError)
 
 
 async def close_client(stream, ledger, client):
@@ -486,17 +494,17 @@ async def test_a_consumer_that_waits_is_told_that_the_ledger_was_closed(client, 
         consumer = asyncio.create_task(collected(ledger, client, ids))
         await asyncio.sleep(0.03)
         await ledger.aclose()
-        assert "it was closed" in str(await error_of(consumer, LedgerError))
+        assert "it was closed" in str(await error_of(consumer, ClientStateError))
 
 
 async def test_a_closed_ledger_records_no_batch(client, simulator, path):
     """Nor does one that was not opened."""
     ledger = Ledger(path)
     ids = tasks(simulator, 1)
-    assert "it is closed" in str(await error_of(collected(ledger, client, ids), LedgerError))
+    assert "it is closed" in str(await error_of(collected(ledger, client, ids), ClientStateError))
     async with ledger:
         pass
-    assert "it is closed" in str(await error_of(collected(ledger, client, ids), LedgerError))
+    assert "it is closed" in str(await error_of(collected(ledger, client, ids), ClientStateError))
 
 
 async def test_a_batch_that_ended_is_not_concerned_when_the_ledger_closes(client, simulator, path):
@@ -580,8 +588,8 @@ async def test_two_may_take_from_one_batch(ledger, client, simulator):
 
 async def test_one_that_waits_is_told_when_another_closes(ledger, client, simulator):
     """Though all has been asked, and only the disk is waited for."""
-    stream = ledger.as_completed(client, tasks(simulator, 1))
-    with busy_disk(ledger._store):
+    with busy_disk_from_the_first_poll(ledger) as (on_event, _):
+        stream = ledger.as_completed(client, tasks(simulator, 1), on_event=on_event)
         waiting = asyncio.create_task(exhaust(stream))
         await until(lambda: simulator.requests and not ours_running())
         assert not waiting.done()

@@ -148,7 +148,6 @@ TIMED_OUT = WaitTimeoutError(task_id="task", elapsed=1.0, polls=3)
         (None, "done"),
         (GenerationFailedError(task_id="task", status=TaskStatus.GENERATE_FAILED), "failed"),
         (TIMED_OUT, "unfinished"),
-        (ClientStateError("closed"), "unfinished"),
         (ServerError("oops", code=500), "unfinished"),
         (TransportError("reset"), "unfinished"),
         (ResponseFormatError("no JSON"), "unfinished"),

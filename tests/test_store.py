@@ -21,6 +21,7 @@ from ledger_world import (
     until,
 )
 
+from kontext_async import ClientStateError
 from kontext_async.results import LedgerError
 from kontext_async.results.ledger import store as store_module
 from kontext_async.results.ledger.store import Store, open_reader, open_writer
@@ -165,7 +166,7 @@ async def test_what_is_asked_while_the_disk_is_busy_is_the_next_transaction(stor
     begun = transactions(store)
     with busy_disk(store):
         asking = [asyncio.create_task(store.run("SELECT 0"))]
-        await until(lambda: store._busy)
+        await until(lambda: store._is_writing)
         for _ in range(5):
             asking.append(asyncio.create_task(store.run("SELECT 1")))
             await asyncio.sleep(0.005)
@@ -221,11 +222,10 @@ async def test_closing_writes_what_waits_to_be_written(path):
     """Whoever waits for it has it; and twice is once."""
     store = Store(path)
     await store.open()
-    answers = []
-    store.submit(ADD, ("a",), answers.append)
+    answer = store.submit(ADD, ("a",), list)
     await store.aclose()
     await store.aclose()
-    assert answers == [[]]
+    assert answer.result() == []
     assert read(path) == ["a"]
 
 
@@ -235,8 +235,8 @@ async def test_closing_waits_for_what_is_being_written(path):
     await store.open()
     with busy_disk(store):
         writing = asyncio.create_task(store.run(ADD, ("a",)))
-        await until(lambda: store._busy)
-        store.submit(ADD, ("b",), lambda _: None)
+        await until(lambda: store._is_writing)
+        store.submit(ADD, ("b",), list)
         closing_it = asyncio.create_task(store.aclose())
         await asyncio.sleep(0.02)
         assert not closing_it.done()
@@ -250,8 +250,9 @@ async def test_closing_tells_what_could_not_be_written(path):
     store = Store(path)
     await store.open()
     fill_disk(store)
-    store.submit(ADD, (LARGE,), lambda _: None)
+    answer = store.submit(ADD, (LARGE,), list)
     assert "the disk is full" in str(await error_of(store.aclose(), LedgerError))
+    assert isinstance(answer.exception(), LedgerError)
     await store.aclose()
     await assert_nothing_left(path.parent)
 
@@ -259,16 +260,16 @@ async def test_closing_tells_what_could_not_be_written(path):
 async def test_one_that_is_not_open_says_so(path):
     """Before, and after."""
     store = Store(path)
-    assert "it is closed" in str(await error_of(store.run("SELECT 1"), LedgerError))
+    assert "it is closed" in str(await error_of(store.run("SELECT 1"), ClientStateError))
     await store.aclose()
     await store.open()
     await store.aclose()
-    assert "it is closed" in str(await error_of(store.run("SELECT 1"), LedgerError))
+    assert "it is closed" in str(await error_of(store.run("SELECT 1"), ClientStateError))
 
 
 async def test_one_may_be_opened_again_but_not_twice(store):
     """The second time harms the first no more than another writer would."""
-    assert "it is open already" in str(await error_of(store.open(), LedgerError))
+    assert "it is open already" in str(await error_of(store.open(), ClientStateError))
     await store.run(ADD, ("a",))
     await store.aclose()
     await store.open()
@@ -290,7 +291,7 @@ async def test_closing_may_be_cancelled(path):
     """It is closed by then."""
     store = Store(path)
     await store.open()
-    store.submit(ADD, ("a",), lambda _: None)
+    store.submit(ADD, ("a",), list)
     closing_it = asyncio.create_task(store.aclose())
     await asyncio.sleep(0)
     closing_it.cancel()
@@ -376,7 +377,7 @@ async def test_a_ledger_in_a_read_only_folder_is_readable(path):
     with read_only_folder(lambda folder: shutil.copy(path, folder)) as folder:
         assert read(folder / path.name) == ["a"]
         error = await error_of(Store(folder / path.name).open(), LedgerError)
-        assert "may its folder be written to?" in str(error)
+        assert "check that its folder is writable" in str(error)
         await error_of(Store(folder / "new").open(), LedgerError)
         assert [file.name for file in folder.iterdir()] == [path.name]
 
@@ -389,7 +390,10 @@ async def test_a_read_only_folder_with_a_log_is_refused(path):
         for file in (path, log_of(path)):
             shutil.copy(file, folder)
 
-    with read_only_folder(fill) as folder, pytest.raises(LedgerError, match="may its folder"):
+    with (
+        read_only_folder(fill) as folder,
+        pytest.raises(LedgerError, match="folder is writable"),
+    ):
         read(folder / path.name)
 
 
@@ -467,14 +471,14 @@ async def test_a_reader_says_what_is_damaged_too(path):
     with (
         closing(open_reader(path)) as connection,
         pytest.raises(LedgerError, match="it is damaged"),
-        store_module.translated(path),
+        store_module.translate_errors(path),
     ):
         connection.execute(ALL).fetchall()
 
 
 async def test_there_is_nothing_to_read_where_there_is_no_ledger(path):
     """And reading makes none."""
-    with pytest.raises(LedgerError, match="there is none"):
+    with pytest.raises(LedgerError, match="it does not exist"):
         open_reader(path)
     assert not list(path.parent.iterdir())
 

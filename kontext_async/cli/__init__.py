@@ -10,7 +10,7 @@ __all__ = ["main"]
 def main() -> None:
     """Run the command line in ``sys.argv`` and exit."""
     try:
-        from kontext_async.cli._app import app  # noqa: PLC0415 - needs the extra
+        from kontext_async.cli.app import app  # noqa: PLC0415 - needs the extra
     except ModuleNotFoundError as error:
         if error.name not in {"rich", "typer"}:
             raise

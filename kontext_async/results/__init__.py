@@ -1,8 +1,8 @@
 """Keeping results: images on disk, what happened to each task, and a page to look at."""
 
 from kontext_async.results.errors import DownloadError, LedgerError, ResultExpiredError
-from kontext_async.results.images import ImageSaver, SavedImage, SaveStream, download, save_outcomes
-from kontext_async.results.ledger import Ledger, LedgerEntry, RecordedOutcomes
+from kontext_async.results.images import ImageSaver, SavedImage, download, save_outcomes
+from kontext_async.results.ledger import Ledger, LedgerEntry
 from kontext_async.results.report import write_report
 
 __all__ = [
@@ -11,9 +11,7 @@ __all__ = [
     "Ledger",
     "LedgerEntry",
     "LedgerError",
-    "RecordedOutcomes",
     "ResultExpiredError",
-    "SaveStream",
     "SavedImage",
     "download",
     "save_outcomes",

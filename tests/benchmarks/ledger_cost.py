@@ -1,9 +1,9 @@
-"""What a ledger costs in CPU time for a task, against SQLite writing the same rows at once.
+"""CPU time that a ledger adds to a task, against SQLite writing the same rows at once.
 
-A batch whose outcomes are there at once goes through `Ledger.as_completed`, then also through
-`Ledger.save_outcomes` with a saver that does nothing. What the same loops cost without a ledger is
-taken off. Beside it stands `executemany` in one transaction, of the rows that the ledger then has.
-The time is this process's, threads and kernel included; each file is a new one.
+A batch whose tasks succeed at their first poll runs with `Ledger.as_completed`, then also with
+`Ledger.save_outcomes` and a saver that does nothing. The time of the same loops without a ledger is
+subtracted. Beside it is `executemany` in one transaction, of the rows that the ledger then has.
+The time is this process's, threads and kernel included; each file is new.
 """
 
 from __future__ import annotations
@@ -15,48 +15,75 @@ import sqlite3
 import statistics
 import tempfile
 import time
-from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from benchmarks.cpu import compared
 
-from kontext_async import CompletedTask, TaskOutcome
+from kontext_async import (
+    CompletedTask,
+    DurationModel,
+    Journal,
+    Stream,
+    TaskOutcome,
+    TaskRecord,
+    TaskStatus,
+    wait_learned,
+)
+from kontext_async.batch import outcome_stream
+from kontext_async.pacing import RequestBudget
+from kontext_async.polling import WaitPolicy
 from kontext_async.results import Ledger, SavedImage, save_outcomes
 
 _NOW = datetime.now(UTC)
 _PARAMS = json.dumps({"prompt": "A lighthouse at dusk, " * 8, "model": "flux-kontext-pro"})
 
 
-def _outcome(task_id: str) -> TaskOutcome:
-    url = f"https://images.example.com/results/{task_id}.png"
-    result = CompletedTask(
-        task_id=task_id,
-        param_json=_PARAMS,
-        create_time=_NOW,
-        complete_time=_NOW,
-        origin_image_url=url,
-        result_image_url=url,
-    )
-    return TaskOutcome(task_id=task_id, result=result)
-
-
 class _Instant:
-    """Stands for a client: every task of a batch is done at once."""
+    """A client, and its transport, with which every task succeeds at its first poll."""
 
-    def as_completed(self, task_ids: Any, **_: Any) -> Any:
-        return contextlib.aclosing(self._outcomes(task_ids))
+    request_timeout = 30.0
 
-    async def _outcomes(
-        self, task_ids: Iterable[str] | AsyncIterable[str]
-    ) -> AsyncGenerator[TaskOutcome, None]:
-        if isinstance(task_ids, AsyncIterable):
-            async for task_id in task_ids:
-                yield _outcome(task_id)
-        else:
-            for task_id in task_ids:
-                yield _outcome(task_id)
+    def __init__(self) -> None:
+        self.budget = RequestBudget(max_concurrency=1, rate_limit=None)
+        self.durations = DurationModel()
+        self.source_reads: set[Any] = set()
+
+    def as_completed(
+        self, task_ids: Sequence[str], journal: Journal | None = None, **_: Any
+    ) -> Stream[TaskOutcome]:
+        policy = WaitPolicy(
+            timeout=None,
+            wait=wait_learned(self.durations),
+            error_grace=None,
+            not_found_grace=None,
+            on_event=None,
+        )
+        transport: Any = self
+        return outcome_stream(
+            task_ids, policy, transport, max_in_flight=10_000, batch_timeout=None, journal=journal
+        )
+
+    def check_open(self) -> None:
+        pass
+
+    async def acquire(self, at: float, **_: Any) -> float:
+        return at
+
+    async def poll(self, task_id: str, sent: float, **_: Any) -> tuple[TaskRecord, None]:
+        url = f"https://images.example.com/results/{task_id}.png"
+        record = TaskRecord(
+            task_id=task_id,
+            status=TaskStatus.SUCCESS,
+            param_json=_PARAMS,
+            create_time=_NOW,
+            complete_time=_NOW,
+            origin_image_url=url,
+            result_image_url=url,
+        )
+        return record, None
 
 
 class _Idle:

@@ -6,25 +6,20 @@ import asyncio
 import math
 import os
 import random
-import warnings
 from collections.abc import (
-    AsyncIterable,
-    AsyncIterator,
-    Coroutine,
     Generator,
 )
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeAlias, cast
+from typing import Self
 
 import aiohttp
 import attrs
 
-from kontext_async.batch import TaskOutcome
 from kontext_async.client import KontextClient
-from kontext_async.errors import ClientStateError, ConfigurationError, KontextError
+from kontext_async.errors import ClientStateError, ConfigurationError
 from kontext_async.models import CompletedTask
 from kontext_async.polling import check_seconds
 from kontext_async.results.errors import DownloadError, ResultExpiredError
@@ -42,7 +37,7 @@ from kontext_async.results.images.files import (
     remove_drafts,
 )
 
-__all__ = ["ImageSaver", "SaveStream", "download", "save_outcomes"]
+__all__ = ["ImageSaver", "download"]
 
 _MAX_BYTES = 50 * 1024 * 1024
 
@@ -403,123 +398,3 @@ async def download(
     )
     async with saver:
         return (await saver.save(task, name=path.name if is_file else None)).path
-
-
-# An outcome, with its image, or the error of saving it, or None where there was nothing to save.
-_Pair: TypeAlias = tuple[TaskOutcome, SavedImage | KontextError | None]
-
-
-async def _next(source: AsyncIterator[TaskOutcome]) -> TaskOutcome | None:
-    return await anext(source, None)
-
-
-async def _save_outcome(outcome: TaskOutcome, task: CompletedTask, saver: ImageSaver) -> _Pair:
-    try:
-        return outcome, await saver.save(task)
-    except DownloadError as error:
-        return outcome, error
-
-
-class SaveStream:
-    """Outcomes and what became of their images: an async iterator and context manager.
-
-    Yields ``(outcome, saved)`` as each ends: ``saved`` is a `SavedImage`, the error that kept an
-    image from being saved, or None where the outcome has no result. Leaving its ``async with``,
-    or `aclose`, ends the saves under way; the source of the outcomes remains the caller's.
-    """
-
-    def __init__(self, outcomes: AsyncIterable[TaskOutcome], saver: ImageSaver) -> None:
-        self._saver = saver
-        self._source = aiter(outcomes)
-        self._reading: asyncio.Task[Any] | None = None
-        self._running: set[asyncio.Task[Any]] = set()
-        self._ended: asyncio.Queue[asyncio.Task[Any]] = asyncio.Queue()
-        self._exhausted = False
-        self._closed = False
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> _Pair:
-        while True:
-            self._read_on()
-            if self._closed or not self._running:
-                raise StopAsyncIteration
-            task = await self._ended.get()
-            if self._closed:
-                raise StopAsyncIteration
-            self._running.discard(task)
-            try:
-                pair = self._pair_of(task)
-            except BaseException:
-                await self.aclose()
-                raise
-            if pair is not None:
-                return pair
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self.aclose()
-
-    async def aclose(self) -> None:
-        """End the saves that are under way; what has not been taken is dropped."""
-        self._closed = True
-        for task in self._running:
-            task.cancel()
-        if self._running:
-            await asyncio.wait(self._running)
-            self._running.clear()
-
-    def __del__(self) -> None:
-        if self._running:
-            for task in self._running:
-                if not task.done():  # with its loop closed, too, it is
-                    task.get_loop().call_soon_threadsafe(task.cancel)
-            warnings.warn(
-                "an iterator of saved images was dropped before its end: use `async with`",
-                ResourceWarning,
-                source=self,
-                stacklevel=2,
-            )
-
-    def _read_on(self) -> None:
-        """Ask for another outcome, where there are more and there is room to save it."""
-        has_room = len(self._running) <= self._saver.max_concurrency
-        if self._reading is None and has_room and not (self._exhausted or self._closed):
-            self._reading = self._start(_next(self._source))
-
-    def _start(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        task = asyncio.get_running_loop().create_task(work)
-        self._running.add(task)
-        task.add_done_callback(self._ended.put_nowait)
-        return task
-
-    def _pair_of(self, task: asyncio.Task[Any]) -> _Pair | None:
-        """What there is to yield now that a task has ended; raises what it raised."""
-        if task is not self._reading:
-            return cast("_Pair", task.result())
-        self._reading = None
-        outcome: TaskOutcome | None = task.result()
-        if outcome is None:
-            self._exhausted = True
-        elif outcome.result is None:
-            return outcome, None
-        else:
-            self._start(_save_outcome(outcome, outcome.result, self._saver))
-        return None
-
-
-def save_outcomes(outcomes: AsyncIterable[TaskOutcome], saver: ImageSaver) -> SaveStream:
-    """Save the images of a batch while others of it still generate.
-
-    ``outcomes`` is what `KontextClient.as_completed` gives, or any async iterable of them; it is
-    read no faster than images are saved.
-    """
-    return SaveStream(outcomes, saver)

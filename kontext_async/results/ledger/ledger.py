@@ -1,8 +1,8 @@
-"""What became of each task, on disk, so that a restart goes on where the last run stopped."""
+"""The outcome of each task on disk, so that a restart continues where the last run stopped."""
 
 from __future__ import annotations
 
-import functools
+import asyncio
 import hashlib
 import json
 import os
@@ -12,24 +12,38 @@ from collections.abc import AsyncIterable, Callable, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 from types import TracebackType
-from typing import Self, cast
+from typing import Any, Self
 
 from tenacity.wait import WaitBaseT
 
-from kontext_async.batch import TaskOutcome, _check_source
+from kontext_async.batch import check_source
 from kontext_async.client import KontextClient
-from kontext_async.errors import KontextError
+from kontext_async.errors import ClientStateError, KontextError
 from kontext_async.models import CompletedTask
-from kontext_async.polling import PollEvent
-from kontext_async.results.errors import DownloadError, LedgerError
+from kontext_async.polling import (
+    DEFAULT_ERROR_GRACE,
+    DEFAULT_NOT_FOUND_GRACE,
+    DEFAULT_TIMEOUT,
+    PollEvent,
+    TaskOutcome,
+)
+from kontext_async.results.errors import DownloadError
 from kontext_async.results.images.files import SavedImage, in_thread
-from kontext_async.results.images.saver import ImageSaver, SaveStream
-from kontext_async.results.ledger.recording import RecordedOutcomes, Recording
-from kontext_async.results.ledger.rows import COLUMNS, LedgerEntry, TaskState, entry_of, error_text
-from kontext_async.results.ledger.store import Answer, Row, Store, open_reader, translated
+from kontext_async.results.images.saver import ImageSaver
+from kontext_async.results.images.saves import SavedOutcome, save_outcomes
+from kontext_async.results.ledger.journal import LedgerJournal
+from kontext_async.results.ledger.rows import (
+    COLUMNS,
+    LedgerEntry,
+    TaskState,
+    entry_of,
+    error_text,
+)
+from kontext_async.results.ledger.store import Row, Store, open_reader, translate_errors
+from kontext_async.streams import Stream
 from kontext_async.wire import check_task_id
 
-__all__ = ["Ledger", "LedgerEntry", "RecordedOutcomes"]
+__all__ = ["Ledger"]
 
 _ENDED = "SELECT task_id, state FROM tasks WHERE state IN ('done', 'failed')"
 _ADD = """
@@ -40,21 +54,21 @@ _SAVED = """
     UPDATE tasks SET saved_path = ?, sha256 = ?, size = ?, kind = ?, error = NULL, updated_at = ?
     WHERE task_id = ? AND state <> 'failed'
 """
-# Of a failed generation the error is what matters: it has no image.
+# A failed generation keeps its own error: it has no image.
 _NOT_SAVED = "UPDATE tasks SET error = ?, updated_at = ? WHERE task_id = ? AND state <> 'failed'"
 _ENTRIES = f"SELECT {COLUMNS} FROM tasks ORDER BY position"  # noqa: S608  # our own names
 
 
 class Ledger:
-    """What became of each task, in one SQLite file: an async context manager.
+    """The outcome of each task, in one SQLite file: an async context manager.
 
-    A restart with the same ledger goes on where the last run stopped, however that ended. A
+    A restart with the same ledger continues where the last run stopped, however that ended. A
     ledger has one writer at a time and any number of readers (`Ledger.read`).
 
-    ``path``: of the file, which is made where it is missing. The images belong beside it.
+    ``path``: the file, which is made if missing. The images belong beside it.
 
-    Entering it raises `LedgerError` where the file is no ledger, is damaged, or has a writer; it
-    is then left as it is.
+    Entering raises `LedgerError` if the file is not a ledger, is damaged, or has a writer; the
+    file is then left as it is.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -62,7 +76,7 @@ class Ledger:
         self._store = Store(self._path)
         self._ended: dict[str, TaskState] = {}
         self._images = _Images(self._path.parent, self._store)
-        self._recordings: weakref.WeakSet[Recording] = weakref.WeakSet()
+        self._streams: weakref.WeakSet[Stream[TaskOutcome]] = weakref.WeakSet()
 
     async def __aenter__(self) -> Self:
         await self._store.open()
@@ -83,35 +97,34 @@ class Ledger:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Write what is still to be written, and close the file. Twice is once.
+        """Write what is still to be written, and close the file. Idempotent.
 
-        Batches under way end with a `LedgerError`. Raises one where not all could be written.
+        Batches under way end with `ClientStateError`. Raises `LedgerError` if a write failed.
         """
-        closed = LedgerError(f"ledger {self._path}: it was closed")
-        for recording in list(self._recordings):
-            await recording.fail(closed)
+        for stream in list(self._streams):
+            await stream.abort(ClientStateError(f"ledger {self._path}: it was closed"))
         await self._store.aclose()
         self._images.raise_failure()
 
     @staticmethod
     def read(path: str | os.PathLike[str]) -> Iterator[LedgerEntry]:
-        """What a ledger holds, as of now, in the order in which the ids came to it.
+        """Iterate over the entries of a ledger, in the order in which the ids came to it.
 
-        Anybody may read at any time, also where nothing can be written. Raises `LedgerError`
-        where there is no ledger, or it cannot be read.
+        Works at any time, beside a writer and on read-only media. Raises `LedgerError` if the
+        ledger does not exist or cannot be read.
         """
         file = Path(path)
-        with translated(file), closing(open_reader(file)) as connection:
+        with translate_errors(file), closing(open_reader(file)) as connection:
             for row in connection.execute(_ENTRIES):
                 yield entry_of(row)
 
     async def add(self, task_ids: Iterable[str]) -> None:
-        """Put ids down as waiting; those that are known stay as they are.
+        """Add ids in the state ``"waiting"``; known ones stay as they are.
 
-        `as_completed` does so with each id as it comes to it. Raises `ConfigurationError` for
-        what is no id.
+        `as_completed` does this for each id as it reads it. Raises `ConfigurationError` for an
+        invalid id.
         """
-        _check_source(task_ids)
+        check_source(task_ids)
         now = time.time()
         ids = json.dumps([check_task_id(task_id) for task_id in task_ids])
         await self._store.run(_ADD, (now, now, ids))
@@ -124,23 +137,25 @@ class Ledger:
         retry_failed: bool = False,
         max_in_flight: int = 10_000,
         batch_timeout: float | None = None,
-        timeout: float | None = 600.0,
+        timeout: float | None = DEFAULT_TIMEOUT,
         wait: WaitBaseT | None = None,
-        error_grace: float | None = 120.0,
-        not_found_grace: float | None = 10.0,
+        error_grace: float | None = DEFAULT_ERROR_GRACE,
+        not_found_grace: float | None = DEFAULT_NOT_FOUND_GRACE,
         on_event: Callable[[PollEvent], object] | None = None,
-    ) -> RecordedOutcomes:
-        """Wait for tasks as `KontextClient.as_completed` does; each outcome is on disk first.
+    ) -> Stream[TaskOutcome]:
+        """Wait for tasks as `KontextClient.as_completed` does, with each outcome on disk first.
 
-        What is done or has failed by the ledger is not asked about again: its outcome comes from
-        there. All else is waited for: what timed out or met an error, and what was being waited
-        for when a run ended. ``retry_failed``: ask about failed generations too.
+        Tasks that are done or have failed by the ledger are not polled again: their outcomes come
+        from there. Everything else is waited for, such as what timed out, met an error, or was
+        still waiting when a run ended. ``retry_failed``: poll failed generations again too.
 
-        What is no id has its outcome, but is not put down. Raises what `KontextClient.as_completed`
-        raises, and `LedgerError` from the iteration where an outcome cannot be recorded.
+        Invalid ids get an error outcome and are not recorded. Raises what
+        `KontextClient.as_completed` raises, and `LedgerError` from the iteration if an outcome
+        cannot be recorded.
         """
-        begin = functools.partial(
-            client.as_completed,
+        final: set[TaskState] = {"done"} if retry_failed else {"done", "failed"}
+        stream = client.as_completed(
+            task_ids,
             max_in_flight=max_in_flight,
             batch_timeout=batch_timeout,
             timeout=timeout,
@@ -148,35 +163,28 @@ class Ledger:
             error_grace=error_grace,
             not_found_grace=not_found_grace,
             on_event=on_event,
+            journal=LedgerJournal(self._store, self._ended, self._images.recalled, final=final),
         )
-        _check_source(task_ids)
-        recording = Recording(
-            task_ids,
-            begin,
-            self._store,
-            self._ended,
-            self._images.recalled,
-            final={"done"} if retry_failed else {"done", "failed"},
-            max_in_flight=max_in_flight,
-        )
-        self._recordings.add(recording)
-        return RecordedOutcomes(recording)
+        self._streams.add(stream)
+        return stream
 
-    def save_outcomes(self, outcomes: AsyncIterable[TaskOutcome], saver: ImageSaver) -> SaveStream:
-        """Save a batch's images as `kontext_async.results.save_outcomes` does, and record that.
+    def save_outcomes(
+        self, outcomes: AsyncIterable[TaskOutcome], saver: ImageSaver
+    ) -> Stream[SavedOutcome]:
+        """Save a batch's images as `kontext_async.results.save_outcomes` does, and record it.
 
-        An image that is saved by the ledger, and whose file has its checksum still, is not fetched
-        again; nor is one that a killed run had saved, but not recorded. What has changed is fetched
-        again, which needs a saver with ``overwrite=True``.
+        An image whose file still has the checksum in the ledger is not fetched again; nor is one
+        that a killed run had saved without recording it. A changed one is fetched again, which
+        needs a saver with ``overwrite=True``.
         """
-        return SaveStream(outcomes, cast("ImageSaver", _Keeper(self._images, saver)))
+        return save_outcomes(outcomes, _RecordingSaver(self._images, saver))
 
     async def record_saved(self, task_id: str, saved: SavedImage) -> None:
-        """Put down where the image of a task is; `save_outcomes` does so by itself."""
+        """Record where the image of a task is; `save_outcomes` does this by itself."""
         await self._store.run(*self._images.saved(task_id, saved))
 
     async def record_save_failed(self, task_id: str, error: KontextError) -> None:
-        """Put down why the image of a task could not be saved; `save_outcomes` does so itself."""
+        """Record why a task's image could not be saved; `save_outcomes` does this by itself."""
         await self._store.run(*_not_saved(task_id, error))
 
 
@@ -185,47 +193,46 @@ def _not_saved(task_id: str, error: KontextError) -> tuple[str, Row]:
 
 
 class _Images:
-    """What the ledger knows of images.
+    """The ledger's knowledge of images.
 
-    ``recalled``: where they are, for outcomes that came from the ledger and are not yet used.
+    ``recalled``: the image columns of outcomes that came from the ledger and are not yet used.
     """
 
     def __init__(self, folder: Path, store: Store) -> None:
         self._folder = folder
         self._store = store
-        self._prefixes: dict[str, str] = {}  # of paths, by folder: finding one out is dear
+        self._prefixes: dict[str, str] = {}  # a cache: relative paths are expensive to compute
         self._failure: BaseException | None = None  # of a write that nobody waits for
         self.recalled: dict[str, Row] = {}
 
     async def unchanged(self, image: Row) -> SavedImage | None:
-        """The image of a row, where its file has its checksum still."""
+        """Return the image of a row if its file still has the checksum."""
         return await in_thread(_unchanged, self._folder, image)
 
     def saved(self, task_id: str, image: SavedImage) -> tuple[str, Row]:
-        """The statement that puts down where an image is."""
+        """Return the statement that records where an image is."""
         head, name = os.path.split(image.path)
         if head not in self._prefixes:
             self._prefixes[head] = _prefix(head, self._folder)
         path = self._prefixes[head] + name
         return _SAVED, (path, image.sha256, image.size, image.kind, time.time(), task_id)
 
-    def note(self, sql: str, values: Row) -> None:
-        """Put something down without waiting for it; raises the failure of one before."""
+    def write(self, sql: str, values: Row) -> None:
+        """Write without waiting; raises the failure of an earlier such write."""
         self.raise_failure()
-        self._store.submit(sql, values, self._noted)
+        self._store.submit(sql, values, list).add_done_callback(self._written)
 
     def raise_failure(self) -> None:
         failure, self._failure = self._failure, None
         if failure is not None:
             raise failure
 
-    def _noted(self, answer: Answer) -> None:
-        if isinstance(answer, BaseException):
-            self._failure = answer
+    def _written(self, answer: asyncio.Future[Any]) -> None:
+        self._failure = answer.exception() or self._failure
 
 
 def _prefix(head: str, folder: Path) -> str:
-    """How to come from the ledger's folder to another."""
+    """Return the relative path from the ledger's folder to another."""
     prefix = Path(os.path.relpath(head or os.curdir, folder)).as_posix()
     return "" if prefix == "." else f"{prefix}/"
 
@@ -242,8 +249,8 @@ def _unchanged(folder: Path, image: Row) -> SavedImage | None:
     return saved if digest == sha256 else None
 
 
-class _Keeper:
-    """Saves as an `ImageSaver` does, but asks the ledger first, and tells it."""
+class _RecordingSaver:
+    """An `ImageSaver` that consults the ledger first, and records what it saved."""
 
     def __init__(self, images: _Images, saver: ImageSaver) -> None:
         self._images = images
@@ -252,18 +259,18 @@ class _Keeper:
 
     async def save(self, task: CompletedTask) -> SavedImage:
         image = self._images.recalled.pop(task.task_id, None)
-        if image is not None and (kept := await self._images.unchanged(image)):
-            return kept
+        if image is not None and (unchanged := await self._images.unchanged(image)):
+            return unchanged
         try:
-            saved = await self._fetched(task, known=image is not None)
+            saved = await self._find_or_save(task, is_known=image is not None)
         except DownloadError as error:
-            self._images.note(*_not_saved(task.task_id, error))
+            self._images.write(*_not_saved(task.task_id, error))
             raise
-        # Not waited for: were it lost in a crash, a restart would find the file.
-        self._images.note(*self._images.saved(task.task_id, saved))
+        # Not waited for: if a crash loses the row, a restart finds the file.
+        self._images.write(*self._images.saved(task.task_id, saved))
         return saved
 
-    async def _fetched(self, task: CompletedTask, *, known: bool) -> SavedImage:
-        # What the ledger does not know may be there since a run was killed; what it knows is lost.
-        found = None if known else await self._saver.find(task.task_id)
+    async def _find_or_save(self, task: CompletedTask, *, is_known: bool) -> SavedImage:
+        # A killed run may have saved what the ledger does not know; what it knows has changed.
+        found = None if is_known else await self._saver.find(task.task_id)
         return found or await self._saver.save(task)

@@ -1,4 +1,4 @@
-"""Tasks as a ledger's rows, in JSON: SQLite takes no half characters and no long numbers."""
+"""Tasks as a ledger's rows. Text is JSON: SQLite takes no lone surrogates and no long numbers."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ import json
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Final, Literal, TypeAlias, cast
 
 import attrs
+from cattrs import ForbiddenExtraKeysError
+from cattrs.preconf.json import make_converter
 
-from kontext_async.batch import TaskOutcome
 from kontext_async.errors import (
     ApiError,
-    ClientStateError,
     GenerationFailedError,
     Handling,
     KontextError,
     WaitTimeoutError,
 )
 from kontext_async.models import CompletedTask, TaskRecord, TaskStatus
+from kontext_async.polling import TaskOutcome
 from kontext_async.results.errors import LedgerError
 from kontext_async.results.ledger.store import Row
 
@@ -35,11 +36,12 @@ __all__ = [
     "state_of",
 ]
 
+# Without groups of errors: one is enough to call a row unreadable.
+_converter: Final = make_converter(detailed_validation=False, forbid_extra_keys=True)
+
 TaskState: TypeAlias = Literal["waiting", "done", "failed", "unfinished", "error"]
 
-_STATUSES = {int(status): status for status in TaskStatus}
-
-# What makes an entry, and what makes an outcome again.
+# The columns of an entry, and those of a recalled outcome.
 COLUMNS = (
     "task_id, state, attempts, record, error, saved_path, sha256, size, created_at, updated_at"
 )
@@ -48,17 +50,17 @@ RECALLED = "task_id, state, record, error, saved_path, sha256, size, kind"
 
 @attrs.frozen(kw_only=True)
 class LedgerEntry:
-    """What a ledger knows of one task.
+    """A ledger's knowledge of one task.
 
-    ``state``: ``"waiting"`` has no outcome yet, ``"done"`` has an image, ``"failed"`` is a
-    generation that failed, ``"unfinished"`` timed out or met trouble that passes, ``"error"`` is
-    any other error, such as a refused key. ``attempts`` counts the waits begun for it.
+    ``state``: ``"waiting"`` has no outcome yet; ``"done"`` has an image; ``"failed"`` is a
+    generation that failed; ``"unfinished"`` timed out or met trouble that may pass; ``"error"``
+    is any other error, such as a refused key. ``attempts`` counts the waits begun for it.
 
-    ``record`` is the last one known. The ``error_…`` fields tell why there is no image, or why
-    a finished one could not be saved: the error's class, the API's code, and what was said.
+    ``record`` is the last one known. The ``error_…`` fields say why there is no image, or why an
+    image could not be saved: the error's class, the API's code, and the message.
     ``saved_path`` is relative to the ledger's folder, ``sha256`` in hex, ``size`` in bytes; the
-    three are None where nothing was saved. Times are aware, in UTC: when the id was put down, and
-    when its entry last changed.
+    three are None if nothing is saved. Times are aware, in UTC: ``created_at`` when the id was
+    added, ``updated_at`` of the last change.
     """
 
     task_id: str
@@ -76,64 +78,43 @@ class LedgerEntry:
 
 
 def state_of(error: KontextError | None) -> TaskState:
-    """The state of a task whose wait ended so."""
+    """Return the state of a task whose wait ended with this error, or without one."""
     if error is None:
         return "done"
     if isinstance(error, GenerationFailedError):
         return "failed"
-    if isinstance(error, (ClientStateError, WaitTimeoutError)):
-        return "unfinished"
-    passes = error.handling in {Handling.RETRY, Handling.BACK_OFF}
-    return "unfinished" if passes else "error"
+    may_pass = error.handling in {Handling.RETRY, Handling.BACK_OFF}
+    return "unfinished" if may_pass or isinstance(error, WaitTimeoutError) else "error"
 
 
 def record_text(outcome: TaskOutcome) -> str | None:
-    """The last record that an outcome knows of."""
+    """Return the last record that an outcome knows of, as JSON."""
     match outcome:
         case TaskOutcome(result=CompletedTask() as task):
-            return _pack(task, TaskStatus.SUCCESS, result_image_url=task.result_image_url)
+            return _pack(task, status=TaskStatus.SUCCESS)
         case (
             TaskOutcome(error=GenerationFailedError(record=TaskRecord() as record))
             | TaskOutcome(error=WaitTimeoutError(last_record=TaskRecord() as record))
         ):
-            return _pack(
-                record,
-                record.status,
-                result_image_url=record.result_image_url,
-                error_code=record.error_code,
-                error_message=record.error_message,
-            )
+            return _pack(record)
         case _:
             return None
 
 
-def _pack(task: TaskRecord | CompletedTask, status: TaskStatus, **fields: Any) -> str:
-    fields |= {
-        "status": int(status),
-        "param_json": task.param_json,
-        "create_time": _iso(task.create_time),
-        "complete_time": _iso(task.complete_time),
-        "origin_image_url": task.origin_image_url,
-    }
+def _pack(task: TaskRecord | CompletedTask, **more: int) -> str:
+    fields = {**_converter.unstructure(task), **more}
+    del fields["task_id"]  # a column of its own
     return json.dumps(fields)
-
-
-def _iso(instant: datetime | None) -> str | None:
-    return None if instant is None else instant.isoformat()
 
 
 def _record(task_id: str, text: str | None) -> TaskRecord | None:
     if text is None:
         return None
-    fields = json.loads(text)
-    fields["status"] = _STATUSES[fields["status"]]
-    for name in ("create_time", "complete_time"):
-        fields[name] = fields[name] and datetime.fromisoformat(fields[name])
-    return TaskRecord(task_id=task_id, **fields)
+    return _converter.structure({**json.loads(text), "task_id": task_id}, TaskRecord)
 
 
 def error_text(error: KontextError | None) -> str | None:
-    """The class, code and message of an error."""
+    """Return the class, code and message of an error, as JSON."""
     if error is None:
         return None
     fields: dict[str, Any] = {
@@ -149,23 +130,34 @@ def error_text(error: KontextError | None) -> str | None:
 
 
 def _message(error: KontextError) -> str:
-    """What was said, without the task's id: so equal errors have equal messages."""
+    """Return the message without the task's id, so that equal errors have equal messages."""
     if not isinstance(error, WaitTimeoutError):
         return str(error.args[0]) if error.args else ""
-    said = "not finished in time"
-    return f"{said}: {_message(error.last_error)}" if error.last_error else said
+    message = "not finished in time"
+    return f"{message}: {_message(error.last_error)}" if error.last_error else message
+
+
+# What reading a row may raise that something other than this module has written.
+_UNREADABLE = (
+    ArithmeticError,
+    AttributeError,
+    ForbiddenExtraKeysError,
+    LookupError,
+    TypeError,
+    ValueError,
+)
 
 
 @contextmanager
 def _readable(task_id: object) -> Generator[None]:
     try:
         yield
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as exc:
+    except _UNREADABLE as exc:
         raise LedgerError(f"the ledger's entry of task {task_id!r} is unreadable: {exc!r}") from exc
 
 
 def entry_of(row: Row) -> LedgerEntry:
-    """The entry in a row of `COLUMNS`."""
+    """Return the entry in a row of `COLUMNS`."""
     task_id, state, attempts, record, error, path, sha256, size, created, updated = row
     with _readable(task_id):
         fields: Mapping[str, Any] = json.loads(error) if error else {}
@@ -186,7 +178,7 @@ def entry_of(row: Row) -> LedgerEntry:
 
 
 def recalled(row: Row) -> tuple[Row | None, TaskOutcome]:
-    """The image and the outcome of a task that has ended, in a row of `RECALLED`."""
+    """Return the image columns and the outcome in a row of `RECALLED`."""
     task_id, state, text, error, *image = row
     with _readable(task_id):
         record = _record(task_id, text)
@@ -200,7 +192,7 @@ def _failure(task_id: str, error: str, record: TaskRecord | None) -> GenerationF
     fields = json.loads(error)
     return GenerationFailedError(
         task_id=task_id,
-        status=_STATUSES[fields["status"]],
+        status=_converter.structure(fields["status"], TaskStatus),
         error_code=fields["code"],
         error_message=fields["message"],
         record=record,

@@ -4,27 +4,35 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import itertools
 import sqlite3
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
+from kontext_async.errors import ClientStateError
 from kontext_async.results.errors import LedgerError
 from kontext_async.results.images.files import done
 
-__all__ = ["Answer", "Row", "Store", "open_reader", "open_writer", "translated"]
+__all__ = ["Row", "Store", "open_reader", "open_writer", "translate_errors"]
 
 Row: TypeAlias = tuple[Any, ...]
-# The rows of a statement, or the error of its transaction.
-Answer: TypeAlias = list[Row] | BaseException
-_Request: TypeAlias = tuple[str, Sequence[Any], Callable[[Answer], None]]
+_T = TypeVar("_T")
 
-# By this SQLite files are told apart ("Kntx"), and each migration by its number: the first is 1.
-# What has been released stays as it is; a change of the layout is one more statement at the end.
+
+class _Statement(NamedTuple):
+    """A statement to run, and what becomes of its rows."""
+
+    sql: str
+    parameters: Sequence[Any]
+    read: Callable[[list[Row]], Any]
+    answer: asyncio.Future[Any]
+
+
+# SQLite's own field for the kind of file: "Kntx".
 _APPLICATION_ID = 0x4B6E7478
+# The n-th statement makes version n. Released ones never change; a new layout is one more.
 _MIGRATIONS = (
     """
     CREATE TABLE tasks (
@@ -44,12 +52,13 @@ _MIGRATIONS = (
     """,
 )
 
-# What is asked within so many seconds becomes one transaction: one sync of the disk for all.
-_GATHER = 0.01
+# Statements within so many seconds share a transaction, and one sync of the disk
+# (tests/benchmarks/ledger_cost.py).
+_COMMIT_DELAY = 0.01
 
 _ADVICE = {
     sqlite3.SQLITE_BUSY: "another process is writing to it: one batch at a time",
-    sqlite3.SQLITE_CANTOPEN: "it cannot be opened: may its folder be written to?",
+    sqlite3.SQLITE_CANTOPEN: "it cannot be opened: check that its folder is writable",
     sqlite3.SQLITE_CORRUPT: "it is damaged; it has been left as it is",
     sqlite3.SQLITE_FULL: "the disk is full; what was recorded before is safe",
     sqlite3.SQLITE_NOTADB: "it is not a ledger; it has been left as it is",
@@ -58,8 +67,8 @@ _ADVICE = {
 
 
 @contextmanager
-def translated(path: Path) -> Generator[None]:
-    """Turn what SQLite and the file system say of a ledger into a `LedgerError`."""
+def translate_errors(path: Path) -> Generator[None]:
+    """Raise errors of SQLite and the file system as `LedgerError`."""
     try:
         yield
     except sqlite3.Error as exc:
@@ -86,12 +95,13 @@ def _number(connection: sqlite3.Connection, pragma: str) -> int:
 
 
 def _refuse_foreign(path: Path) -> None:
-    """Raise where the file is none of ours. Immutable: SQLite takes no lock and writes nothing.
+    """Raise `LedgerError` if the file is not a ledger.
 
-    By SQLite and not by `open`: closing a file drops the locks that the process has on it.
+    Opened by SQLite, because closing a file that `open` opened drops the locks that the process
+    has on it. Opened as immutable: SQLite takes no lock and writes nothing.
     """
     with closing(_connect(path, "mode=ro&immutable=1")) as connection:
-        # Else a file that grows just now looks damaged: its first page is written before its last.
+        # Without this a growing file looks damaged: its first page is written before its last.
         connection.execute("PRAGMA writable_schema = ON")
         if _number(connection, "application_id") != _APPLICATION_ID:
             raise LedgerError(f"ledger {path}: it is not a ledger; it has been left as it is")
@@ -106,9 +116,9 @@ def _refuse_newer(path: Path, version: int) -> None:
 
 
 def _refuse_damaged(path: Path) -> None:
-    """Raise where the file is not whole; for the one who holds the lock.
+    """Raise `LedgerError` if the file is damaged; the caller holds the lock.
 
-    Read-only, as closing a connection that may write moves the log into a damaged file.
+    Read-only, because closing a connection that may write moves the log into the damaged file.
     """
     options = "mode=ro" if _has_log(path) else "mode=ro&immutable=1"
     with closing(_connect(path, options)) as connection:
@@ -119,20 +129,20 @@ def _refuse_damaged(path: Path) -> None:
 
 
 def _has_log(path: Path) -> bool:
-    """Whether a part of the ledger is in the write-ahead log beside it."""
+    """Return True if a part of the ledger is in the write-ahead log beside it."""
     log = path.with_name(path.name + "-wal")
     return log.exists() and log.stat().st_size > 0
 
 
 def _locked(path: Path) -> sqlite3.Connection:
-    """The lock of the one writer; the system releases it however the process ends.
+    """Take the lock of the one writer; the system releases it however the process ends.
 
-    SQLite's own locks, on an empty file beside the ledger: they work on every system, and between
-    two connections of one process too.
+    It is SQLite's own lock on an empty file beside the ledger, which works on every system, and
+    between two connections of one process.
     """
     lock = _connect(path.with_name(path.name + "-lock"), "mode=rwc", timeout=0.0)
     with _closed_on_error(lock):
-        lock.execute("PRAGMA journal_mode = MEMORY")  # else another empty file
+        lock.execute("PRAGMA journal_mode = MEMORY")  # no third file
         lock.execute("BEGIN EXCLUSIVE")
     return lock
 
@@ -147,7 +157,7 @@ def _closed_on_error(connection: sqlite3.Connection) -> Generator[None]:
 
 
 def _create(path: Path) -> None:
-    """Make an empty ledger: it is there whole or not at all."""
+    """Make an empty ledger, atomically."""
     draft = path.with_name(path.name + "-new")
     draft.unlink(missing_ok=True)
     try:
@@ -169,21 +179,21 @@ def _migrate(connection: sqlite3.Connection) -> None:
 
 
 def _writer(path: Path) -> sqlite3.Connection:
-    """A connection for writing; for the one who holds the lock."""
+    """Connect for writing; the caller holds the lock."""
     if not path.exists():
         _create(path)
     _refuse_damaged(path)
     connection = _connect(path, "mode=rw")
     with _closed_on_error(connection):
         connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = FULL")  # what is committed outlives a power cut
+        connection.execute("PRAGMA synchronous = FULL")  # commits survive a power cut
         _migrate(connection)
     return connection
 
 
 def open_writer(path: Path) -> tuple[sqlite3.Connection, sqlite3.Connection]:
-    """A connection for writing, and the lock that goes with it."""
-    with translated(path):
+    """Connect for writing, and take the lock that goes with it."""
+    with translate_errors(path):
         if path.exists():
             _refuse_foreign(path)
         lock = _locked(path)
@@ -192,15 +202,15 @@ def open_writer(path: Path) -> tuple[sqlite3.Connection, sqlite3.Connection]:
 
 
 def open_reader(path: Path) -> sqlite3.Connection:
-    """A connection for reading, whoever writes meanwhile, and where nothing can be written."""
-    with translated(path):
+    """Connect for reading, beside a writer and on read-only media."""
+    with translate_errors(path):
         if not path.exists():
-            raise LedgerError(f"ledger {path}: there is none")
+            raise LedgerError(f"ledger {path}: it does not exist")
         _refuse_foreign(path)
         try:
             return _reader(path, "mode=ro")
         except sqlite3.OperationalError:
-            # The files beside it are missing and cannot be made: a read-only folder, a full disk.
+            # SQLite could not make the files beside it: a read-only folder, a full disk.
             if _has_log(path):
                 raise
             return _reader(path, "mode=ro&immutable=1")
@@ -216,22 +226,23 @@ def _reader(path: Path, options: str) -> sqlite3.Connection:
 class Store:
     """A ledger's file, open for writing: one connection in one thread.
 
-    Statements run in the order they are submitted, those of a few milliseconds as one transaction.
+    Statements run in the order they are submitted. Those of a few milliseconds are one
+    transaction.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._connections: tuple[sqlite3.Connection, ...] = ()
-        self._waiting: list[_Request] = []
+        self._waiting: list[_Statement] = []
         self._timer: asyncio.TimerHandle | None = None
-        self._busy = False
-        self._open = False
-        self._failure: BaseException | None = None  # of what was still to be written at the end
+        self._is_writing = False
+        self._is_open = False
+        self._failure: BaseException | None = None  # of the last writes, while closing
 
     async def open(self) -> None:
-        """Open the file, made where it is missing; raises `LedgerError` where that cannot be."""
-        if self._open:
-            raise LedgerError(f"ledger {self._path}: it is open already")
+        """Open the file, which is made if missing; raises `LedgerError` if that fails."""
+        if self._is_open:
+            raise ClientStateError(f"ledger {self._path}: it is open already")
         self._loop = asyncio.get_running_loop()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kontext-ledger")
         try:
@@ -239,15 +250,12 @@ class Store:
         except BaseException:
             await self._end()
             raise
-        self._open = True
+        self._is_open = True
 
     async def aclose(self) -> None:
-        """Write what is waiting, and close the file; raises what keeps it from being written.
-
-        Twice is once.
-        """
-        if self._open:
-            self._open = False
+        """Write what is waiting, and close the file; raises the error of a write. Idempotent."""
+        if self._is_open:
+            self._is_open = False
             self._send()
             await self._end()
             failure, self._failure = self._failure, None
@@ -255,24 +263,30 @@ class Store:
                 raise failure
 
     async def run(self, sql: str, parameters: Sequence[Any] = ()) -> list[Row]:
-        """The rows of a statement, once its transaction is on disk."""
-        answer: asyncio.Future[list[Row]] = asyncio.get_running_loop().create_future()
-        self.submit(sql, parameters, functools.partial(_settle, answer))
-        return await answer
+        """Return the rows of a statement when its transaction is on disk."""
+        return await self.submit(sql, parameters, list)
 
-    def submit(self, sql: str, parameters: Sequence[Any], take: Callable[[Answer], None]) -> None:
-        """Run a statement soon; ``take`` gets its rows, or the error of its transaction."""
-        if not self._open:
-            raise LedgerError(f"ledger {self._path}: it is closed")
-        self._waiting.append((sql, parameters, take))
-        if self._timer is None and not self._busy:
-            self._gather()
+    def submit(
+        self, sql: str, parameters: Sequence[Any], read: Callable[[list[Row]], _T]
+    ) -> asyncio.Future[_T]:
+        """Run a statement soon; the future has what ``read`` makes of its rows.
+
+        It has the error of the statement's transaction otherwise, or the `LedgerError` that
+        ``read`` raises.
+        """
+        if not self._is_open:
+            raise ClientStateError(f"ledger {self._path}: it is closed")
+        answer: asyncio.Future[_T] = self._loop.create_future()
+        self._waiting.append(_Statement(sql, parameters, read, answer))
+        if self._timer is None and not self._is_writing:
+            self._send_soon()
+        return answer
 
     def _open_file(self) -> None:
         self._connections = open_writer(self._path)
 
     async def _end(self) -> None:
-        """Close what is open, after all that the thread has to do."""
+        """Close the connections after everything the thread has been given."""
         closed = self._loop.run_in_executor(self._thread, self._close_file)
         self._thread.shutdown(wait=False)
         await done(closed)
@@ -282,8 +296,8 @@ class Store:
         for connection in connections:
             connection.close()
 
-    def _gather(self) -> None:
-        self._timer = self._loop.call_later(_GATHER, self._send)
+    def _send_soon(self) -> None:
+        self._timer = self._loop.call_later(_COMMIT_DELAY, self._send)
 
     def _send(self) -> None:
         if self._timer is not None:
@@ -291,32 +305,41 @@ class Store:
             self._timer = None
         if self._waiting:
             group, self._waiting = self._waiting, []
-            self._busy = True
+            self._is_writing = True
             written = self._loop.run_in_executor(self._thread, self._write, group)
             written.add_done_callback(functools.partial(self._written, group))
 
-    def _write(self, group: list[_Request]) -> list[list[Row]]:
+    def _write(self, group: list[_Statement]) -> list[list[Row]]:
         connection = self._connections[0]
-        with translated(self._path), connection:
+        with translate_errors(self._path), connection:
             connection.execute("BEGIN")
-            return [connection.execute(sql, values).fetchall() for sql, values, _ in group]
+            return [connection.execute(s.sql, s.parameters).fetchall() for s in group]
 
-    def _written(self, group: list[_Request], written: asyncio.Future[list[list[Row]]]) -> None:
-        self._busy = False
+    def _written(self, group: list[_Statement], written: asyncio.Future[list[list[Row]]]) -> None:
+        self._is_writing = False
         error = written.exception()
-        if not self._open:
-            self._failure = self._failure or error
-        answers: Iterable[Answer] = itertools.repeat(error) if error else written.result()
-        for (_, _, take), answer in zip(group, answers, strict=False):
-            take(answer)
+        if error is None:
+            for statement, rows in zip(group, written.result(), strict=True):
+                _answer(statement, rows)
+        else:
+            if not self._is_open:
+                self._failure = self._failure or error
+            for statement in group:
+                _fail(statement.answer, error)
         if self._waiting:
-            self._gather()
+            self._send_soon()
 
 
-def _settle(answer: asyncio.Future[list[Row]], given: Answer) -> None:
-    if answer.cancelled():
-        return
-    if isinstance(given, BaseException):
-        answer.set_exception(given)
+def _answer(statement: _Statement, rows: list[Row]) -> None:
+    try:
+        value = statement.read(rows)
+    except LedgerError as error:
+        _fail(statement.answer, error)
     else:
-        answer.set_result(given)
+        if not statement.answer.cancelled():
+            statement.answer.set_result(value)
+
+
+def _fail(answer: asyncio.Future[Any], error: BaseException) -> None:
+    if not answer.cancelled():
+        answer.set_exception(error)

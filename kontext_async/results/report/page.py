@@ -15,7 +15,7 @@ from urllib.parse import quote
 import attrs
 
 from kontext_async.errors import ConfigurationError
-from kontext_async.results.ledger.ledger import LedgerEntry
+from kontext_async.results.ledger.rows import LedgerEntry
 from kontext_async.results.report.histogram import histogram
 from kontext_async.results.report.thumbnails import make_thumbnails, write_whole
 

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from kontext_async.cli._output import Exit, kind, say, silence_stdout
+from kontext_async.cli.output import Exit, kind, say, silence_stdout
 from kontext_async.errors import KontextError
 
 

@@ -9,11 +9,11 @@ from typing import NoReturn
 
 from rich.table import Column, Table
 
-from kontext_async.batch import TaskOutcome
-from kontext_async.cli._batch import BatchTally, can_report, keep_all, make_report, print_kept
-from kontext_async.cli._output import Exit, error_console, outcome_line, plain, say, write_line
+from kontext_async.cli.batch import BatchTally, can_report, keep_all, make_report, print_kept
+from kontext_async.cli.output import Exit, error_console, outcome_line, plain, say, write_line
 from kontext_async.client import KontextClient
 from kontext_async.errors import KontextError
+from kontext_async.polling import TaskOutcome
 from kontext_async.results import SavedImage
 from kontext_async.simulator import Failure, Simulator
 

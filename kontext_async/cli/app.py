@@ -11,8 +11,7 @@ from typing import Annotated
 import typer
 
 from kontext_async._version import __version__
-from kontext_async.batch import TaskOutcome
-from kontext_async.cli._batch import (
+from kontext_async.cli.batch import (
     BatchTally,
     batch_ids,
     keep_all,
@@ -23,9 +22,9 @@ from kontext_async.cli._batch import (
     say_how_to_go_on,
     show_status,
 )
-from kontext_async.cli._input import distinct_ids, read_key
-from kontext_async.cli._local import demonstrate, serve
-from kontext_async.cli._output import (
+from kontext_async.cli.input import distinct_ids, read_key
+from kontext_async.cli.local import demonstrate, serve
+from kontext_async.cli.output import (
     Exit,
     error_console,
     fail,
@@ -36,11 +35,12 @@ from kontext_async.cli._output import (
     say,
     write_line,
 )
-from kontext_async.cli._running import run
-from kontext_async.cli._tally import Tally
-from kontext_async.cli._waiting import say_how_to_resume, wait_for_all
+from kontext_async.cli.running import run
+from kontext_async.cli.tally import Tally
+from kontext_async.cli.waiting import say_how_to_resume, wait_for_all
 from kontext_async.client import KontextClient
 from kontext_async.errors import KontextError
+from kontext_async.polling import TaskOutcome
 from kontext_async.simulator import Simulator, SlidingLimit, lognormal
 
 app = typer.Typer(

@@ -14,7 +14,6 @@ from typing import Any, NoReturn
 import typer
 from rich.console import Console
 
-from kontext_async.batch import TaskOutcome
 from kontext_async.errors import (
     ApiError,
     ConfigurationError,
@@ -23,6 +22,7 @@ from kontext_async.errors import (
     WaitTimeoutError,
 )
 from kontext_async.models import CompletedTask, TaskRecord, TaskStatus
+from kontext_async.polling import TaskOutcome
 
 # Where no terminal sets one, the width of a table: URLs should stay whole.
 _UNBOUNDED = 200

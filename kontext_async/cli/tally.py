@@ -9,10 +9,9 @@ from datetime import UTC, datetime, timedelta
 
 from rich.table import Table
 
-from kontext_async.batch import TaskOutcome
-from kontext_async.cli._output import Exit, code_of, kind
+from kontext_async.cli.output import Exit, code_of, kind
 from kontext_async.errors import KontextError
-from kontext_async.polling import PollEvent
+from kontext_async.polling import PollEvent, TaskOutcome
 
 
 class Tally:

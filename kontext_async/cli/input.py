@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from kontext_async.cli._output import fail
+from kontext_async.cli.output import fail
 from kontext_async.errors import ConfigurationError
 from kontext_async.wire import check_task_id
 

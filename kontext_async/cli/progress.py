@@ -9,8 +9,8 @@ from collections.abc import Generator
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 
-from kontext_async.cli._output import error_console, plain
-from kontext_async.cli._tally import Tally
+from kontext_async.cli.output import error_console, plain
+from kontext_async.cli.tally import Tally
 from kontext_async.client import KontextClient
 from kontext_async.errors import KontextError
 

@@ -13,9 +13,8 @@ from typing import Any, TypeAlias
 
 from rich.table import Table
 
-from kontext_async.batch import TaskOutcome
-from kontext_async.cli._input import distinct_ids
-from kontext_async.cli._output import (
+from kontext_async.cli.input import distinct_ids
+from kontext_async.cli.output import (
     Exit,
     error_console,
     fail,
@@ -25,11 +24,12 @@ from kontext_async.cli._output import (
     say,
     write_line,
 )
-from kontext_async.cli._progress import Display
-from kontext_async.cli._running import errors_told
-from kontext_async.cli._tally import Tally
+from kontext_async.cli.progress import Display
+from kontext_async.cli.running import errors_told
+from kontext_async.cli.tally import Tally
 from kontext_async.client import KontextClient
 from kontext_async.errors import KontextError
+from kontext_async.polling import TaskOutcome
 from kontext_async.results import ImageSaver, Ledger, SavedImage, write_report
 
 # What became of an outcome's image: saved, not saved, or there was none.

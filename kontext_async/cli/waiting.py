@@ -5,11 +5,11 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable
 
-from kontext_async.batch import TaskOutcome
-from kontext_async.cli._output import Exit, gravest, say
-from kontext_async.cli._progress import Display
-from kontext_async.cli._tally import Tally
+from kontext_async.cli.output import Exit, gravest, say
+from kontext_async.cli.progress import Display
+from kontext_async.cli.tally import Tally
 from kontext_async.client import KontextClient
+from kontext_async.polling import TaskOutcome
 
 # Of a long list, so many ids are named.
 _NAMED = 20
