@@ -32,6 +32,7 @@ from kontext_async import (
     RateLimit,
     ServerError,
     TaskNotFoundError,
+    TaskOutcome,
     WaitTimeoutError,
 )
 from kontext_async.simulator import Simulator
@@ -1285,9 +1286,10 @@ async def test_a_stream_that_is_dropped_warns_and_ends_its_waits(client, busy):
     """A `ResourceWarning`, as for a file that nobody closed."""
     stream = stream_of(client, busy)
     await anext(stream)
-    with pytest.warns(ResourceWarning, match="async with"):
+    with pytest.warns(ResourceWarning, match="async with") as warned:
         del stream
     await asyncio.sleep(1)
+    assert len(warned) == 1
     assert left_running(client) == []
     assert busy.closed == 1
 
@@ -1393,6 +1395,199 @@ def test_a_program_that_ends_amid_a_batch_ends_quietly(caplog):
         left.clear()
     gc.collect()
     assert not caplog.records
+
+
+# --- a journal ---------------------------------------------------------------------------------
+
+
+class MemoryJournal:
+    """A journal in memory, each of whose answers takes ``delay`` seconds."""
+
+    def __init__(self, *known, delay=0.0):
+        self.outcomes = {outcome.task_id: outcome for outcome in known}
+        self.delay = delay
+        self.begun = []
+        self.futures = []
+
+    def begin(self, task_id):
+        self.begun.append(task_id)
+        return self._answer(lambda: self.outcomes.get(task_id))
+
+    def record(self, outcome):
+        return self._answer(lambda: self.outcomes.update({outcome.task_id: outcome}))
+
+    def _answer(self, read):
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
+        self.futures.append(future)
+        loop.call_later(self.delay, lambda: future.set_result(read()))
+        return future
+
+
+async def test_an_outcome_the_journal_knows_is_handed_on_without_a_request(client, simulator):
+    """The other tasks are waited for."""
+    tasks(simulator, 3)
+    known = TaskOutcome(task_id="task1", error=CallersKontextError("known"))
+    journal = MemoryJournal(known)
+    found = await collected(client, ["task0", "task1", "task2"], journal=journal)
+    assert sorted(names(found)) == journal.begun == ["task0", "task1", "task2"]
+    assert next(outcome for outcome in found if outcome.task_id == "task1") is known
+    assert [simulator.polls(f"task{n}") for n in range(3)] == [1, 0, 1]
+
+
+async def test_an_outcome_is_handed_on_once_the_journal_has_recorded_it(client, simulator):
+    """A wait begins once the journal has noted it, and its outcome is durable before it is seen."""
+    journal = MemoryJournal(delay=5.0)
+    async with stream_of(client, tasks(simulator, 2), journal=journal) as outcomes:
+        async for outcome in outcomes:
+            assert journal.outcomes[outcome.task_id] is outcome
+            assert now() == seconds(10)
+    assert [request.time for request in simulator.requests] == seconds([5, 5])
+
+
+async def test_outcomes_that_are_being_recorded_take_up_room(client, simulator):
+    """A slow journal stops the reading, as a slow consumer does."""
+    ids = Counted(tasks(simulator, 9))
+    journal = MemoryJournal(delay=5.0)
+    async with stream_of(client, ids, journal=journal, max_in_flight=2) as outcomes:
+        await asyncio.sleep(7)
+        assert ids.read == 2
+        assert len([outcome async for outcome in outcomes]) == 9
+
+
+class FailingJournal(MemoryJournal):
+    """A journal of which one call raises, or returns a future that fails or is cancelled."""
+
+    def __init__(self, call, how):
+        super().__init__()
+        self.fails = call, how
+
+    def begin(self, task_id):
+        return self._failure("begin") or super().begin(task_id)
+
+    def record(self, outcome):
+        return self._failure("record") or super().record(outcome)
+
+    def _failure(self, call):
+        if self.fails[0] != call:
+            return None
+        if self.fails[1] == "raises":
+            raise CallersError
+        future = asyncio.get_running_loop().create_future()
+        if self.fails[1] == "fails":
+            future.set_exception(CallersError())
+        else:
+            future.cancel()
+        return future
+
+
+@pytest.mark.parametrize("call", ["begin", "record"])
+@pytest.mark.parametrize("how", ["raises", "fails", "is_cancelled"])
+async def test_an_exception_of_the_journal_ends_the_batch_and_is_raised(
+    client, simulator, call, how
+):
+    """The waits under way are cancelled."""
+    ids = [*tasks(simulator, 1), simulator.add_task("endless", duration=FOR_EVER)]
+    kind = asyncio.CancelledError if how == "is_cancelled" else CallersError
+    async with stream_of(client, ids, journal=FailingJournal(call, how)) as outcomes:
+        await error_of(anext(outcomes), kind)
+        assert [outcome async for outcome in outcomes] == []
+    await assert_idle(client)
+
+
+@pytest.mark.parametrize("refuse", [True, False])
+async def test_an_error_outcome_without_a_wait_needs_the_journal_too(simulator, refuse):
+    """A refused key, or a batch that is out of time: an exception of the journal ends the batch."""
+    simulator._api_key = "another"
+    keywords = {} if refuse else {"batch_timeout": 0}
+    async with make_client(simulator, max_concurrency=1) as client:
+        journal = FailingJournal("record", "raises")
+        ids = Silent(f"task{n}" for n in range(5))
+        await error_of(collected(client, ids, journal=journal, **keywords), CallersError)
+        await assert_idle(client)
+
+
+@pytest.mark.parametrize("after", [1, 6])
+@pytest.mark.parametrize("end", ["leave", "fail"])
+async def test_a_batch_that_ends_leaves_the_journals_futures_alone(client, simulator, after, end):
+    """It neither waits for them nor cancels them: the journal finishes its work."""
+    journal = MemoryJournal(delay=5.0)
+    ids = tasks(simulator, 2)
+
+    async def source():
+        for task_id in ids:
+            yield task_id
+        await asyncio.sleep(after)
+        raise CallersError
+
+    async with stream_of(client, ids if end == "leave" else source(), journal=journal) as outcomes:
+        if end == "leave":
+            await asyncio.sleep(after)
+        else:
+            await error_of(anext(outcomes), CallersError)
+    assert now() == seconds(after)
+    assert not any(future.done() for future in journal.futures[-2:])
+    await asyncio.sleep(5)
+    assert [future.cancelled() for future in journal.futures] == [False] * len(journal.futures)
+    assert await _all_of(outcomes) == []
+    assert len(simulator.requests) == (0 if after == 1 else 2)
+
+
+async def test_the_outcomes_of_a_refused_key_are_recorded(client, simulator):
+    """Those of waits that were cancelled, and of ids read later."""
+    simulator._api_key = "another"
+    journal = MemoryJournal()
+    ids = [f"task{n}" for n in range(20)]
+    outcomes = await collected(client, ids, journal=journal, max_in_flight=5)
+    assert errors(outcomes) == dict.fromkeys(ids, AuthenticationError)
+    assert sorted(journal.outcomes) == sorted(ids)
+
+
+async def test_invalid_ids_do_not_reach_the_journal(client):
+    """Each has an error outcome all the same."""
+    journal = MemoryJournal()
+    outcomes = await collected(client, ["", 5, None], journal=journal)
+    assert {type(outcome.error) for outcome in outcomes} == {ConfigurationError}
+    assert (len(outcomes), journal.begun, journal.outcomes) == (3, [], {})
+
+
+# --- a stream ----------------------------------------------------------------------------------
+
+
+async def test_an_aborted_stream_raises_the_error_once(client, simulator):
+    """At the next iteration, even if outcomes were ready; then the stream is at its end."""
+    ids = [*tasks(simulator, 3), simulator.add_task("endless", duration=FOR_EVER)]
+    async with stream_of(client, ids) as outcomes:
+        await anext(outcomes)
+        await asyncio.sleep(1)
+        error = CallersError()
+        await outcomes.abort(error)
+        assert left_running(client) == []
+        assert await error_of(anext(outcomes), CallersError) is error
+        assert await _all_of(outcomes) == []
+
+
+async def test_aborting_ends_an_iteration_that_waits(client, simulator):
+    """The consumer gets the error at once."""
+    async with stream_of(client, [simulator.add_task(duration=FOR_EVER)]) as outcomes:
+        consumer = asyncio.create_task(anext(outcomes))
+        await asyncio.sleep(1)
+        await outcomes.abort(CallersError())
+        await error_of(consumer, CallersError)
+    assert now() == seconds(1)
+
+
+async def test_aborting_a_stream_that_has_ended_or_not_begun_has_no_effect(client, simulator):
+    """No error is raised from it."""
+    ids = tasks(simulator, 2)
+    over, closed, new = (stream_of(client, ids) for _ in range(3))
+    assert len(await _all_of(over)) == 2
+    await anext(closed)
+    await closed.aclose()
+    for stream in (over, closed, new):
+        await stream.abort(CallersError())
+    assert await _all_of(over) == await _all_of(closed) == []
+    assert len(await _all_of(new)) == 2
 
 
 # --- a client that is closed, or another's -----------------------------------------------------
