@@ -10,7 +10,7 @@ import sys
 import aiohttp
 import pytest
 
-from kontext_async.simulator import BucketLimit, SlidingLimit, WindowLimit, __main__
+from kontext_async.simulator import FixedWindow, SlidingWindow, TokenBucket, __main__
 
 
 async def started(*arguments):
@@ -66,9 +66,9 @@ def test_main_serves_as_its_arguments_say(monkeypatch):
     ("arguments", "limit"),
     [
         ([], None),
-        (["--window", "20/10"], WindowLimit(20, 10.0)),
-        (["--sliding", "5/0.5"], SlidingLimit(5, 0.5)),
-        (["--bucket", "20/2"], BucketLimit(20, 2.0)),
+        (["--window", "20/10"], FixedWindow(20, 10.0)),
+        (["--sliding", "5/0.5"], SlidingWindow(5, 0.5)),
+        (["--bucket", "20/2"], TokenBucket(20, 2.0)),
     ],
 )
 def test_limits_are_written_with_a_slash(arguments, limit):

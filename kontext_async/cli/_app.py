@@ -41,7 +41,7 @@ from kontext_async.cli._tally import Tally
 from kontext_async.cli._waiting import say_how_to_resume, wait_for_all
 from kontext_async.client import KontextClient
 from kontext_async.errors import KontextError
-from kontext_async.simulator import Simulator, SlidingLimit, lognormal
+from kontext_async.simulator import Simulator, SlidingWindow, lognormal
 
 app = typer.Typer(
     add_completion=False,
@@ -228,11 +228,11 @@ def status(folder: Folder) -> None:
     raise typer.Exit(show_status(folder))
 
 
-def _rate_limit(text: str) -> SlidingLimit:
+def _rate_limit(text: str) -> SlidingWindow:
     """``20/10``: 20 requests in any 10 seconds."""
     requests, _, seconds = text.partition("/")
     try:
-        return SlidingLimit(int(requests), float(seconds or 1))
+        return SlidingWindow(int(requests), float(seconds or 1))
     except ValueError as error:
         raise typer.BadParameter("give requests/seconds, such as 20/10") from error
 
@@ -256,7 +256,7 @@ def simulate(
         typer.Option(min=0, max=1, metavar="SHARE", help="Requests that meet a fault, of 1."),
     ] = 0.0,
     rate_limit: Annotated[
-        SlidingLimit | None,
+        SlidingWindow | None,
         typer.Option(
             parser=_rate_limit,
             metavar="REQUESTS/SECONDS",

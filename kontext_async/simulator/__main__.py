@@ -10,7 +10,7 @@ import asyncio
 import signal
 from collections.abc import Callable, Sequence
 
-from kontext_async.simulator import BucketLimit, Limit, Simulator, SlidingLimit, WindowLimit
+from kontext_async.simulator import FixedWindow, Limit, Simulator, SlidingWindow, TokenBucket
 
 __all__ = ["main"]
 
@@ -38,9 +38,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     limits = parser.add_mutually_exclusive_group()
     for name, kind, form in (
-        ("--window", WindowLimit, "REQUESTS/SECONDS"),
-        ("--sliding", SlidingLimit, "REQUESTS/SECONDS"),
-        ("--bucket", BucketLimit, "CAPACITY/PER_SECOND"),
+        ("--window", FixedWindow, "REQUESTS/SECONDS"),
+        ("--sliding", SlidingWindow, "REQUESTS/SECONDS"),
+        ("--bucket", TokenBucket, "CAPACITY/PER_SECOND"),
     ):
         limits.add_argument(name, type=_limit(kind), dest="rate_limit", metavar=form)
     return parser.parse_args(argv)
