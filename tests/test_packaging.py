@@ -42,6 +42,7 @@ ALLOWED = {
     "testing": {"", "client", "simulator"},
     "results": {"", "_version", *CLIENT},
     "cli": {"", "_version", *CLIENT, "results", "simulator"},
+    "__main__": {"cli"},
 }
 PURE = ["errors.py", "models.py", "pacing/limits.py", "schedule.py", "wire/records.py"]
 IMPURE = {"aiohttp", "asyncio", "random", "sqlite3", "time"}
