@@ -37,7 +37,7 @@ _LIFETIMES = {"/images": 14 * 24 * 3600.0, "/origins": 600.0}
 
 
 class _Sent(web.StreamResponse):
-    """Stands for a reply that is sent already; tells aiohttp whether to keep the connection."""
+    """A reply that is sent already. It only tells aiohttp whether to keep the connection."""
 
     def __init__(self, *, reusable: bool) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class Simulator:
     """The Flux Kontext task API on a port of 127.0.0.1, for tests and demonstrations.
 
     ``async with Simulator() as simulator:`` serves until the block ends. Time is the running
-    loop's clock: on a loop with virtual time, nothing has to wait.
+    loop's clock: on a loop with virtual time, tasks take no real time.
 
     - ``port``: 0 takes a free one.
     - ``durations``: seconds that tasks take: a number, or a function that draws one.

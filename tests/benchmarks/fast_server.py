@@ -1,6 +1,6 @@
 """A server with minimal overhead, in its own process.
 
-It answers record-info and the peers' status requests with prepared records of a task that took 15 s.
+It answers record-info and the peers' status requests with records of a task that took 15 s.
 An id that begins with ``done`` is complete at every poll, and one with ``third`` at every third.
 An id with ``never`` is never complete, and was created at its first poll.
 """
