@@ -35,7 +35,7 @@ from kontext_async import (
     WaitTimeoutError,
 )
 from kontext_async.simulator import Simulator
-from kontext_async.simulator.replies import refusal
+from kontext_async.simulator.replies import refused
 
 pytestmark = pytest.mark.virtual_time
 
@@ -728,8 +728,8 @@ async def test_a_refused_key_does_not_open_the_room(client, simulator):
 
 async def test_waits_in_a_pause_are_refused_without_waiting_for_its_end(client, simulator):
     """A key refused while the client pauses ends all at once."""
-    simulator.add_task("held", script=[refusal(429, status=429, retry_after=100)])
-    simulator.add_task("refused", script=[refusal(401)])
+    simulator.add_task("held", script=[refused(429, status=429, retry_after=100)])
+    simulator.add_task("refused", script=[refused(401)])
     slow = simulator.add_task("slow", duration=FOR_EVER)
     simulator._latency = 0.25
     outcomes = await ordered(client, ["held", "refused", slow], wait=wait_fixed(50))
@@ -740,7 +740,7 @@ async def test_waits_in_a_pause_are_refused_without_waiting_for_its_end(client, 
 @pytest.mark.parametrize("code", [402, 422, 451, 505])
 async def test_no_other_refusal_is_everybodys(client, simulator, code):
     """Credits that are used up, for one, say nothing of tasks that were paid for."""
-    simulator.add_task("unpaid", script=[refusal(code)])
+    simulator.add_task("unpaid", script=[refused(code)])
     simulator.add_task("paid", duration=3.0)
     unpaid, paid = await ordered(client, ["unpaid", "paid"])
     assert isinstance(unpaid.error, ApiError)
@@ -750,7 +750,7 @@ async def test_no_other_refusal_is_everybodys(client, simulator, code):
 
 async def test_403_in_an_envelope_is_a_refused_key(client, simulator):
     """As the error tree says; its code and message are every outcome's."""
-    simulator.add_task("refused", script=[refusal(403, "no access")])
+    simulator.add_task("refused", script=[refused(403, "no access")])
     simulator.add_task("slow", duration=FOR_EVER)
     outcomes = await ordered(client, ["refused", "slow"])
     assert [(o.error.code, o.error.msg, o.error.http_status) for o in outcomes] == [

@@ -38,7 +38,7 @@ from kontext_async import (
     __version__,
 )
 from kontext_async.simulator import Simulator
-from kontext_async.simulator.replies import refusal
+from kontext_async.simulator.replies import refused
 
 virtual_time = pytest.mark.virtual_time
 KEY = "marker-key"
@@ -271,7 +271,7 @@ async def test_what_is_no_task_id_is_not_asked_about(simulator, client, task_id)
 
 
 async def pause(simulator, client, seconds, code=429):
-    task_id = simulator.add_task(script=[refusal(code, status=code, retry_after=seconds)])
+    task_id = simulator.add_task(script=[refused(code, status=code, retry_after=seconds)])
     await error_of(client.record_info(task_id), ApiError)
     return len(simulator.requests)
 
@@ -302,7 +302,7 @@ async def test_a_look_waits_out_a_pause_shorter_than_a_request_may_last(simulato
 async def test_looks_in_a_pause_probe_it_one_at_a_time(simulator):
     """The first to go meets the same refusal, and the pause has become too long for the others."""
     async with make_client(simulator, request_timeout=5.0) as client:
-        refuse = refusal(429, status=429, retry_after=4)
+        refuse = refused(429, status=429, retry_after=4)
         task_id = simulator.add_task(script=[refuse, refuse])
         await error_of(client.record_info(task_id), RateLimitedError)
         looks = [client.record_info(task_id) for _ in range(3)]
