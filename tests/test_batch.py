@@ -45,7 +45,7 @@ from kontext_async import (
     WaitTimeoutError,
 )
 from kontext_async.simulator import Simulator
-from kontext_async.simulator.replies import refusal
+from kontext_async.simulator.replies import refused
 
 pytestmark = pytest.mark.virtual_time
 
@@ -689,8 +689,8 @@ async def test_a_refused_key_does_not_lift_the_limit_of_the_room(client, simulat
 
 async def test_waits_in_a_pause_are_refused_without_waiting_for_its_end(client, simulator):
     """A key refused while the client pauses ends all waits at once."""
-    simulator.add_task("held", script=[refusal(429, status=429, retry_after=100)])
-    simulator.add_task("refused", script=[refusal(401)])
+    simulator.add_task("held", script=[refused(429, status=429, retry_after=100)])
+    simulator.add_task("refused", script=[refused(401)])
     slow = simulator.add_task("slow", duration=FOR_EVER)
     simulator._latency = 0.25
     outcomes = await ordered(client, ["held", "refused", slow], wait=wait_fixed(50))
@@ -701,7 +701,7 @@ async def test_waits_in_a_pause_are_refused_without_waiting_for_its_end(client, 
 @pytest.mark.parametrize("code", [402, 422, 451, 505])
 async def test_other_refusals_are_the_outcome_of_their_task_only(client, simulator, code):
     """Exhausted credits, for one, say nothing about tasks that were paid for."""
-    simulator.add_task("unpaid", script=[refusal(code)])
+    simulator.add_task("unpaid", script=[refused(code)])
     simulator.add_task("paid", duration=3.0)
     unpaid, paid = await ordered(client, ["unpaid", "paid"])
     assert isinstance(unpaid.error, ApiError)
@@ -711,7 +711,7 @@ async def test_other_refusals_are_the_outcome_of_their_task_only(client, simulat
 
 async def test_403_in_an_envelope_is_a_refused_key(client, simulator):
     """Its code and message are in every outcome."""
-    simulator.add_task("refused", script=[refusal(403, "no access")])
+    simulator.add_task("refused", script=[refused(403, "no access")])
     simulator.add_task("slow", duration=FOR_EVER)
     outcomes = await ordered(client, ["refused", "slow"])
     assert [(o.error.code, o.error.msg, o.error.http_status) for o in outcomes] == [

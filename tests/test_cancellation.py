@@ -14,7 +14,7 @@ from tenacity import wait_fixed
 
 from kontext_async import CompletedTask, RateLimit, WaitTimeoutError
 from kontext_async.simulator import Simulator
-from kontext_async.simulator.replies import refusal
+from kontext_async.simulator.replies import refused
 
 pytestmark = pytest.mark.virtual_time
 
@@ -59,7 +59,7 @@ class _SlowResolver(aiohttp.abc.AbstractResolver):
         """Nothing to close."""
 
 
-PAUSE = refusal(429, status=429, retry_after=1)
+PAUSE = refused(429, status=429, retry_after=1)
 LIVES = {
     # script, and what is special about the client
     "good": (["generating", "success"], {}),

@@ -6,6 +6,8 @@ import asyncio
 import io
 import json
 import math
+import runpy
+import signal
 import sys
 from datetime import datetime, timedelta
 
@@ -29,7 +31,13 @@ from kontext_async.cli import app, local, main, progress, waiting
 from kontext_async.cli.output import Exit, gravest, kind, outcome_line, silence_stdout
 from kontext_async.cli.running import run
 from kontext_async.cli.tally import Tally
-from kontext_async.simulator import Failure, Simulator
+from kontext_async.simulator import (
+    Failure,
+    FixedWindow,
+    Simulator,
+    SlidingWindow,
+    TokenBucket,
+)
 
 KEY = "marker-key-5f1c"
 ANSI = "\x1b"
@@ -490,45 +498,69 @@ class TestProgress:
 
 
 class TestLocal:
-    async def test_simulate_serves_until_it_is_cancelled(self, capsys):
-        """The address is a line for programs; a way to use it is said to people."""
+    async def test_simulate_serves_until_sigterm(self, capsys):
+        """The address is a line for programs; people get a command to try."""
         serving = asyncio.create_task(local.serve(Simulator()))
         while not (said := capsys.readouterr()).out:  # noqa: ASYNC110 - output has no event
             await asyncio.sleep(0.01)
         address = json.loads(said.out)["baseUrl"]
         assert f"--base-url {address}" in said.err
-        serving.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await serving
+        signal.raise_signal(signal.SIGTERM)
+        assert await serving is Exit.DONE
 
-    def test_simulate_takes_its_options(self, monkeypatch):
-        """What the options say reaches the simulator."""
+    @pytest.fixture
+    def built(self, monkeypatch):
+        """The options that `simulate` gives its simulator, which does not serve."""
         built = {}
-
-        class Built:
-            def __init__(self, **options):
-                built.update(options)
 
         async def serve(simulator):
             return Exit.DONE
 
-        monkeypatch.setattr(app, "Simulator", Built)
+        monkeypatch.setattr(app, "Simulator", lambda **options: built.update(options))
         monkeypatch.setattr(app, "serve", serve)
-        options = "--port 0 --duration 3 --spread 0 --failure-rate 0.5 --rate-limit 20/10 --seed 7"
+        return built
+
+    def test_simulate_takes_its_options(self, built):
+        """The options reach the simulator."""
+        options = "--port 0 --duration 3 --spread 0 --failure-rate 0.5 --image-bytes 9 --seed 7"
         result = CliRunner().invoke(app.app, ["simulate", *options.split(), "--no-auto-create"])
         assert result.exit_code == 0
         assert (built["failure_rate"], built["seed"], built["auto_create"]) == (0.5, 7, False)
-        assert (built["rate_limit"].max_requests, built["rate_limit"].period) == (20, 10.0)
+        assert (built["image_bytes"], built["rate_limit"]) == (9, None)
 
-    def test_a_port_that_is_taken_is_wrong_usage(self, simulator):
-        """The message names the port."""
+    @pytest.mark.parametrize(
+        ("text", "limit"),
+        [
+            ("20/10", SlidingWindow(20, 10.0)),
+            ("20", SlidingWindow(20, 1.0)),
+            ("sliding:5/0.5", SlidingWindow(5, 0.5)),
+            ("fixed:20/10", FixedWindow(20, 10.0)),
+            ("bucket:20/10", TokenBucket(20, 2.0)),
+        ],
+    )
+    def test_a_rate_limit_is_one_of_three_kinds(self, built, text, limit):
+        """Requests and seconds stand on either side of a slash, the kind before a colon."""
+        assert CliRunner().invoke(app.app, ["simulate", "--rate-limit", text]).exit_code == 0
+        assert repr(built["rate_limit"]) == repr(limit)
+
+    @pytest.mark.parametrize(
+        "text", ["", "often", "0/10", "5/0", "5/x", "fixed:", "bucket:5/0", "odd:5/1"]
+    )
+    def test_an_invalid_rate_limit_is_wrong_usage(self, text):
+        """The message shows the three kinds."""
+        result = CliRunner().invoke(app.app, ["simulate", "--rate-limit", text])
+        assert result.exit_code == 2
+        assert "such as 20/10, fixed:20/10 or bucket:20/10" in " ".join(result.stderr.split())
+
+    def test_a_port_in_use_is_wrong_usage(self, simulator):
+        """The message names the port and what to do."""
         port = simulator.base_url.rpartition(":")[2]
         result = CliRunner().invoke(app.app, ["simulate", "--port", port])
         assert result.exit_code == 2
-        assert f"port {port}" in result.stderr
+        assert f"port {port}: it is in use. Choose another --port" in result.stderr
 
     def test_another_failure_of_the_system_is_not_hidden(self, monkeypatch):
-        """Only a port that cannot be had is the user's to mend."""
+        """Only a port that cannot be used is wrong usage."""
 
         async def serve(simulator):
             raise OSError(5, "Input/output error")
@@ -537,19 +569,16 @@ class TestLocal:
         result = CliRunner().invoke(app.app, ["simulate"])
         assert isinstance(result.exception, OSError)
 
-    @pytest.mark.parametrize("limit", ["", "often", "0/10", "5/0", "5/x"])
-    def test_a_limit_that_is_none_is_wrong_usage(self, limit):
-        """Requests and seconds are positive numbers."""
-        result = CliRunner().invoke(app.app, ["simulate", "--rate-limit", limit])
-        assert result.exit_code == 2
-
 
 class TestMain:
-    def test_version(self, monkeypatch, capsys):
-        """The installed version, alone."""
+    @pytest.mark.parametrize(
+        "run_main", [main, lambda: runpy.run_module("kontext_async", run_name="__main__")]
+    )
+    def test_version(self, run_main, monkeypatch, capsys):
+        """The installed version, alone, from `kontext` and from `python -m kontext_async`."""
         monkeypatch.setattr(sys, "argv", ["kontext", "--version"])
         with pytest.raises(SystemExit) as caught:
-            main()
+            run_main()
         assert caught.value.code == 0
         assert capsys.readouterr().out.strip()[0].isdigit()
 

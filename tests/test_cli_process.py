@@ -20,7 +20,7 @@ from background import serving
 import kontext_async
 
 KEY = "marker-key-77aa"
-COMMAND = [sys.executable, "-P", "-c", "from kontext_async.cli import main; main()"]
+COMMAND = [sys.executable, "-P", "-m", "kontext_async"]
 
 
 @pytest.fixture(scope="module")
@@ -116,16 +116,17 @@ def test_a_reader_that_goes_away_ends_it_quietly(start, simulator):
     assert "Broken" not in err
 
 
-def test_simulate_serves_until_ctrl_c(start):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_simulate_serves_until_a_signal(start, number, code):
     """Its address is on standard output, and the command can wait there."""
     server = start("simulate", "--duration", "0")
     address = json.loads(server.stdout.readline())["baseUrl"]
     waiting = start("wait", "any-task", "--base-url", address)
     out, _ = waiting.communicate(timeout=20)
     assert json.loads(out)["outcome"] == "success"
-    server.send_signal(signal.SIGINT)
+    server.send_signal(number)
     _, err = server.communicate(timeout=5)
-    assert server.returncode == 130
+    assert server.returncode == code
     assert "kontext wait --base-url" in err
     assert "Traceback" not in err
 

@@ -39,7 +39,7 @@ from kontext_async import (
     __version__,
 )
 from kontext_async.simulator import Simulator
-from kontext_async.simulator.replies import refusal
+from kontext_async.simulator.replies import refused
 
 virtual_time = pytest.mark.virtual_time
 
@@ -260,7 +260,7 @@ async def test_a_task_id_that_is_not_one_is_refused_before_any_request(simulator
 
 
 async def pause(simulator, client, seconds, code=429):
-    task_id = simulator.add_task(script=[refusal(code, status=code, retry_after=seconds)])
+    task_id = simulator.add_task(script=[refused(code, status=code, retry_after=seconds)])
     await error_of(client.record_info(task_id), ApiError)
     return len(simulator.requests)
 
@@ -293,7 +293,7 @@ async def test_record_info_waits_for_the_end_of_a_pause_shorter_than_request_tim
 async def test_polls_in_a_pause_probe_it_one_at_a_time(simulator):
     """The first one meets the same refusal, and the pause is then too long for the others."""
     async with make_client(simulator, request_timeout=5.0) as client:
-        refuse = refusal(429, status=429, retry_after=4)
+        refuse = refused(429, status=429, retry_after=4)
         task_id = simulator.add_task(script=[refuse, refuse])
         await error_of(client.record_info(task_id), RateLimitedError)
         looks = [client.record_info(task_id) for _ in range(3)]

@@ -47,7 +47,7 @@ from kontext_async import (
 from kontext_async.pacing import RequestBudget
 from kontext_async.polling import TaskWait, WaitPolicy
 from kontext_async.simulator import STEPS, Simulator
-from kontext_async.simulator.replies import refusal
+from kontext_async.simulator.replies import refused
 
 pytestmark = pytest.mark.virtual_time
 
@@ -286,7 +286,7 @@ async def test_an_envelope_501_with_a_record_of_success_is_a_success(wait):
 
     def step(look):
         look.task.end(look.now, None)
-        return refusal(501, data=look.record())
+        return refused(501, data=look.record())
 
     assert isinstance(await wait(step), CompletedTask)
 
@@ -378,7 +378,7 @@ async def test_a_success_without_a_url_is_polled_again_within_the_grace(wait):
 
 
 def refused_for(retry_after, code=429):
-    return refusal(code, status=code, retry_after=retry_after)
+    return refused(code, status=code, retry_after=retry_after)
 
 
 @pytest.mark.parametrize("step", ["code_408", "not_found"])

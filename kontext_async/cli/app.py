@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import math
 import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -41,7 +42,14 @@ from kontext_async.cli.waiting import say_how_to_resume, wait_for_all
 from kontext_async.client import KontextClient
 from kontext_async.errors import KontextError
 from kontext_async.polling import TaskOutcome
-from kontext_async.simulator import Simulator, SlidingLimit, lognormal
+from kontext_async.simulator import (
+    FixedWindow,
+    Limit,
+    Simulator,
+    SlidingWindow,
+    TokenBucket,
+    lognormal,
+)
 
 app = typer.Typer(
     add_completion=False,
@@ -228,50 +236,79 @@ def status(folder: Folder) -> None:
     raise typer.Exit(show_status(folder))
 
 
-def _rate_limit(text: str) -> SlidingLimit:
-    """``20/10``: 20 requests in any 10 seconds."""
-    requests, _, seconds = text.partition("/")
+_LIMITS: Mapping[str, Callable[[int, float], Limit]] = {
+    "sliding": SlidingWindow,
+    "fixed": FixedWindow,
+    "bucket": lambda requests, seconds: TokenBucket(requests, requests / seconds),
+}
+_PORT_PROBLEMS = {errno.EADDRINUSE: "it is in use", errno.EACCES: "permission denied"}
+
+
+def _rate_limit(text: str) -> Limit:
+    """Read ``20/10``, 20 requests in any 10 seconds, or the same with a kind: ``fixed:20/10``."""
+    kind, _, rate = text.rpartition(":")
+    requests, _, seconds = rate.partition("/")
     try:
-        return SlidingLimit(int(requests), float(seconds or 1))
-    except ValueError as error:
-        raise typer.BadParameter("give requests/seconds, such as 20/10") from error
+        return _LIMITS[kind or "sliding"](int(requests), float(seconds or 1))
+    except (KeyError, ValueError, ZeroDivisionError) as error:
+        raise typer.BadParameter(
+            "give REQUESTS/SECONDS, such as 20/10, fixed:20/10 or bucket:20/10"
+        ) from error
 
 
 @app.command()
 def simulate(
     *,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 0,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 0 takes a free one.")
+    ] = 0,
     duration: Annotated[
-        float, typer.Option(min=0, metavar="SECONDS", help="What half the tasks take.")
+        float, typer.Option(min=0, metavar="SECONDS", help="Median duration of the tasks.")
     ] = 12.0,
     spread: Annotated[
         float,
-        typer.Option(min=0, help="Two thirds lie within a factor of e to this; 0: all alike."),
+        typer.Option(min=0, help="Log-normal sigma of the task durations; 0 makes them all equal."),
     ] = 0.3,
     failure_rate: Annotated[
-        float, typer.Option(min=0, max=1, metavar="SHARE", help="Tasks that of 1.")
+        float,
+        typer.Option(min=0, max=1, metavar="FRACTION", help="Fraction of tasks that fail, 0 to 1."),
     ] = 0.0,
     fault_rate: Annotated[
         float,
-        typer.Option(min=0, max=1, metavar="SHARE", help="Requests that meet a fault, of 1."),
+        typer.Option(
+            min=0,
+            max=1,
+            metavar="FRACTION",
+            help="Fraction of polls and downloads that meet a fault, 0 to 1.",
+        ),
     ] = 0.0,
     rate_limit: Annotated[
-        SlidingLimit | None,
+        Limit | None,
         typer.Option(
             parser=_rate_limit,
-            metavar="REQUESTS/SECONDS",
-            help="Answer 429 to what comes faster, such as 20/10.",
+            metavar="[KIND:]REQUESTS/SECONDS",
+            help="Refuse requests above this rate with 429: 20/10 is 20 in any 10 seconds. Kinds: "
+            "sliding (the default) and fixed windows, or a token bucket of REQUESTS that refills "
+            "in SECONDS (bucket).",
         ),
     ] = None,
     latency: Annotated[
-        float, typer.Option(min=0, metavar="SECONDS", help="Before each answer.")
+        float, typer.Option(min=0, metavar="SECONDS", help="Delay before each reply.")
     ] = 0.0,
     auto_create: Annotated[
-        bool, typer.Option(help="Take an unknown id for a new task, from the first look on.")
+        bool, typer.Option(help="Create a task at the first poll of an unknown id.")
     ] = True,
-    seed: Annotated[int, typer.Option(help="The same seed draws the same fates.")] = 0,
+    image_bytes: Annotated[
+        int, typer.Option(min=0, metavar="BYTES", help="Minimum size of an image.")
+    ] = 0,
+    seed: Annotated[
+        int, typer.Option(help="The same seed gives an id the same duration, outcome and faults.")
+    ] = 0,
 ) -> None:
-    """Serve the API on this machine until Ctrl-C."""
+    """Serve a simulated API on this machine until Ctrl-C or SIGTERM.
+
+    The first line on standard output is JSON with its address, baseUrl.
+    """
     simulator = Simulator(
         port=port,
         durations=lognormal(duration, spread),
@@ -280,14 +317,20 @@ def simulate(
         rate_limit=rate_limit,
         latency=latency,
         auto_create=auto_create,
+        image_bytes=image_bytes,
+        log_limit=0,  # nothing outside this process could read the log
         seed=seed,
     )
     try:
         run(serve(simulator))
     except OSError as error:
-        if error.errno not in {errno.EACCES, errno.EADDRINUSE}:
+        problem = _PORT_PROBLEMS.get(error.errno or 0)
+        if problem is None:
             raise
-        fail(f"cannot serve on port {port}: {error.strerror}")
+        fail(
+            f"cannot serve on port {port}: {problem}. "
+            "Choose another --port, or leave it out to get a free one."
+        )
 
 
 @app.command()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import signal
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 from rich.table import Column, Table
 
@@ -36,14 +37,17 @@ _TASKS: tuple[tuple[str, float, Failure | None], ...] = (
 )
 
 
-async def serve(simulator: Simulator) -> NoReturn:
-    """Serve until cancelled. The base URL goes to standard output, for scripts."""
+async def serve(simulator: Simulator) -> Exit:
+    """Serve until SIGTERM, or until cancelled. Standard output gets the base URL, for scripts."""
+    terminated = asyncio.Event()
+    with contextlib.suppress(NotImplementedError):  # on Windows only Ctrl-C ends it
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, terminated.set)
     async with simulator:
         write_line({"baseUrl": simulator.base_url})
         say(f"The API is simulated at {simulator.base_url}, for any key. Ctrl-C ends it. Try:")
         say(f"  APIKLEY_API_KEY=any kontext wait --base-url {simulator.base_url} task1 task2")
-        while True:  # noqa: ASYNC110 - only cancelling ends it
-            await asyncio.sleep(3600)
+        await terminated.wait()
+    return Exit.DONE
 
 
 async def demonstrate(folder: Path) -> Exit:
