@@ -1,4 +1,4 @@
-"""The client as its users meet it: what it accepts, one look, sessions, loops, many at once."""
+"""The client's public face: its arguments, single polls, sessions, event loops, many waits."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ async def client(simulator):
         yield client
 
 
-# --- what it accepts ----------------------------------------------------------------------------
+# --- arguments ----------------------------------------------------------------------------------
 
 
 async def authorization_sent(*args, **options):
@@ -210,7 +210,7 @@ async def test_a_session_with_credentials_is_refused():
         assert "auth" in refused_with(KEY, session=session)
 
 
-# --- one look -----------------------------------------------------------------------------------
+# --- a single poll ------------------------------------------------------------------------------
 
 
 @virtual_time
@@ -256,6 +256,7 @@ async def test_record_info_does_not_retry(simulator, client, step, kind):
 async def test_a_task_id_that_is_not_one_is_refused_before_any_request(simulator, client, task_id):
     """Blank, unprintable, or not a str."""
     await error_of(client.record_info(task_id), ConfigurationError)
+    await error_of(client.wait_for_result(task_id), ConfigurationError)
     assert not simulator.requests
 
 
@@ -296,8 +297,8 @@ async def test_polls_in_a_pause_probe_it_one_at_a_time(simulator):
         refuse = refused(429, status=429, retry_after=4)
         task_id = simulator.add_task(script=[refuse, refuse])
         await error_of(client.record_info(task_id), RateLimitedError)
-        looks = [client.record_info(task_id) for _ in range(3)]
-        errors = await asyncio.gather(*looks, return_exceptions=True)
+        polls = [client.record_info(task_id) for _ in range(3)]
+        errors = await asyncio.gather(*polls, return_exceptions=True)
         assert {type(error) for error in errors} == {RateLimitedError}
         assert sorted(error.http_status or 0 for error in errors) == [0, 0, 429]
         assert [request.time for request in simulator.requests] == pytest.approx([0, 4])
@@ -322,14 +323,14 @@ async def test_record_info_is_not_sent_at_max_concurrency(simulator):
     """It waits for a permit for request_timeout at most."""
     async with make_client(simulator, max_concurrency=1, request_timeout=5.0) as client:
         stalled = simulator.add_task(script=["stall"] * 2)
-        looks = []
+        polls = []
         for _ in range(2):
-            looks.append(asyncio.create_task(client.record_info(stalled)))
+            polls.append(asyncio.create_task(client.record_info(stalled)))
             await asyncio.sleep(0.5)
         error = await error_of(client.record_info("task"), RateLimitedError)
         assert asyncio.get_running_loop().time() == pytest.approx(6)
         assert (error.http_status, error.retry_after) == (None, None)
-    errors = await asyncio.gather(*looks, return_exceptions=True)
+    errors = await asyncio.gather(*polls, return_exceptions=True)
     assert [type(error) for error in errors] == [TransportError, ClientStateError]
     assert len(simulator.requests) == 2
 
@@ -337,10 +338,10 @@ async def test_record_info_is_not_sent_at_max_concurrency(simulator):
 async def test_a_poll_without_a_permit_is_not_sent(client, monkeypatch):
     """`acquire` returns None if none came in time."""
 
-    async def no_turn(at, *, seen, until):
+    async def no_permit(at, *, seen, until):
         return None
 
-    monkeypatch.setattr(client._transport, "acquire", no_turn)
+    monkeypatch.setattr(client._transport, "acquire", no_permit)
     await error_of(client.record_info("task"), RateLimitedError)
 
 
@@ -527,7 +528,7 @@ async def test_a_sessions_connection_limit_holds(simulator):
         assert asyncio.get_running_loop().time() == pytest.approx(1.0)
 
 
-# --- loops and lives ----------------------------------------------------------------------------
+# --- loops and ends -----------------------------------------------------------------------------
 
 
 def test_a_client_can_be_made_without_a_loop():
