@@ -177,7 +177,7 @@ async def then_silent(task_ids):
 # --- an outcome --------------------------------------------------------------------------------
 
 
-async def test_an_outcome_unwraps_to_the_result_or_raises_the_error(client, simulator):
+async def test_an_outcome_is_a_frozen_value_that_unwraps_to_its_result_or_error(client, simulator):
     """One of the two is there, the other is None."""
     done, failed = await ordered(
         client,
@@ -189,17 +189,10 @@ async def test_an_outcome_unwraps_to_the_result_or_raises_the_error(client, simu
     with pytest.raises(GenerationFailedError) as caught:
         failed.unwrap()
     assert caught.value is failed.error
-
-
-async def test_an_outcome_is_a_frozen_value_that_pickles(client, simulator):
-    """It can be passed to another process, with its error."""
-    outcomes = await ordered(
-        client,
-        [simulator.add_task("good", duration=0.0), simulator.add_task("bad", script=["failed"])],
-    )
-    good, bad = pickle.loads(pickle.dumps(outcomes))
-    assert good == outcomes[0]
-    assert str(bad.error) == str(outcomes[1].error)
+    # They can be passed to another process.
+    good, bad = pickle.loads(pickle.dumps((done, failed)))
+    assert good == done
+    assert str(bad.error) == str(failed.error)
     with pytest.raises(attrs.exceptions.FrozenInstanceError):
         good.task_id = "other"
 
@@ -744,27 +737,22 @@ def callback_raising(error, *, when=lambda event: True):
     ],
     ids=lambda e: type(e).__name__,
 )
+@pytest.mark.parametrize(
+    ("name", "when"),
+    [("on_event", lambda event: event.attempt == 2), ("wait", lambda state: True)],
+    ids=["on_event", "wait"],
+)
 @BOTH
-async def test_what_on_event_raises_reaches_the_caller_unchanged(client, simulator, gather, error):
+async def test_what_a_callback_raises_reaches_the_caller_unchanged(
+    client, simulator, gather, error, name, when
+):
     """Even an error of this library is not an outcome if a callback raises it."""
     tasks(simulator, 5, duration=FOR_EVER)
     ids = Silent(f"task{n}" for n in range(5))
-    on_event = callback_raising(error, when=lambda event: event.attempt == 2)
-    assert await error_of(gather(client, ids, on_event=on_event), Exception) is error
+    keywords = {name: callback_raising(error, when=when)}
+    assert await error_of(gather(client, ids, **keywords), Exception) is error
     await assert_idle(client)
     assert ids.closed == 1
-
-
-@BOTH
-async def test_what_the_strategy_raises_reaches_the_caller_unchanged(client, simulator, gather):
-    """It is a defect of the caller's code, not of a task."""
-    error = CallersError("mine")
-
-    def strategy(state):
-        raise error
-
-    ids = tasks(simulator, 5, duration=9.0)
-    assert await error_of(gather(client, ids, wait=strategy), CallersError) is error
 
 
 @pytest.mark.parametrize("delay", [math.nan, math.inf, -1, None, "1"])
@@ -932,30 +920,24 @@ async def test_leaving_by_break_ends_every_wait(client, busy):
     assert [outcome async for outcome in outcomes] == []
 
 
-async def test_leaving_by_an_exception_ends_every_wait_and_raises_it(client, busy):
+@pytest.mark.parametrize("raises", [True, False])
+async def test_leaving_by_an_exception_or_return_ends_every_wait(client, busy, raises):
     """The consumer's own exception is raised."""
 
     async def consume():
         async with stream_of(client, busy) as outcomes:
-            async for _ in outcomes:
-                raise CallersError
-
-    await error_of(consume(), CallersError)
-    assert left_running(client) == []
-    assert busy.closed == 1
-
-
-async def test_leaving_by_return_ends_every_wait(client, busy):
-    """From inside the loop."""
-
-    async def first():
-        async with stream_of(client, busy) as outcomes:
             async for outcome in outcomes:
+                if raises:
+                    raise CallersError
                 return outcome
         raise AssertionError("no outcome")
 
-    assert (await first()).result
+    if raises:
+        await error_of(consume(), CallersError)
+    else:
+        assert (await consume()).result
     assert left_running(client) == []
+    assert busy.closed == 1
 
 
 @pytest.mark.parametrize("how", ["leave", "fail", "cancel"])
@@ -1236,9 +1218,16 @@ def clear_in_a_thread(holder):
     thread.join()
 
 
-@pytest.mark.parametrize("drop", [list.clear, clear_in_a_thread])
+def leave_in_a_cycle(holder):
+    cycle = {"stream": holder.pop()}
+    cycle["self"] = cycle
+    del cycle
+    gc.collect()
+
+
+@pytest.mark.parametrize("drop", [list.clear, clear_in_a_thread, leave_in_a_cycle])
 async def test_a_stream_that_is_dropped_warns_once_and_ends_its_waits(client, busy, drop):
-    """A `ResourceWarning`, as for a file that was not closed; in any thread."""
+    """A `ResourceWarning`, as for a file that was not closed; by any thread or the collector."""
     holder = [stream_of(client, busy)]
     await anext(holder[0])
     with pytest.warns(ResourceWarning, match="async with") as warned:
@@ -1258,18 +1247,6 @@ async def test_a_loop_that_is_left_early_warns_too(client, busy):
 
     with pytest.warns(ResourceWarning, match="async with"):
         await first()
-    await asyncio.sleep(1)
-    assert left_running(client) == []
-
-
-async def test_a_stream_dropped_in_a_cycle_is_noticed_by_the_garbage_collector(client, busy):
-    """The batch itself holds no reference to it."""
-    holder = {"stream": stream_of(client, busy)}
-    holder["self"] = holder
-    await anext(holder["stream"])
-    del holder
-    with pytest.warns(ResourceWarning, match="async with"):
-        gc.collect()
     await asyncio.sleep(1)
     assert left_running(client) == []
 

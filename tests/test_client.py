@@ -716,16 +716,6 @@ async def test_three_hundred_waits_each_get_their_own(simulator, client):
 
 
 @virtual_time
-async def test_a_batch_uses_the_same_client(simulator, client):
-    """Its permits, its session and its schedule."""
-    tasks = [simulator.add_task(duration=5.0) for _ in range(10)]
-    outcomes = await client.wait_for_results(tasks, wait=wait_fixed(1), timeout=60)
-    assert [outcome.unwrap().task_id for outcome in outcomes] == tasks
-    async with client.as_completed([tasks[0]]) as stream:
-        assert [outcome.task_id async for outcome in stream] == [tasks[0]]
-
-
-@virtual_time
 @pytest.mark.parametrize("name", ["timeout", "error_grace", "not_found_grace", "batch_timeout"])
 async def test_a_batch_checks_its_arguments_at_once(simulator, client, name):
     """As a single wait does."""

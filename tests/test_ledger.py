@@ -154,15 +154,6 @@ async def test_a_ledger_may_be_opened_again(client, simulator, path):
     assert polled(simulator).count("done") == 1
 
 
-async def test_a_ledger_has_one_writer(client, path):
-    """The second raises, and the first goes on."""
-    async with Ledger(path) as ledger:
-        error = await error_of(Ledger(path).__aenter__(), LedgerError)
-        assert "another process is writing to it: one batch at a time" in str(error)
-        await ledger.add(["a"])
-    assert states(path) == {"a": "waiting"}
-
-
 # Ids
 
 

@@ -241,22 +241,19 @@ BAD_RECORDS = {
 }
 
 
-@pytest.mark.parametrize("record", BAD_RECORDS.values(), ids=BAD_RECORDS)
-def test_an_unreadable_record_is_named_by_its_task(record):
+@pytest.mark.parametrize(
+    ("state", "record", "error"),
+    [
+        *(("done", record, None) for record in BAD_RECORDS.values()),
+        *(("failed", None, error) for error in ("{", "[]", "5")),
+    ],
+)
+def test_an_unreadable_record_or_error_is_named_by_its_task(state, record, error):
     """It is a `LedgerError`, for readers as for a batch."""
     with pytest.raises(LedgerError, match="task 'mine' is unreadable"):
-        entry("mine", record)
+        entry("mine", record, error)
     with pytest.raises(LedgerError, match="task 'mine' is unreadable"):
-        recalled(("mine", "done", record, None, None, None, None, None))
-
-
-@pytest.mark.parametrize("error", ["{", "[]", "5"])
-def test_an_unreadable_error_is_named_by_its_task(error):
-    """As an unreadable record is."""
-    with pytest.raises(LedgerError, match="unreadable"):
-        entry("mine", error=error)
-    with pytest.raises(LedgerError, match="unreadable"):
-        recalled(("mine", "failed", None, error, None, None, None, None))
+        recalled(("mine", state, record, error, None, None, None, None))
 
 
 @pytest.mark.parametrize("created", ["soon", None, 1e15, 1e300, float("inf")])

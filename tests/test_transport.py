@@ -305,28 +305,21 @@ async def test_a_certificate_that_does_not_verify_ends_a_wait_at_once(authority,
         assert isinstance(error.__cause__, ssl.SSLCertVerificationError | aiohttp.ClientSSLError)
 
 
-async def test_a_session_may_trust_a_private_authority(authority):
-    """Its connector's TLS context is used."""
+@pytest.mark.parametrize("pinned", [False, True])
+async def test_a_session_may_trust_a_private_authority_or_pin_a_certificate(authority, pinned):
+    """Its connector's TLS options are used; a certificate that is not the pinned one is final."""
     context = ssl.create_default_context()
     authority.configure_trust(context)
-    connector = aiohttp.TCPConnector(ssl=context)
+    connector = aiohttp.TCPConnector(ssl=aiohttp.Fingerprint(b"\0" * 32) if pinned else context)
     async with (
         tls_server(authority, "127.0.0.1") as server,
         aiohttp.ClientSession(connector=connector) as session,
         make_client(server.base_url, session=session) as client,
     ):
-        assert isinstance(await client.wait_for_result("task"), CompletedTask)
-
-
-async def test_a_certificate_that_is_not_the_pinned_one_ends_a_wait_at_once(authority):
-    """A session may pin the server's certificate by its fingerprint."""
-    connector = aiohttp.TCPConnector(ssl=aiohttp.Fingerprint(b"\0" * 32))
-    async with (
-        tls_server(authority, "127.0.0.1") as server,
-        aiohttp.ClientSession(connector=connector) as session,
-        make_client(server.base_url, session=session) as client,
-    ):
-        assert not (await error_of(client.wait_for_result("task"), TransportError)).retryable
+        if pinned:
+            assert not (await error_of(client.wait_for_result("task"), TransportError)).retryable
+        else:
+            assert isinstance(await client.wait_for_result("task"), CompletedTask)
         assert client.stats.requests == 1
 
 
