@@ -1460,12 +1460,14 @@ async def test_a_batch_that_ends_leaves_the_journals_futures_alone(client, simul
     assert len(simulator.requests) == (0 if after == 1 else 2)
 
 
-async def test_the_outcomes_of_a_refused_key_are_recorded(client, simulator):
+async def test_the_outcomes_of_a_refused_key_are_recorded(simulator):
     """Those of waits that were cancelled, and of ids read later."""
-    simulator._api_key = "another"
+    simulator._api_key, simulator._latency = "another", 0.5
     journal = MemoryJournal()
     ids = [f"task{n}" for n in range(20)]
-    outcomes = await collected(client, ids, journal=journal, max_in_flight=5)
+    async with make_client(simulator, max_concurrency=1) as client:
+        outcomes = await collected(client, ids, journal=journal, max_in_flight=5)
+        assert client.stats.requests == 1
     assert errors(outcomes) == dict.fromkeys(ids, AuthenticationError)
     assert sorted(journal.outcomes) == sorted(ids)
 
