@@ -89,5 +89,5 @@ def debian(session: nox.Session) -> None:
     isolated = ("unshare", "--mount", "--pid", "--fork", "--kill-child")
     for suite in session.posargs or ["trixie", "sid"]:
         with tempfile.TemporaryDirectory() as folder:
-            command = (*isolated, "tests/debian.sh", suite, folder)
+            command = (*isolated, "tests/debian.sh", suite, f"{folder}/{suite}")
             session.run(*command, external=True, interrupt_timeout=60)
