@@ -21,6 +21,7 @@ import kontext_async
 
 KEY = "marker-key-77aa"
 COMMAND = [sys.executable, "-P", "-m", "kontext_async"]
+IMPORTS = "import aiohttp, attrs, cattrs, rich.progress, rich.table, tenacity, typer"
 
 
 @pytest.fixture(scope="module")
@@ -57,16 +58,21 @@ def looked_at(simulator, *task_ids):
 
 
 def test_help_answers_quickly(start):
-    """`--help` costs less than half a second of computing, at the best of three tries."""
-    costs = []
-    for _ in range(3):
+    """`--help` costs little more computing than to import what the command is built on."""
+
+    def cost(process):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        out, _ = (process := start("--help")).communicate(timeout=20)
+        out, _ = process.communicate(timeout=20)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        costs.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         assert process.returncode == 0
-        assert "wait" in out
-    assert min(costs) < 0.5
+        assert "wait" in out or process.args[-1] == IMPORTS
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    # By turns, and the best of each: how fast the machine is, and how busy, cancels out.
+    imports = [sys.executable, "-P", "-c", IMPORTS]
+    pairs = [(cost(start("--help")), cost(start(command=imports))) for _ in range(4)]
+    helping, importing = map(min, zip(*pairs, strict=True))
+    assert helping < 1.75 * importing
 
 
 def test_results_and_exit_code(start, simulator):

@@ -7,6 +7,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import threading
 from contextlib import closing, suppress
 
 import pytest
@@ -276,12 +277,21 @@ async def test_one_may_be_opened_again_but_not_twice(store):
     assert await store.run(ALL) == [("a",)]
 
 
-async def test_opening_may_be_cancelled(path):
+async def test_opening_may_be_cancelled(path, monkeypatch):
     """When that is through, nothing is left, and the ledger is free."""
+    cancelled = threading.Event()
+
+    def open_once_cancelled(path):
+        cancelled.wait(10)
+        return open_writer(path)
+
+    monkeypatch.setattr(_store, "open_writer", open_once_cancelled)
     for _ in range(5):
+        cancelled.clear()
         opening = asyncio.create_task(Store(path).open())
         await asyncio.sleep(0)
         opening.cancel()
+        cancelled.set()
         await error_of(opening, asyncio.CancelledError)
         assert open_files(path.parent) == []
     await make(path)
@@ -292,9 +302,12 @@ async def test_closing_may_be_cancelled(path):
     store = Store(path)
     await store.open()
     store.submit(ADD, ("a",), list)
+    cancelled = threading.Event()
+    store._thread.submit(cancelled.wait, 10)
     closing_it = asyncio.create_task(store.aclose())
     await asyncio.sleep(0)
     closing_it.cancel()
+    cancelled.set()
     await error_of(closing_it, asyncio.CancelledError)
     assert open_files(path.parent) == []
     assert read(path) == ["a"]
