@@ -84,6 +84,11 @@ def same(twin, error):
     )
 
 
+def bare(code, kind=ApiError):
+    """An answer without an envelope, as a gateway gives it."""
+    return kind("No", code=code, http_status=code, from_gateway=True)
+
+
 def test_every_public_error_is_among_the_examples():
     assert {type(error).__name__ for error in EXAMPLES} == set(errors.__all__) - {"Handling"}
 
@@ -207,11 +212,30 @@ def test_the_text_says_what_happened_and_what_to_do(error, text):
         (ServerError("No", code=503), Handling.RETRY),
         (ServerError("No", code=500, retry_after=5.0), Handling.RETRY),
         (ServerError("No", code=505), Handling.RAISE),
+        (ApiError("No", code=399), Handling.RETRY),
+        (ApiError("No", code=400), Handling.RAISE),
         (ApiError("No", code=402), Handling.RAISE),
-        (ApiError("No", code=403), Handling.RETRY),
+        (ApiError("No", code=403), Handling.RAISE),
         (ApiError("No", code=408), Handling.RETRY),
+        (ApiError("No", code=409), Handling.RAISE),
+        (ApiError("No", code=451), Handling.RAISE),
+        (ApiError("No", code=499), Handling.RAISE),
+        (ApiError("No", code=500), Handling.RETRY),
         (ApiError("No", code=1000), Handling.RETRY),
-        (AuthenticationError("No", code=403), Handling.RAISE),
+        (bare(400), Handling.RETRY),
+        (bare(402), Handling.RAISE),
+        (bare(403), Handling.RETRY),
+        (bare(404), Handling.RAISE),
+        (bare(408), Handling.RETRY),
+        (bare(409), Handling.RETRY),
+        (bare(425), Handling.RETRY),
+        (bare(429), Handling.BACK_OFF),
+        (bare(499), Handling.RETRY),
+        (bare(502), Handling.RETRY),
+        (bare(505), Handling.RAISE),
+        (bare(401, AuthenticationError), Handling.RAISE),
+        (bare(422, InvalidRequestError), Handling.RAISE),
+        (AuthenticationError("No", code=401), Handling.RAISE),
         (InvalidRequestError("No", code=422), Handling.RAISE),
         (TaskNotFoundError("No", code=422), Handling.RETRY_NOT_FOUND),
         (TransportError("reset"), Handling.RETRY),
