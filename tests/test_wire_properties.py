@@ -131,7 +131,7 @@ def test_a_reply_cut_short_shows_no_prompt(cut, junk, status):
 
 @given(data=st.data(), reply=mutations(), status=statuses)
 def test_a_key_in_any_spelling_at_any_place_never_comes_back(data, reply, status):
-    """`check` looks for the key."""
+    """`check` searches the outcome for the key."""
     marked = copy.deepcopy(reply)
     for path in [path for path in paths(marked) if path]:
         parent = marked

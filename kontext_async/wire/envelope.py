@@ -37,7 +37,6 @@ __all__ = ["MAX_BODY", "Answer", "http_date", "read_answer", "retry_after"]
 MAX_BODY: Final = 1024 * 1024
 """The most bytes that the body of an answer may have."""
 
-
 # Ways in which a 422 says that the task is unknown or not visible yet: "The record does not
 # exist", "recordInfo is null".
 _NO_RECORD: Final = re.compile(
@@ -58,7 +57,7 @@ def _error_class(code: int) -> type[ApiError]:
     return _CLASSES.get(code, ServerError if 500 <= code <= 599 else ApiError)
 
 
-@attrs.define
+@attrs.define(repr=False)  # a repr would show the prompt
 class Answer:
     """An answer of the API or of a gateway, and the errors it may amount to.
 
@@ -87,12 +86,14 @@ class Answer:
             return self._bare_refusal()
         if self.code == 404 or (self.code == 422 and _NO_RECORD.search(self.msg)):
             return self.not_found(self.msg)
-        return self._api_error(_error_class(self.code), self.code, self.msg)
+        return self._api_error(_error_class(self.code), self.msg)
 
     def not_found(self, msg: str) -> ApiError:
-        return self._api_error(TaskNotFoundError, self.code or self.status, msg)
+        """Return the error for an answer about a task that the API does not know."""
+        return self._api_error(TaskNotFoundError, msg)
 
     def unreadable(self, problem: str) -> ResponseFormatError:
+        """Return the error for an answer that the contract does not allow."""
         return ResponseFormatError(
             problem,
             task_id=self.task_id,
@@ -106,7 +107,7 @@ class Answer:
         if 300 <= self.status <= 399:
             return self._redirect()
         page = page_text(self.value) if isinstance(self.value, str) else self.value
-        return self._api_error(_error_class(self.status), self.status, excerpt(page, self.redactor))
+        return self._api_error(_error_class(self.status), excerpt(page, self.redactor))
 
     def _redirect(self) -> TransportError:
         target = _host(self.redactor.redact(self.headers.get("Location", "")))
@@ -116,10 +117,10 @@ class Answer:
             retryable=False,
         )
 
-    def _api_error(self, kind: type[ApiError], code: int, msg: str) -> ApiError:
+    def _api_error(self, kind: type[ApiError], msg: str) -> ApiError:
         return kind(
             msg,
-            code=code,
+            code=self.status if self.code is None else self.code,
             http_status=self.status,
             retry_after=retry_after(self.headers, self.now),
             task_id=self.task_id,
