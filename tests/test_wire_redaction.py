@@ -142,6 +142,10 @@ def test_a_key_cut_by_the_excerpts_end_leaves_no_part_of_itself():
         assert "sk-" not in error.excerpt
 
 
+def test_a_key_of_six_characters_is_redacted():
+    assert refusal(b"Bearer abcdef", 500, api_key="abcdef").msg == "Bearer ***"
+
+
 def test_a_key_too_short_to_be_secret_is_not_redacted():
     record = decode(success(), api_key="task1")
     assert record.result_image_url == RESULT
