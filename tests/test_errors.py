@@ -263,6 +263,19 @@ def test_an_error_can_be_repeated_for_another_task():
     assert (error.task_id, error.http_status) == ("a", 502)
 
 
+@pytest.mark.parametrize(
+    ("msg", "shown"),
+    [
+        ("x" * 200, "x" * 200),
+        ("x" * 201, "x" * 199 + "…"),
+        ("a" + " " * 398 + "b", "a b"),
+        ("a" + " " * 399 + "b", "a"),
+    ],
+)
+def test_a_message_shows_200_characters_of_the_first_400(msg, shown):
+    assert str(ApiError(msg, code=500)) == f"code 500: {shown}"
+
+
 def test_text_from_outside_is_cut_and_made_harmless():
     shown = str(ApiError("a\x1b[2J\r\nb\0\u202ec" + "x" * 5000, code=500, task_id="\ud800" * 900))
     assert shown.isprintable()

@@ -177,6 +177,7 @@ NO_ENVELOPE = [
         (599, ServerError),
         (600, ApiError),
         (100, ApiError),
+        (199, ApiError),
     ],
 )
 def test_without_an_envelope_the_http_status_decides(body, status, kind):
@@ -327,6 +328,13 @@ def test_retry_after_is_read_as_seconds_or_as_a_date(value, date, seconds):
     for body, status in ((sample("rate_limited"), 200), (b"", 429), (b"", 503)):
         error = refusal(body, status, headers, kind=ApiError, now=NOW)
         assert error.retry_after == (None if seconds is None else pytest.approx(seconds, abs=1))
+
+
+@pytest.mark.parametrize(("length", "seconds"), [(40, 30.0), (41, 45.0)])
+def test_a_date_of_more_than_40_characters_is_not_read(length, seconds):
+    date = formatdate(NOW + 15, usegmt=True).ljust(length)
+    headers = {"Retry-After": formatdate(NOW + 45, usegmt=True), "Date": date}
+    assert wire.retry_after(headers, NOW) == seconds
 
 
 def test_an_answer_without_retry_after_asks_for_no_wait():

@@ -49,6 +49,11 @@ def test_an_excerpt_keeps_the_rest_of_what_held_the_parameters():
     assert error.excerpt == '{"successFlag": 1}'
 
 
+def test_an_answer_nested_too_deeply_for_the_parser_is_shown_as_text():
+    error = refusal(b'{"code": 200, "data": ' + b"[" * 100_000 + b"]" * 100_000 + b"}")
+    assert error.excerpt.startswith('{"code": 200, "data": [[[[')
+
+
 def test_an_excerpt_shows_eight_levels_of_a_deep_answer():
     deep = {"code": 200, "data": [[[[[[[[[[{"paramJson": PROMPT}]]]]]]]]]]}
     assert refusal(deep).excerpt == '{"code": 200, "data": [[[[[[["…"]]]]]]]}'
@@ -126,6 +131,10 @@ def test_a_key_echoed_within_nested_json_never_comes_back(how):
     assert not leaks(record, KEY)
     twice = decode(success(paramJson=json.dumps({"again": inner})))
     assert json.loads(twice.params["again"])["prompt"] == "***"
+
+
+def test_a_key_echoed_in_a_list_never_comes_back():
+    assert decode(success(response={"resultUrls": [KEY, KEY]})).result_image_url == "***"
 
 
 def test_a_key_echoed_as_a_number_is_not_in_the_excerpt():

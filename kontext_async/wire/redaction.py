@@ -93,7 +93,7 @@ _PARAMS: Final = _any_spelling("paramJson")
 def _without_params(value: object, depth: int = 0) -> object:
     """Return a JSON value without paramJson at any depth, cut to what an excerpt shows."""
     if isinstance(value, str):
-        return _PARAMS.split(value[:_EXCERPT], maxsplit=1)[0]
+        return _PARAMS.split(value[:_EXCERPT])[0]
     if is_array(value):
         return _public_items(value, depth) if depth < _MAX_DEPTH else "…"
     if is_object(value):
