@@ -83,10 +83,18 @@ def test_a_record_without_a_result_cannot_be_completed():
         CompletedTask.of(record(status=TaskStatus.SUCCESS))
 
 
-@pytest.mark.parametrize("kind", [TaskRecord, CompletedTask])
-def test_models_take_keywords_only(kind):
-    with pytest.raises(TypeError):
-        kind("task1", "https://x/r.png")
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        (TaskRecord, {"task_id": "task1", "status": TaskStatus.SUCCESS}),
+        (CompletedTask, {"task_id": "task1", "result_image_url": "https://x/r.png"}),
+    ],
+)
+def test_models_take_keywords_only(kind, fields):
+    for name, value in fields.items():
+        others = {n: v for n, v in fields.items() if n != name}
+        with pytest.raises(TypeError):
+            kind(value, **others)
 
 
 @pytest.mark.parametrize(

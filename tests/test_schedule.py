@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 import random
@@ -201,6 +202,115 @@ class TestLearning:
         """The error names the argument."""
         with pytest.raises(ConfigurationError, match="cost_per_request must be a positive"):
             DurationModel(cost_per_request=cost)
+
+
+EDGES = [5.0 * (1.05**k - 1.0) for k in range(136)]
+WIDTHS = [b - a for a, b in itertools.pairwise(EDGES)]
+
+
+def saved(ended, at_risk):
+    """Return the saved text of a model with these counts in its bins."""
+    return json.dumps({"version": 1, "finished": 0, "ended": ended, "at_risk": at_risk})
+
+
+def bins(model):
+    state = json.loads(model.to_json())
+    return state["ended"], state["at_risk"]
+
+
+def polled(model, until=200.0):
+    """Return the ages up to ``until`` at which the model polls a task."""
+    ages = [0.0]
+    while ages[-1] < until:
+        ages.append(model.next_age(ages[-1]))
+    return ages[1:]
+
+
+class TestCounts:
+    def test_a_task_that_ends_counts_in_its_bin_and_its_time_in_all_bins_before(self):
+        """One task of 1.1 s: its end is in the fifth bin, and everything fades by 1/300."""
+        model = DurationModel()
+        model.observe("a", 1.5, 1.1)
+        ended, at_risk = bins(model)
+        fade = 299 / 300
+        assert ended[:6] == pytest.approx([0, 0, 0, 0, fade, 0], rel=1e-5)
+        assert at_risk[:4] == pytest.approx([width * fade for width in WIDTHS[:4]], rel=1e-5)
+        assert at_risk[4] == pytest.approx((1.1 - EDGES[4]) * fade, rel=1e-5)
+        assert not any(at_risk[5:])
+
+    def test_a_running_task_counts_from_the_age_at_which_it_was_last_seen(self):
+        """Two polls of a running task add up to its time, and no end."""
+        model = DurationModel()
+        model.observe("a", 0.4)
+        model.observe("a", 1.1)
+        ended, at_risk = bins(model)
+        assert not any(ended)
+        assert at_risk[0] == pytest.approx(WIDTHS[0])
+        assert at_risk[1] == pytest.approx(
+            0.15 * (1 - (0.1125 / WIDTHS[1]) / 100) + 0.1125, rel=1e-5
+        )
+        assert at_risk[2:4] == pytest.approx(WIDTHS[2:4], rel=1e-5)
+        assert at_risk[4] == pytest.approx(1.1 - EDGES[4], rel=1e-5)
+
+    def test_a_bin_forgets_a_hundredth_with_each_task_that_passes_through(self):
+        """Passing tasks scale both counts; at risk they level off at 100 tasks."""
+        model = DurationModel.from_json(saved([1.0] * 135, [0.0] * 135))
+        for k in range(50):
+            model.observe(str(k), EDGES[20] + 0.001)
+        ended, at_risk = bins(model)
+        left = 0.99**50
+        assert ended[5:20] == pytest.approx([left] * 15, rel=1e-5)
+        assert at_risk[5:20] == pytest.approx(
+            [100 * w * (1 - left) for w in WIDTHS[5:20]], rel=1e-5
+        )
+        assert ended[21:] == pytest.approx([1.0] * 114)
+
+    def test_all_bins_fade_with_each_task_that_ends(self):
+        """Bins that tasks no longer reach forget as well, by 1/300 a task."""
+        model = DurationModel.from_json(saved([1.0] * 135, [5.0] * 135))
+        for k in range(30):
+            model.observe(str(k), 1.0, 0.1)
+        ended, at_risk = bins(model)
+        fade = (299 / 300) ** 30
+        assert ended[1:] == pytest.approx([fade] * 134, rel=1e-5)
+        assert at_risk[1:] == pytest.approx([5.0 * fade] * 134, rel=1e-5)
+
+    def test_the_longest_duration_counts_only_as_time(self):
+        """A task beyond the last bin passes through all of them and ends in none."""
+        model = DurationModel()
+        model.observe("a", 9000.0, EDGES[-1])
+        ended, at_risk = bins(model)
+        assert not any(ended)
+        assert at_risk == pytest.approx(WIDTHS, rel=1e-5)
+
+
+class TestCurve:
+    @pytest.mark.parametrize("cost", [0.5, 1.0, 2.0])
+    @pytest.mark.parametrize("rate", [0.01, 0.03, 0.1])
+    def test_at_a_constant_rate_the_steps_are_kellers(self, cost, rate):
+        """A step is the square root of two costs over the rate, where the prior has gone."""
+        at_risk = [20.0 * width for width in WIDTHS]
+        text = saved([rate * seconds for seconds in at_risk], at_risk)
+        model = DurationModel.from_json(text, cost_per_request=cost)
+        step = math.sqrt(2.0 * cost / rate)
+        assert model.next_age(0.0) == pytest.approx(step)
+        assert model.next_age(30.0) == pytest.approx(30.0 + step)
+        assert model.next_age(30.0, 0.5) == pytest.approx(30.0 + step / 2)
+
+    def test_the_polls_of_a_fresh_model_are_those_of_the_prior(self):
+        """They are pinned, so that the prior does not change unnoticed."""
+        expected = [8.394, 13.632, 18.380, 23.830, 29.708, 35.886, 42.439, 49.219, 56.126, 63.196]
+        expected += [70.453, 77.815, 85.419, 93.237, 101.314, 109.479, 120.528, 135.528, 150.528]
+        assert polled(DurationModel(), 150.0) == pytest.approx(expected, abs=0.001)
+
+    def test_the_polls_after_a_few_tasks_are_those_of_prior_and_counts_together(self):
+        """They are pinned as well: some tasks have ended, others still run."""
+        model = DurationModel()
+        for k in range(60):
+            model.observe(str(k), 30.0 + k, None if k % 3 else 5.0 + k / 2)
+            model.observe(f"running{k}", 4.0 + k / 10)
+        expected = [18.319, 30.645, 59.244, 87.231, 96.749, 105.690, 114.787, 129.787]
+        assert polled(model, 120.0) == pytest.approx(expected, abs=0.001)
 
 
 times = st.floats(0.0, 4000.0)

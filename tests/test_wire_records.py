@@ -328,6 +328,23 @@ def test_an_odd_response_reads_as_absent(response):
     assert (record.origin_image_url, record.result_image_url) == (None, None)
 
 
+@pytest.mark.parametrize(
+    ("flag", "kind"),
+    [
+        (None, "null"),
+        (True, "a boolean"),
+        (4, "a number"),
+        (1.5, "a number"),
+        ("x", "a string"),
+        ([1], "an array"),
+        ({}, "an object"),
+    ],
+)
+def test_an_unreadable_flag_is_named_by_its_kind(flag, kind):
+    error = refusal(success(successFlag=flag), kind=ResponseFormatError)
+    assert error.args[0] == f"data.successFlag: expected 0, 1, 2 or 3, got {kind}"
+
+
 def test_a_record_without_a_flag_is_unreadable():
     error = refusal(sample("flag_missing"), kind=ResponseFormatError)
     assert "data.successFlag: missing" in str(error)
