@@ -251,6 +251,35 @@ def test_each_error_says_how_a_wait_handles_it(error, handling):
     assert error.retryable is (handling is not Handling.RAISE)
 
 
+@pytest.mark.parametrize(
+    ("kind", "title"),
+    [
+        (KontextError, ""),
+        (AuthenticationError, "API key refused"),
+        (TaskNotFoundError, "Task unknown"),
+        (InvalidRequestError, "Invalid request"),
+        (RateLimitedError, "Rate limited"),
+        (MaintenanceError, "Maintenance"),
+        (ServerError, "Server error"),
+        (GenerationFailedError, "Generation failed"),
+        (ResponseFormatError, "Unreadable answer"),
+        (TransportError, "Network trouble"),
+        (WaitTimeoutError, "Not finished in time"),
+    ],
+)
+def test_each_kind_of_error_has_a_title(kind, title):
+    assert kind.title == title
+
+
+def test_errors_without_a_positional_argument_have_their_subject_in_args():
+    failed = GenerationFailedError(
+        task_id="t", status=TaskStatus.GENERATE_FAILED, error_message="flagged", record=RECORD
+    )
+    assert failed.args == ("flagged",)
+    assert failed.record is RECORD
+    assert WaitTimeoutError(task_id="t", elapsed=1.0, polls=1).args == ("t",)
+
+
 def test_a_timeout_can_be_retried_by_the_caller():
     error = WaitTimeoutError(task_id="t", elapsed=1.0, polls=1)
     assert (error.handling, error.retryable) == (Handling.RAISE, True)
