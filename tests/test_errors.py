@@ -271,13 +271,15 @@ def test_each_kind_of_error_has_a_title(kind, title):
     assert kind.title == title
 
 
-def test_errors_without_a_positional_argument_have_their_subject_in_args():
+def test_errors_made_of_keywords_have_their_subject_in_args_and_their_record():
     failed = GenerationFailedError(
         task_id="t", status=TaskStatus.GENERATE_FAILED, error_message="flagged", record=RECORD
     )
     assert failed.args == ("flagged",)
     assert failed.record is RECORD
-    assert WaitTimeoutError(task_id="t", elapsed=1.0, polls=1).args == ("t",)
+    late = WaitTimeoutError(task_id="t", elapsed=1.0, polls=1, last_record=RECORD)
+    assert late.args == ("t",)
+    assert late.last_record is RECORD
 
 
 def test_a_timeout_can_be_retried_by_the_caller():

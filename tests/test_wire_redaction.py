@@ -8,6 +8,7 @@ import json
 import pytest
 from wire_answers import KEY, PROMPT, RESULT, decode, leaks, outcome_of, refusal, success
 
+from kontext_async.wire.envelope import read_answer
 from kontext_async.wire.redaction import redactor_for
 
 # The excerpt.
@@ -115,6 +116,14 @@ def test_a_key_echoed_in_html_never_comes_back(page, key, status):
 def test_a_key_in_numeric_references_is_not_in_the_text_of_a_page(form):
     echoed = "".join(form.format(ord(c)) for c in KEY)
     assert refusal(f"<p>Bearer {echoed}</p>".encode(), 502).msg == "Bearer ***"
+
+
+def test_the_repr_of_an_answer_shows_neither_key_nor_prompt():
+    body = json.dumps(success()).encode()
+    answer = read_answer(200, {}, body, task_id="task12345", api_key=KEY, now=0.0)
+    assert answer.data["taskId"] == "task12345"
+    assert PROMPT not in repr(answer)
+    assert KEY not in repr(answer)
 
 
 def test_a_redactor_does_not_show_its_key():
