@@ -737,7 +737,7 @@ async def test_waits_in_a_pause_are_refused_without_waiting_for_its_end(client, 
     assert now() == seconds(0.25)
 
 
-@pytest.mark.parametrize("code", [402, 422, 451, 505])
+@pytest.mark.parametrize("code", [402, 403, 422, 451, 505])
 async def test_no_other_refusal_is_everybodys(client, simulator, code):
     """Credits that are used up, for one, say nothing of tasks that were paid for."""
     simulator.add_task("unpaid", script=[refused(code)])
@@ -746,16 +746,6 @@ async def test_no_other_refusal_is_everybodys(client, simulator, code):
     assert isinstance(unpaid.error, ApiError)
     assert not isinstance(unpaid.error, AuthenticationError)
     assert isinstance(paid.result, CompletedTask)
-
-
-async def test_403_in_an_envelope_is_a_refused_key(client, simulator):
-    """As the error tree says; its code and message are every outcome's."""
-    simulator.add_task("refused", script=[refused(403, "no access")])
-    simulator.add_task("slow", duration=FOR_EVER)
-    outcomes = await ordered(client, ["refused", "slow"])
-    assert [(o.error.code, o.error.msg, o.error.http_status) for o in outcomes] == [
-        (403, "no access", 200)
-    ] * 2
 
 
 # --- exceptions of others ----------------------------------------------------------------------
