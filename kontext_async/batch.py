@@ -327,8 +327,13 @@ class _Batch:
     def _record(self, outcome: TaskOutcome) -> None:
         if self._journal is None:
             self._hand_on(outcome)
+            return
+        try:
+            recorded = self._journal.record(outcome)
+        except BaseException as error:  # noqa: BLE001  # `next` raises it
+            self._fail(error)
         else:
-            self._follow(self._journal.record(outcome), lambda _: self._hand_on(outcome))
+            self._follow(recorded, lambda _: self._hand_on(outcome))
 
     def _hand_on(self, outcome: TaskOutcome) -> None:
         if self._is_active:
