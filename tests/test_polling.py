@@ -391,7 +391,7 @@ async def test_time_in_a_pause_does_not_count_against_a_grace(wait, step):
 
 
 async def test_a_refusal_neither_begins_nor_resets_a_grace(wait):
-    """It says nothing about the task: it is retried without a grace, and a running one continues."""
+    """It says nothing about the task: it is retried without a grace; a running one continues."""
     outcome = await wait("code_429", "code_455", error_grace=0, not_found_grace=0)
     assert isinstance(outcome, CompletedTask)
     script = ["code_408", "code_429", "code_408", "code_408", "code_408", "success"]
