@@ -29,10 +29,10 @@ def test_a_rate_limit_wants_a_positive_period(period):
 
 def test_a_window_gives_a_place_back_a_period_after_the_answer():
     limit = SlidingWindow(RateLimit(2, 10.0))
-    limit.sent(0.0)
-    limit.sent(0.0)
+    limit.acquire(0.0)
+    limit.acquire(0.0)
     assert limit.opens_at(0.0) == math.inf
-    limit.ended(3.0, sent=0.0, answered=True, refused=False)
+    limit.release(3.0, sent=0.0, reply="answered")
     assert limit.opens_at(3.0) == 13.0
     assert limit.opens_at(12.9) == 13.0
     assert limit.opens_at(13.0) == 13.0
@@ -40,8 +40,8 @@ def test_a_window_gives_a_place_back_a_period_after_the_answer():
 
 def test_a_turn_not_used_gives_its_place_back_at_once():
     limit = SlidingWindow(RateLimit(1, 10.0))
-    limit.sent(0.0)
-    limit.unsent()
+    limit.acquire(0.0)
+    limit.cancel()
     assert limit.opens_at(0.0) == 0.0
 
 
@@ -51,18 +51,18 @@ def test_a_window_tells_its_rate():
 
 def test_a_window_nearly_full_may_be_shut_for_a_period():
     limit = SlidingWindow(RateLimit(4, 10.0))
-    limit.sent(0.0)
-    assert limit.stall() == 0.0
-    limit.ended(1.0, sent=0.0, answered=True, refused=False)
-    limit.sent(1.0)
-    assert limit.stall() == 10.0
+    limit.acquire(0.0)
+    assert limit.max_delay() == 0.0
+    limit.release(1.0, sent=0.0, reply="answered")
+    limit.acquire(1.0)
+    assert limit.max_delay() == 10.0
 
 
 def test_a_found_rate_may_be_shut_for_the_time_between_two_requests():
     limit = DiscoveredLimit()
-    assert limit.stall() == 0.0
+    assert limit.max_delay() == 0.0
     saturate(limit, ServiceWindow(10, 1.0), until=60.0)
-    assert limit.stall() == pytest.approx(1 / limit.rate())
+    assert limit.max_delay() == pytest.approx(1 / limit.rate())
 
 
 @given(
@@ -77,12 +77,12 @@ def test_no_window_as_the_server_sees_it_ever_has_more_than_the_limit(most, step
         now += gap
         while True:
             while answers and answers[0] <= now:
-                limit.ended(heapq.heappop(answers), sent=0.0, answered=True, refused=False)
+                limit.release(heapq.heappop(answers), sent=0.0, reply="answered")
             opens_at = limit.opens_at(now)
             if opens_at <= now:
                 break
             now = min(opens_at, answers[0] if answers else math.inf)
-        limit.sent(now)
+        limit.acquire(now)
         heapq.heappush(answers, now + round_trip)
         seen.append(now + round_trip * where)
     seen.sort()
@@ -136,7 +136,7 @@ def saturate(limit, server, *, until, round_trip=0.005, began=0.0):
     while now < until:
         opens_at = max(limit.opens_at(now), paused_until)
         if opens_at <= now and not (probing and answers) and len(answers) < 64:
-            limit.sent(now)
+            limit.acquire(now)
             admitted = server.admits(now + round_trip / 2)
             heapq.heappush(answers, (now + round_trip, next(order), now, admitted))
             continue
@@ -145,7 +145,7 @@ def saturate(limit, server, *, until, round_trip=0.005, began=0.0):
         while answers and answers[0][0] <= now:
             at, _, sent, admitted = heapq.heappop(answers)
             log.append((at, admitted))
-            limit.ended(at, sent=sent, answered=admitted, refused=not admitted)
+            limit.release(at, sent=sent, reply="answered" if admitted else "refused")
             if sent >= paused_until:
                 probing, pause = not admitted, 1.0 if admitted else min(2 * pause, 60.0)
                 if not admitted:
@@ -185,30 +185,30 @@ def test_nothing_but_the_number_in_flight_holds_before_the_first_refusal():
     assert limit.rate() is None
     for _ in range(4):
         assert limit.opens_at(0.0) == 0.0
-        limit.sent(0.0)
+        limit.acquire(0.0)
     assert limit.opens_at(0.0) == math.inf
-    limit.unsent()
+    limit.cancel()
     assert limit.opens_at(0.0) == 0.0
 
 
 def test_the_number_in_flight_grows_with_the_answers():
     limit = DiscoveredLimit()
     for _ in range(80):
-        limit.sent(0.0)
-        limit.ended(0.1, sent=0.0, answered=True, refused=False)
+        limit.acquire(0.0)
+        limit.release(0.1, sent=0.0, reply="answered")
     for _ in range(14):
         assert limit.opens_at(0.2) == 0.2
-        limit.sent(0.2)
+        limit.acquire(0.2)
     assert limit.opens_at(0.2) == math.inf
 
 
 def test_a_lost_request_is_neither_answer_nor_refusal():
     limit = DiscoveredLimit()
     for _ in range(100):
-        limit.sent(0.0)
-        limit.ended(0.1, sent=0.0, answered=False, refused=False)
+        limit.acquire(0.0)
+        limit.release(0.1, sent=0.0, reply="lost")
     for _ in range(4):
-        limit.sent(0.2)
+        limit.acquire(0.2)
     assert limit.opens_at(0.2) == math.inf
     assert limit.rate() is None
 
@@ -217,10 +217,10 @@ def test_a_client_refused_before_any_answer_does_not_starve():
     """A hundred refusals over hours, then one answer: the rate to begin with is still usable."""
     limit = DiscoveredLimit()
     for now in range(0, 30_000, 300):
-        limit.sent(now)
-        limit.ended(now + 0.1, sent=now, answered=False, refused=True)
-    limit.sent(30_000.0)
-    limit.ended(30_000.1, sent=30_000.0, answered=True, refused=False)
+        limit.acquire(now)
+        limit.release(now + 0.1, sent=now, reply="refused")
+    limit.acquire(30_000.0)
+    limit.release(30_000.1, sent=30_000.0, reply="answered")
     assert limit.rate() >= 0.15
     assert limit.opens_at(30_000.1) <= 30_000.1 + 7.0
 
@@ -229,10 +229,10 @@ def test_refusals_of_requests_already_under_way_are_one_refusal():
     limit = DiscoveredLimit()
     log = saturate(limit, ServiceWindow(50, 1.0), until=3.0)
     before = limit.rate()
-    limit.sent(3.0)
-    limit.sent(3.0)
-    limit.ended(3.1, sent=3.0, answered=False, refused=True)
-    limit.ended(3.2, sent=3.0, answered=False, refused=True)
+    limit.acquire(3.0)
+    limit.acquire(3.0)
+    limit.release(3.1, sent=3.0, reply="refused")
+    limit.release(3.2, sent=3.0, reply="refused")
     assert limit.rate() == pytest.approx(before, rel=0.01)
     assert log
 
@@ -242,7 +242,7 @@ def test_an_idle_client_keeps_its_rate():
     limit = DiscoveredLimit()
     saturate(limit, ServiceWindow(10, 1.0), until=60.0)
     before = limit.rate()
-    limit.sent(3660.0)
+    limit.acquire(3660.0)
     assert limit.rate() == pytest.approx(before, rel=0.01)
     assert limit.opens_at(3660.0) >= 3660.0 + 0.9 / before - 0.05
 
@@ -268,7 +268,7 @@ def test_the_busiest_stretch_counts_after_an_idle_time():
     """Slow polling for ten minutes says nothing of the limit that a burst then meets."""
     limit, server = DiscoveredLimit(), ServiceWindow(40, 1.0)
     for now in range(0, 600, 2):
-        limit.sent(now)
-        limit.ended(now + 0.005, sent=now, answered=server.admits(now), refused=False)
+        limit.acquire(now)
+        limit.release(now + 0.005, sent=now, reply="answered" if server.admits(now) else "lost")
     saturate(limit, server, until=603.0, began=600.0)
     assert limit.rate() >= 15.0

@@ -245,7 +245,7 @@ async def test_ten_thousand_cancelled_waiters_are_not_kept():
     for waiter in waiters[10:]:
         waiter.cancel()
     await asyncio.gather(*waiters[10:], return_exceptions=True)
-    assert len(pace._seen) + len(pace._due) + len(pace._first) < 2000
+    assert len(pace._waiting) + len(pace._due) + len(pace._first) < 2000
     pace.release(0.0)
     for waiter in asyncio.as_completed(waiters[:10]):
         pace.release(await waiter)
