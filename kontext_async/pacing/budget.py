@@ -186,11 +186,10 @@ class RequestBudget:
 
         That is the pause's error, or `RateLimitedError` where the rate limit is used up.
         """
+        error = self._pause.blocked_by(task_id, now)
         opens_at = self._limit.opens_at(now)
-        if not self._pause.state.is_open:
-            return self._pause.blocked_by(task_id, now)
-        if opens_at <= now:
-            return None
+        if error is not None or opens_at <= now:
+            return error
         return RateLimitedError(
             "this client's rate limit is used up",
             code=429,
