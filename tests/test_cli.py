@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import math
+import re
 import runpy
 import signal
 import sys
@@ -622,3 +623,68 @@ class TestMain:
             text = CliRunner().invoke(app.app, [command, "--help"]).output
             assert "--api-key-file" in text
             assert "--api-key " not in text
+
+
+UNCLEAR = re.compile(
+    r"""
+    ^(what|how|whether|why|where|when|before|after|of)\b  # not a noun phrase or a sentence
+    | \b(looks?|mends?|told|kept|gravest|fates?|dear|else|whither|but\ for|so\ many|of\ late)\b
+    | \b(that|which|who)\ (of|to|in|for|from)\b  # a word is missing
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
+
+
+def problems_of(text):
+    """Return the rules that a help text breaks."""
+    rules = {
+        "is empty": not text,
+        "does not end with a full stop": not text.endswith(".") or text.endswith(".."),
+        "does not begin with a capital or a digit": not re.match(r"[A-Z0-9]", text),
+        "has fewer than two words": len(text.split()) < 2,
+        "is too long": len(text) > 300,
+        "has unbalanced brackets": any(
+            text.count(a) != text.count(b) for a, b in ("()", "[]", "{}")
+        ),
+        "has unbalanced quotes": any(text.count(quote) % 2 for quote in '`"'),
+        "is unclear": UNCLEAR.search(text),
+    }
+    return [problem for problem, found in rules.items() if found]
+
+
+class TestHelp:
+    GROUP = typer.main.get_command(app.app)
+
+    @pytest.mark.parametrize("name", [None, *GROUP.commands])
+    def test_every_command_and_option_has_a_clear_help_text(self, name):
+        """Each text is a whole sentence or noun phrase, and `--help` shows all of it."""
+        command = self.GROUP.commands[name] if name else self.GROUP
+        page = CliRunner().invoke(app.app, [name, "--help"] if name else ["--help"]).output
+        texts = {f"<{name}>": command.help} | {p.name: p.help for p in command.params}
+        assert "..." not in page.replace("]...", "")
+        for parameter, text in texts.items():
+            for paragraph in (text or "").split("\n\n"):
+                assert not problems_of(paragraph), f"{parameter}: {paragraph}"
+            assert "".join(text.split()) in "".join(page.split())
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "",
+            "Seconds.",
+            "Seconds to wait for each",
+            "seconds to wait.",
+            "Seconds to wait for...",
+            "Seconds to wait (0 polls once.",
+            "Seconds as `kontext wait takes them.",
+            "Fraction that of 1.",
+            "Tasks that of 1.",
+            "What half the tasks take.",
+            "Before each answer.",
+            "Seconds from the first look.",
+            "Seconds to wait, " * 20 + "at most.",
+        ],
+    )
+    def test_an_unclear_help_text_is_found(self, text):
+        """Empty, truncated and broken texts break a rule."""
+        assert problems_of(text)
