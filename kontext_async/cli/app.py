@@ -7,7 +7,7 @@ import math
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -68,6 +68,11 @@ def _limit(seconds: float) -> float | None:
     return None if math.isinf(seconds) else seconds
 
 
+def _seconds(help_text: str) -> Any:
+    """Return an option that takes a time limit."""
+    return typer.Option(min=0, callback=_limit, metavar="SECONDS", help=help_text)
+
+
 BaseUrl = Annotated[str, typer.Option(metavar="URL", help="Address of the API.")]
 KeyFile = Annotated[
     Path | None,
@@ -87,21 +92,10 @@ Source = Annotated[
 ]
 Timeout = Annotated[
     float | None,
-    typer.Option(
-        min=0,
-        callback=_limit,
-        metavar="SECONDS",
-        help="Time limit of each task, from its first poll; 0 polls once, inf is no limit.",
-    ),
+    _seconds("Time limit of each task, from its first poll; 0 polls once, inf is no limit."),
 ]
 BatchTimeout = Annotated[
-    float | None,
-    typer.Option(
-        min=0,
-        callback=_limit,
-        metavar="SECONDS",
-        help="Time limit of all tasks together; inf is no limit.",
-    ),
+    float | None, _seconds("Time limit of all tasks together; inf is no limit.")
 ]
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of a batch.")]
 

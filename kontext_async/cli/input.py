@@ -19,7 +19,8 @@ def distinct_ids(given: Iterable[str], source: str | None) -> list[str]:
     """Return each id once, in order; exit if there is none, or if one is not a valid id."""
     problems: list[str] = []
     ids: dict[str, None] = {}
-    for place, text in (*_arguments(given), *_lines(source)):
+    arguments = ((f"argument {number}", text) for number, text in enumerate(given, 1))
+    for place, text in (*arguments, *_lines(source)):
         try:
             ids[check_task_id(_parse_id(text))] = None
         except ValueError as error:
@@ -32,10 +33,6 @@ def distinct_ids(given: Iterable[str], source: str | None) -> list[str]:
     if not ids:
         fail("no task ids: give them as arguments, or in a file with --from")
     return list(ids)
-
-
-def _arguments(given: Iterable[str]) -> Iterator[tuple[str, str]]:
-    return ((f"argument {number}", text) for number, text in enumerate(given, 1))
 
 
 def _lines(source: str | None) -> Iterator[tuple[str, str]]:
