@@ -10,6 +10,7 @@ trap 'exit 130' INT TERM # which a first process ignores otherwise
 suite=$1 root=$2
 
 # Packages come from where this machine's do.
+# shellcheck disable=SC2016  # it is for apt to expand
 mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Label: Debian' | head -n 1)
 if [[ -z $mirror ]]; then
     echo "apt knows no mirror of Debian: is this Debian, and did 'apt-get update' succeed?" >&2

@@ -504,6 +504,14 @@ async def test_a_path_that_cannot_be_a_ledger_is_refused(tmp_path, name):
     assert not list(tmp_path.iterdir())
 
 
+async def test_what_the_file_system_refuses_is_an_error_of_the_ledger(path):
+    """Here a folder has the name of a ledger that is being made."""
+    path.with_name(path.name + "-new").mkdir()
+    error = await error_of(Store(path).open(), LedgerError)
+    assert str(error) == f"ledger {path}: Is a directory"
+    assert not path.exists()
+
+
 async def test_a_foreign_file_at_the_locks_path_is_not_changed(path):
     """Then the ledger cannot be opened."""
     lock = path.with_name(path.name + "-lock")
