@@ -28,6 +28,7 @@ from kontext_async.errors import (
     GenerationFailedError,
     RateLimitedError,
     ResponseFormatError,
+    ServerError,
 )
 from kontext_async.models import TaskRecord, TaskStatus
 
@@ -169,6 +170,12 @@ def test_a_record_that_has_ended_decides_in_an_envelope_of_any_code(code, flag):
 )
 def test_any_other_record_leaves_the_decision_to_the_code(data):
     assert type(refusal({**success(**data), "code": 429})) is RateLimitedError
+
+
+@pytest.mark.parametrize("code", [None, True, 200.0, "ok"])
+def test_a_record_without_an_envelope_does_not_count(code):
+    assert type(refusal({**success(), "code": code})) is ResponseFormatError
+    assert type(refusal({**success(), "code": code}, 503)) is ServerError
 
 
 @pytest.mark.parametrize("code", [200, 400, 501])
@@ -412,6 +419,7 @@ def test_each_notation_of_a_time_is_read(value, instant):
         10**400,
         32_503_680_000_000,
         10**14,
+        3 * 10**14,
         "9" * 15,
         True,
         1_710_930_600_000.0,
