@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import AsyncIterable, Callable, Iterable
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
 
 import aiohttp
 from tenacity.wait import WaitBaseT
@@ -32,7 +32,9 @@ from kontext_async.schedule import DurationModel, wait_learned
 from kontext_async.streams import Stream
 from kontext_async.transport import Transport
 
-__all__ = ["KontextClient"]
+__all__ = ["DEFAULT_BASE_URL", "KontextClient"]
+
+DEFAULT_BASE_URL: Final = "https://api.apikley.ru"
 
 _KEY_VARIABLE = "APIKLEY_API_KEY"
 
@@ -64,7 +66,7 @@ def _checked_url(base_url: str, *, allow_http: bool) -> str:
         raise ConfigurationError(f"base_url is not a URL: {exc}") from exc
     if url.scheme not in ("http", "https") or not url.host:
         raise ConfigurationError(
-            f"base_url must be an http(s) URL with a host, such as https://api.apikley.ru, "
+            f"base_url must be an http(s) URL with a host, such as {DEFAULT_BASE_URL}, "
             f"not {base_url!r}"
         )
     if url.user is not None or url.password is not None or url.query_string or url.fragment:
@@ -118,7 +120,7 @@ class KontextClient:
         self,
         api_key: str | None = None,
         *,
-        base_url: str = "https://api.apikley.ru",
+        base_url: str = DEFAULT_BASE_URL,
         session: aiohttp.ClientSession | None = None,
         request_timeout: float = 30.0,
         max_concurrency: int = 64,

@@ -687,7 +687,7 @@ async def test_waits_in_a_pause_are_refused_without_waiting_for_its_end(client, 
     assert now() == seconds(0.25)
 
 
-@pytest.mark.parametrize("code", [402, 422, 451, 505])
+@pytest.mark.parametrize("code", [402, 403, 422, 451, 505])
 async def test_other_refusals_are_the_outcome_of_their_task_only(client, simulator, code):
     """Exhausted credits, for one, say nothing about tasks that were paid for."""
     simulator.add_task("unpaid", script=[refused(code)])
@@ -696,16 +696,6 @@ async def test_other_refusals_are_the_outcome_of_their_task_only(client, simulat
     assert isinstance(unpaid.error, ApiError)
     assert not isinstance(unpaid.error, AuthenticationError)
     assert isinstance(paid.result, CompletedTask)
-
-
-async def test_403_in_an_envelope_is_a_refused_key(client, simulator):
-    """Its code and message are in every outcome."""
-    simulator.add_task("refused", script=[refused(403, "no access")])
-    simulator.add_task("slow", duration=FOR_EVER)
-    outcomes = await ordered(client, ["refused", "slow"])
-    assert [(o.error.code, o.error.msg, o.error.http_status) for o in outcomes] == [
-        (403, "no access", 200)
-    ] * 2
 
 
 # --- exceptions of the caller ------------------------------------------------------------------

@@ -151,7 +151,7 @@ VARIANTS = {
     "data_text": (ResponseFormatError, True),
     "code_401": (AuthenticationError, False),
     "code_402": (ApiError, False),
-    "code_403": (AuthenticationError, False),
+    "code_403": (ApiError, False),
     "code_404": (TaskNotFoundError, True),
     "code_408": (ApiError, True),
     "code_422": (InvalidRequestError, False),

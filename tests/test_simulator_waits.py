@@ -21,7 +21,7 @@ ENDS_BADLY = {
     **{name: GenerationFailedError for name in STEPS if name.startswith("failed")},
     "code_401": AuthenticationError,
     "code_402": ApiError,
-    "code_403": AuthenticationError,
+    "code_403": ApiError,
     "code_422": InvalidRequestError,
     "code_451": ApiError,
     "code_501": GenerationFailedError,

@@ -7,6 +7,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import threading
 from contextlib import closing, suppress
 
 import pytest
@@ -277,12 +278,21 @@ async def test_a_store_may_be_opened_again_but_not_twice(store):
     assert await store.run(ALL) == [("a",)]
 
 
-async def test_opening_may_be_cancelled(path):
+async def test_opening_may_be_cancelled(path, monkeypatch):
     """Then nothing is left open, and the ledger has no writer."""
+    cancelled = threading.Event()
+
+    def open_once_cancelled(path):
+        cancelled.wait(10)
+        return open_writer(path)
+
+    monkeypatch.setattr(store_module, "open_writer", open_once_cancelled)
     for _ in range(5):
+        cancelled.clear()
         opening = asyncio.create_task(Store(path).open())
         await asyncio.sleep(0)
         opening.cancel()
+        cancelled.set()
         await error_of(opening, asyncio.CancelledError)
         assert open_files(path.parent) == []
     await make(path)
@@ -293,9 +303,12 @@ async def test_closing_may_be_cancelled(path):
     store = Store(path)
     await store.open()
     store.submit(ADD, ("a",), list)
+    cancelled = threading.Event()
+    store._thread.submit(cancelled.wait, 10)
     closing_it = asyncio.create_task(store.aclose())
     await asyncio.sleep(0)
     closing_it.cancel()
+    cancelled.set()
     await error_of(closing_it, asyncio.CancelledError)
     assert open_files(path.parent) == []
     assert read(path) == ["a"]
@@ -490,6 +503,14 @@ async def test_a_path_that_cannot_be_a_ledger_is_refused(tmp_path, name):
     error = await error_of(Store(tmp_path / name).open(), LedgerError)
     assert str(error).startswith(f"ledger {tmp_path / name}: ")
     assert not list(tmp_path.iterdir())
+
+
+async def test_what_the_file_system_refuses_is_an_error_of_the_ledger(path):
+    """Here a folder has the name of a ledger that is being made."""
+    path.with_name(path.name + "-new").mkdir()
+    error = await error_of(Store(path).open(), LedgerError)
+    assert str(error) == f"ledger {path}: Is a directory"
+    assert not path.exists()
 
 
 async def test_a_foreign_file_at_the_locks_path_is_not_changed(path):

@@ -1,4 +1,4 @@
-"""The commands and their options."""
+"""Commands and options of ``kontext``."""
 
 from __future__ import annotations
 
@@ -7,20 +7,18 @@ import math
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from kontext_async._version import __version__
 from kontext_async.cli.batch import (
-    BatchTally,
     batch_ids,
-    keep_all,
     make_folder,
     make_report,
-    print_kept,
     require_report,
-    say_how_to_go_on,
+    run_batch,
+    say_how_to_continue,
     show_status,
 )
 from kontext_async.cli.input import distinct_ids, read_key
@@ -28,20 +26,20 @@ from kontext_async.cli.local import demonstrate, serve
 from kontext_async.cli.output import (
     Exit,
     error_console,
+    exit_code,
     fail,
-    gravest,
-    kind,
+    outcome_line,
     print_outcome,
     record_line,
     say,
     write_line,
 )
 from kontext_async.cli.running import run
-from kontext_async.cli.tally import Tally
+from kontext_async.cli.tally import BatchTally, Tally
 from kontext_async.cli.waiting import say_how_to_resume, wait_for_all
-from kontext_async.client import KontextClient
+from kontext_async.client import DEFAULT_BASE_URL, KontextClient
 from kontext_async.errors import KontextError
-from kontext_async.polling import TaskOutcome
+from kontext_async.polling import DEFAULT_TIMEOUT, TaskOutcome
 from kontext_async.simulator import (
     FixedWindow,
     Limit,
@@ -59,17 +57,28 @@ app = typer.Typer(
     help="Wait for Flux Kontext image-generation tasks.",
     epilog=(
         "Exit codes: 0 all done; 1 a generation failed; 2 wrong usage; 3 a deadline passed; "
-        "4 the API or the network failed; 130 ended by Ctrl-C; 141 the reader of the results went "
-        "away. Where tasks end differently the gravest counts: 2, 4, 3, 1."
+        "4 the API or the network failed; 130 interrupted by Ctrl-C; 141 the reader of the output "
+        "closed it. Where tasks end differently, the highest code counts."
     ),
 )
 
-BaseUrl = Annotated[str, typer.Option(metavar="URL", help="Where the API is.")]
+
+def _limit(seconds: float) -> float | None:
+    """Return a time limit as the client takes it: None for no limit."""
+    return None if math.isinf(seconds) else seconds
+
+
+def _seconds(help_text: str) -> Any:
+    """Return an option that takes a time limit."""
+    return typer.Option(min=0, callback=_limit, metavar="SECONDS", help=help_text)
+
+
+BaseUrl = Annotated[str, typer.Option(metavar="URL", help="Address of the API.")]
 KeyFile = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="File with the API key. Without it the environment's APIKLEY_API_KEY is used.",
+        help="File with the API key; the default is the environment variable APIKLEY_API_KEY.",
     ),
 ]
 Source = Annotated[
@@ -77,31 +86,18 @@ Source = Annotated[
     typer.Option(
         "--from",
         metavar="FILE|-",
-        help="Read ids from a file, or from standard input: one a line, or JSON objects with "
-        "taskId. Blank lines and those that begin with # are skipped.",
+        help="File with task ids, or - for standard input. A line holds an id, or a JSON object "
+        "with taskId. Blank lines and lines that begin with # are skipped.",
     ),
 ]
 Timeout = Annotated[
-    float,
-    typer.Option(
-        min=0,
-        metavar="SECONDS",
-        help="How long to wait for each task from the first look at it; 0 looks once, "
-        "inf waits without limit.",
-    ),
+    float | None,
+    _seconds("Time limit of each task, from its first poll; 0 polls once, inf is no limit."),
 ]
 BatchTimeout = Annotated[
-    float,
-    typer.Option(
-        min=0, metavar="SECONDS", help="How long to wait for all of them; inf: as long as it takes."
-    ),
+    float | None, _seconds("Time limit of all tasks together; inf is no limit.")
 ]
-Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="What a batch was saved into.")]
-_BASE_URL = "https://api.apikley.ru"
-
-
-def _limit(timeout: float) -> float | None:
-    return None if math.isinf(timeout) else timeout
+Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of a batch.")]
 
 
 def _show_version(wanted: bool) -> None:  # noqa: FBT001 - typer's way of calling it
@@ -115,7 +111,9 @@ def _kontext(
     *,
     version: Annotated[
         bool,
-        typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version."),
+        typer.Option(
+            "--version", is_eager=True, callback=_show_version, help="Show the version and exit."
+        ),
     ] = False,
 ) -> None:
     pass
@@ -123,83 +121,78 @@ def _kontext(
 
 @app.command()
 def get(
-    task_id: Annotated[str, typer.Argument(metavar="ID", help="The task.")],
+    task_id: Annotated[str, typer.Argument(metavar="ID", help="Task id.")],
     *,
-    base_url: BaseUrl = _BASE_URL,
+    base_url: BaseUrl = DEFAULT_BASE_URL,
     api_key_file: KeyFile = None,
 ) -> None:
-    """Look at a task once, and print how it stands as one JSON line."""
+    """Poll a task once, and print its state as a JSON line."""
     (known_id,) = distinct_ids([task_id], None)
 
-    async def look() -> Exit:
+    async def poll() -> Exit:
         async with KontextClient(read_key(api_key_file), base_url=base_url) as client:
             try:
-                record = await client.record_info(known_id)
+                line = record_line(await client.record_info(known_id))
             except KontextError as error:
                 say(str(error))
-                print_outcome(TaskOutcome(task_id=known_id, error=error))
-                return kind(error)[1]
-        write_line(record_line(record))
-        return Exit.FAILED if record.status.phase == "failed" else Exit.DONE
+                line = outcome_line(TaskOutcome(task_id=known_id, error=error))
+        write_line(line)
+        return exit_code([line["outcome"]])
 
-    run(look())
+    run(poll())
 
 
 @app.command()
 def wait(
     task_ids: Annotated[
-        list[str] | None, typer.Argument(metavar="ID", help="The tasks.", show_default=False)
+        list[str] | None, typer.Argument(metavar="ID", help="Task ids.", show_default=False)
     ] = None,
     *,
     source: Source = None,
-    timeout: Timeout = 600.0,
+    timeout: Timeout = DEFAULT_TIMEOUT,
     batch_timeout: BatchTimeout = math.inf,
     summary: Annotated[
-        bool, typer.Option("--summary", help="End with a table of figures.")
+        bool, typer.Option("--summary", help="Print a table of counts and times at the end.")
     ] = False,
-    base_url: BaseUrl = _BASE_URL,
+    base_url: BaseUrl = DEFAULT_BASE_URL,
     api_key_file: KeyFile = None,
 ) -> None:
-    """Wait for tasks side by side: a JSON line as each ends."""
+    """Wait for tasks, and print each as a JSON line when it ends."""
     tally = Tally(distinct_ids(task_ids or [], source))
 
-    async def wait_for_them() -> Exit:
+    async def wait_for_tasks() -> Exit:
         async with KontextClient(read_key(api_key_file), base_url=base_url) as client:
             code = await wait_for_all(
-                client,
-                tally,
-                print_outcome,
-                timeout=_limit(timeout),
-                batch_timeout=_limit(batch_timeout),
+                client, tally, print_outcome, timeout=timeout, batch_timeout=batch_timeout
             )
         if summary:
             error_console().print(tally.summary())
         return code
 
-    run(wait_for_them(), interrupted=lambda: say_how_to_resume(tally, source))
+    run(wait_for_tasks(), on_interrupt=lambda: say_how_to_resume(tally, source))
 
 
 @app.command()
 def batch(
     *,
     into: Annotated[
-        Path, typer.Option(metavar="FOLDER", help="Where the images go, made where it is missing.")
+        Path, typer.Option(metavar="FOLDER", help="Folder for the results; it is made if missing.")
     ],
     source: Source = None,
-    report: Annotated[bool, typer.Option("--report", help="End with a page about it all.")] = False,
+    report: Annotated[bool, typer.Option("--report", help="Write report.html at the end.")] = False,
     retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Ask again about generations that failed.")
+        bool, typer.Option("--retry-failed", help="Poll failed generations again.")
     ] = False,
-    timeout: Timeout = 600.0,
+    timeout: Timeout = DEFAULT_TIMEOUT,
     batch_timeout: BatchTimeout = math.inf,
-    base_url: BaseUrl = _BASE_URL,
+    base_url: BaseUrl = DEFAULT_BASE_URL,
     api_key_file: KeyFile = None,
 ) -> None:
-    """Wait for tasks, save their images, and record both.
+    """Wait for tasks, save their images, and record both in a ledger.
 
-    The folder holds the images and the ledger. The same command again goes on where the last one
-    stopped, however that ended: what has finished is not asked about again, and what is saved is
-    not fetched again. Without --from it goes on with the ids that the folder knows.
+    The folder holds the images and the ledger. The same command continues a batch that was
+    stopped: finished tasks are not polled again, and saved images are not downloaded again.
+    Without --from, the ids come from the ledger.
     """
     if report:
         require_report()
@@ -207,32 +200,32 @@ def batch(
     key = read_key(api_key_file)
     make_folder(into)
 
-    async def keep_them() -> Exit:
+    async def save_tasks() -> Exit:
         async with KontextClient(key, base_url=base_url) as client:
-            code = await keep_all(
+            code = await run_batch(
                 client,
                 tally,
                 into,
-                print_kept,
-                timeout=_limit(timeout),
-                batch_timeout=_limit(batch_timeout),
+                print_outcome,
+                timeout=timeout,
+                batch_timeout=batch_timeout,
                 retry_failed=retry_failed,
             )
-        return gravest({code, make_report(into)}) if report else code
+        return max(code, make_report(into)) if report else code
 
-    run(keep_them(), interrupted=lambda: say_how_to_go_on(tally, into))
+    run(save_tasks(), on_interrupt=lambda: say_how_to_continue(tally, into))
 
 
 @app.command()
 def report(folder: Folder) -> None:
-    """Write a page about what a batch has saved."""
+    """Write report.html, a page about a batch, into its folder."""
     require_report()
     raise typer.Exit(make_report(folder))
 
 
 @app.command()
 def status(folder: Folder) -> None:
-    """Count what has become of a batch, now or so far."""
+    """Count a batch's tasks by state, also while it runs."""
     raise typer.Exit(show_status(folder))
 
 
@@ -335,7 +328,7 @@ def simulate(
 
 @app.command()
 def demo() -> None:
-    """See it work on a dozen simulated tasks, without a key."""
+    """Save the images of a dozen simulated tasks, without a key."""
     folder = Path(tempfile.mkdtemp(prefix="kontext-"), "demo")
     make_folder(folder)
     run(demonstrate(folder))

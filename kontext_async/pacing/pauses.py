@@ -1,0 +1,170 @@
+"""The pause of a whole client: the service asked for time, or there is an outage.
+
+Pure: every method takes the time, in seconds of one monotonic clock.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+
+from kontext_async.errors import (
+    ApiError,
+    Handling,
+    KontextError,
+    MaintenanceError,
+    ResponseFormatError,
+    ServerError,
+    TransportError,
+)
+
+__all__ = ["Pause", "PauseState"]
+
+_MAX_RETRY_AFTER = 300.0  # s; a longer Retry-After counts as this
+
+# Seconds; pauses of an unknown length double from the first to the longest.
+_FIRST_PAUSE = 1.0
+_FIRST_MAINTENANCE_PAUSE = 5.0
+_MAX_PAUSE = 60.0
+
+# Distinct tasks that must fail in a row, with no success between, to count as an outage.
+_OUTAGE_TASKS = 5
+
+
+class PauseState(enum.Enum):
+    """The states of a `Pause`; its docstring has the transitions."""
+
+    OPEN = "open"
+    BACK_OFF = "back off"  # the service asked for time
+    OUTAGE = "outage"
+    PROBING_BACK_OFF = "probing back off"
+    PROBING_OUTAGE = "probing outage"
+
+    def __init__(self, label: str) -> None:
+        # Attributes, because the hot path reads them and Python 3.11 is slow to look up members.
+        self.is_open = label == "open"
+        self.is_probing = label in {"probing back off", "probing outage"}
+
+
+_PROBING = {
+    PauseState.BACK_OFF: PauseState.PROBING_BACK_OFF,
+    PauseState.OUTAGE: PauseState.PROBING_OUTAGE,
+}
+_PROBE_LOST = {probing: paused for paused, probing in _PROBING.items()}
+
+
+class Pause:
+    """The pause of a client, and the single requests that probe for its end.
+
+    ================  ================  =====================  ==========  ===========
+    state             a permit is       asked for time         probe       probe
+                      acquired          / outage               answered    lost
+    ================  ================  =====================  ==========  ===========
+    OPEN                                BACK_OFF / OUTAGE
+    BACK_OFF          PROBING_BACK_OFF
+    OUTAGE            PROBING_OUTAGE
+    PROBING_BACK_OFF                    BACK_OFF / OUTAGE      OPEN        BACK_OFF
+    PROBING_OUTAGE                      BACK_OFF / OUTAGE      OPEN        OUTAGE
+    ================  ================  =====================  ==========  ===========
+
+    An empty cell leaves the state as it is. OPEN gives permits at once, BACK_OFF and OUTAGE when
+    the pause is over, and the others none until the probe ends.
+
+    A request sent before the pause was over is evidence of the time before: its result changes no
+    state. If it asks for more time while the pause is on, the pause gets longer.
+    """
+
+    def __init__(self) -> None:
+        self.state = PauseState.OPEN
+        self._cause: KontextError | None = None
+        self._began = 0.0
+        self._until = -math.inf
+        self._past = 0.0  # seconds of earlier pauses
+        self._streak = 0  # pauses since the last good answer
+        self._failing: set[str | None] = set()  # tasks that failed since the last good answer
+
+    def opens_at(self, now: float) -> float:
+        """Return when the next permit is free; infinity if the probe must end first."""
+        if self.state.is_open:
+            return now
+        return math.inf if self.state.is_probing else max(now, self._until)
+
+    def remaining(self, now: float) -> float:
+        """Return the seconds until the pause is over."""
+        return max(0.0, self._until - now)
+
+    def spent(self, now: float) -> float:
+        """Return the seconds spent in pauses up to now."""
+        return self._past + max(0.0, min(now, self._until) - self._began)
+
+    def blocked_by(self, task_id: str, now: float) -> KontextError | None:
+        """Return the error that caused the pause, as one of this task; None if open."""
+        if self.state.is_open:
+            return None
+        assert self._cause is not None, "a pause has a cause"
+        if isinstance(self._cause, ApiError):
+            remaining = self.remaining(now)
+            return self._cause.for_task(task_id, retry_after=remaining, http_status=None)
+        return self._cause.for_task(task_id)
+
+    def acquire(self) -> None:
+        """Note that a permit was acquired: in a pause, by the probe."""
+        if not self.state.is_open:
+            self.state = _PROBING[self.state]
+
+    def observe(self, error: KontextError | None, *, now: float, sent: float) -> None:
+        """Start, lengthen or clear the pause after the end of a request sent at ``sent``."""
+        if error is None:
+            self._observe_success(sent)
+        elif error.handling is Handling.BACK_OFF:
+            self._start(error, now=now, sent=sent)
+        elif isinstance(error, (ServerError, TransportError, ResponseFormatError)):
+            self._observe_failure(error, now=now, sent=sent)
+        else:
+            self._observe_success(sent)  # the service works, and refused this request
+
+    def probe_lost(self, *, sent: float) -> None:
+        """Let the next request probe if the one cancelled, sent at ``sent``, was the probe."""
+        if self.state.is_probing and sent >= self._until:
+            self.state = _PROBE_LOST[self.state]
+
+    def _observe_success(self, sent: float) -> None:
+        self._failing.clear()
+        if not self.state.is_open:
+            self._clear(sent=sent)
+
+    def _observe_failure(self, error: KontextError, *, now: float, sent: float) -> None:
+        # An unreadable answer is evidence neither of an outage nor against one.
+        if not isinstance(error, ResponseFormatError):
+            self._failing.add(error.task_id)
+        probed_outage = self.state is PauseState.PROBING_OUTAGE and sent >= self._until
+        if len(self._failing) >= _OUTAGE_TASKS or probed_outage:
+            self._start(error, now=now, sent=sent)
+        else:  # the service no longer asks for time, and this task alone fails
+            self._clear(sent=sent)
+
+    def _start(self, error: KontextError, *, now: float, sent: float) -> None:
+        retry_after = error.retry_after if isinstance(error, ApiError) else None
+        asked = min(retry_after, _MAX_RETRY_AFTER) if retry_after else None
+        if self.state in _PROBING:
+            if asked and now < self._until:
+                self._until = max(self._until, now + asked)
+        elif sent >= self._until:
+            is_asked = error.handling is Handling.BACK_OFF
+            self._past = self.spent(now)
+            self._streak += 1
+            self.state = PauseState.BACK_OFF if is_asked else PauseState.OUTAGE
+            self._cause = error
+            self._began = now
+            self._until = now + (asked or self._doubled(error))
+
+    def _doubled(self, error: KontextError) -> float:
+        is_maintenance = isinstance(error, MaintenanceError)
+        first = _FIRST_MAINTENANCE_PAUSE if is_maintenance else _FIRST_PAUSE
+        doublings = min(self._streak - 1, 10)  # a float overflows at 1024
+        return min(first * 2.0**doublings, _MAX_PAUSE)
+
+    def _clear(self, *, sent: float) -> None:
+        if sent >= self._until:
+            self.state = PauseState.OPEN
+            self._streak = 0
