@@ -137,8 +137,8 @@ class Pause:
         # An unreadable answer is evidence neither of an outage nor against one.
         if not isinstance(error, ResponseFormatError):
             self._failing.add(error.task_id)
-        probed_outage = self.state is PauseState.PROBING_OUTAGE and sent >= self._until
-        if len(self._failing) >= _OUTAGE_TASKS or probed_outage:
+        is_outage = len(self._failing) >= _OUTAGE_TASKS
+        if is_outage or self.state is PauseState.PROBING_OUTAGE:
             self._start(error, now=now, sent=sent)
         else:  # the service no longer asks for time, and this task alone fails
             self._clear(sent=sent)
