@@ -69,7 +69,10 @@ class TestPollState:
     def test_it_has_every_attribute_of_tenacitys_own_state(self):
         """Strategies of users find every attribute that they would find in tenacity."""
         theirs = tenacity.RetryCallState(tenacity.Retrying(), None, (), {})
-        assert set(vars(theirs)) - {"outcome"} <= set(vars(PollState(0.0)))
+        ours = PollState(0.0)
+        assert set(vars(theirs)) - {"outcome"} <= set(vars(ours))
+        for name in ("args", "attempt_number", "fn", "idle_for", "kwargs", "upcoming_sleep"):
+            assert getattr(ours, name) == getattr(theirs, name)
         assert "none yet" in repr(PollState(0.0))
 
     def test_the_outcome_of_a_good_poll_is_its_record(self):
@@ -98,6 +101,12 @@ class TestPollState:
         """A new state has neither an outcome nor a time since the start."""
         assert PollState(0.0).outcome is None
         assert PollState(0.0).seconds_since_start is None
+
+    def test_a_strategy_may_set_the_outcome(self):
+        """The outcome can be written, as in tenacity's own state."""
+        state = state_after()
+        state.outcome = tenacity.Future.construct(3, "mine", has_exception=False)
+        assert state.outcome.result() == "mine"
 
     def test_tenacity_may_reset_it(self):
         """What tenacity does to its state between two attempts works on this one."""
@@ -208,9 +217,10 @@ EDGES = [5.0 * (1.05**k - 1.0) for k in range(136)]
 WIDTHS = [b - a for a, b in itertools.pairwise(EDGES)]
 
 
-def saved(ended, at_risk):
+def saved(ended, at_risk, finished=0):
     """Return the saved text of a model with these counts in its bins."""
-    return json.dumps({"version": 1, "finished": 0, "ended": ended, "at_risk": at_risk})
+    state = {"version": 1, "finished": finished, "ended": ended, "at_risk": at_risk}
+    return json.dumps(state)
 
 
 def bins(model):
@@ -297,6 +307,19 @@ class TestCurve:
         assert model.next_age(30.0) == pytest.approx(30.0 + step)
         assert model.next_age(30.0, 0.5) == pytest.approx(30.0 + step / 2)
 
+    @pytest.mark.parametrize(("finished", "tasks"), [(0, 2), (100, 13), (10**6, 40)])
+    def test_it_is_rebuilt_after_a_tenth_of_the_finished_tasks_and_at_most_40(
+        self, finished, tasks
+    ):
+        """Tasks that end change the next age only when the curve is rebuilt."""
+        model = DurationModel.from_json(saved([0.0] * 135, [0.0] * 135, finished))
+        before = model.next_age(0.0)
+        ended = 0
+        while model.next_age(0.0) == before and ended < 100:
+            model.observe(str(ended), 3.0, 2.0)
+            ended += 1
+        assert ended == tasks
+
     def test_the_polls_of_a_fresh_model_are_those_of_the_prior(self):
         """They are pinned, so that the prior does not change unnoticed."""
         expected = [8.394, 13.632, 18.380, 23.830, 29.708, 35.886, 42.439, 49.219, 56.126, 63.196]
@@ -368,6 +391,21 @@ class TestSaving:
 
     def change(self, **parts):
         return json.dumps(json.loads(DurationModel().to_json()) | parts)
+
+    def test_the_cost_is_not_saved(self):
+        """A loaded model has the default cost unless it is given another."""
+        text = DurationModel(cost_per_request=3.0).to_json()
+        assert DurationModel.from_json(text).cost_per_request == 1.0
+
+    @pytest.mark.parametrize(("ended", "tasks"), [(600.0, 200.0), (600.1, 0.0), (0.0, 200.1)])
+    def test_counts_are_bounded_by_twice_what_a_bin_remembers(self, ended, tasks):
+        """At most 600 tasks ended, and 200 times its width at risk."""
+        text = saved([ended] * 135, [tasks * width for width in WIDTHS])
+        if (ended, tasks) == (600.0, 200.0):
+            assert bins(DurationModel.from_json(text))[0] == [600.0] * 135
+        else:
+            with pytest.raises(ConfigurationError, match="is out of range"):
+                DurationModel.from_json(text)
 
     def test_the_text_is_bounded(self):
         """A text longer than any saved model is not parsed."""
