@@ -8,6 +8,7 @@ import json
 import math
 import random
 import statistics
+from bisect import bisect_right
 
 import pytest
 import tenacity
@@ -101,6 +102,7 @@ class TestPollState:
         """A new state has neither an outcome nor a time since the start."""
         assert PollState(0.0).outcome is None
         assert PollState(0.0).seconds_since_start is None
+        assert PollState(0.0).age == 0.0
 
     def test_a_strategy_may_set_the_outcome(self):
         """The outcome can be written, as in tenacity's own state."""
@@ -319,6 +321,13 @@ class TestCurve:
             model.observe(str(ended), 3.0, 2.0)
             ended += 1
         assert ended == tasks
+
+    def test_the_curve_reaches_one_bin_beyond_the_prior(self):
+        """A task ended in the first bin after 120 s, and the bins before are known to be empty."""
+        first = bisect_right(EDGES, 120.0)
+        ended = [1.0 if i == first else 0.0 for i in range(135)]
+        model = DurationModel.from_json(saved(ended, [20.0 * width for width in WIDTHS]))
+        assert model.next_age(100.0) == pytest.approx(EDGES[first + 1])
 
     def test_the_polls_of_a_fresh_model_are_those_of_the_prior(self):
         """They are pinned, so that the prior does not change unnoticed."""
