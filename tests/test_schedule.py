@@ -8,6 +8,7 @@ import json
 import math
 import random
 import statistics
+from bisect import bisect_right
 
 import pytest
 import tenacity
@@ -69,7 +70,10 @@ class TestPollState:
     def test_it_has_every_attribute_of_tenacitys_own_state(self):
         """Strategies of users find every attribute that they would find in tenacity."""
         theirs = tenacity.RetryCallState(tenacity.Retrying(), None, (), {})
-        assert set(vars(theirs)) - {"outcome"} <= set(vars(PollState(0.0)))
+        ours = PollState(0.0)
+        assert set(vars(theirs)) - {"outcome"} <= set(vars(ours))
+        for name in ("args", "attempt_number", "fn", "idle_for", "kwargs", "upcoming_sleep"):
+            assert getattr(ours, name) == getattr(theirs, name)
         assert "none yet" in repr(PollState(0.0))
 
     def test_the_outcome_of_a_good_poll_is_its_record(self):
@@ -98,6 +102,13 @@ class TestPollState:
         """A new state has neither an outcome nor a time since the start."""
         assert PollState(0.0).outcome is None
         assert PollState(0.0).seconds_since_start is None
+        assert PollState(0.0).age == 0.0
+
+    def test_a_strategy_may_set_the_outcome(self):
+        """The outcome can be written, as in tenacity's own state."""
+        state = state_after()
+        state.outcome = tenacity.Future.construct(3, "mine", has_exception=False)
+        assert state.outcome.result() == "mine"
 
     def test_tenacity_may_reset_it(self):
         """What tenacity does to its state between two attempts works on this one."""
@@ -208,9 +219,10 @@ EDGES = [5.0 * (1.05**k - 1.0) for k in range(136)]
 WIDTHS = [b - a for a, b in itertools.pairwise(EDGES)]
 
 
-def saved(ended, at_risk):
+def saved(ended, at_risk, finished=0):
     """Return the saved text of a model with these counts in its bins."""
-    return json.dumps({"version": 1, "finished": 0, "ended": ended, "at_risk": at_risk})
+    state = {"version": 1, "finished": finished, "ended": ended, "at_risk": at_risk}
+    return json.dumps(state)
 
 
 def bins(model):
@@ -251,6 +263,21 @@ class TestCounts:
         )
         assert at_risk[2:4] == pytest.approx(WIDTHS[2:4], rel=1e-5)
         assert at_risk[4] == pytest.approx(1.1 - EDGES[4], rel=1e-5)
+
+    def test_time_within_a_bin_counts_in_it(self):
+        """A task last seen in the first bin has spent its whole time there."""
+        model = DurationModel()
+        model.observe("a", 0.1)
+        assert bins(model)[1][:2] == [0.1, 0.0]
+
+    def test_observations_are_counted_after_500_at_the_latest(self):
+        """Memory does not grow with polls, also where nothing asks for the next age."""
+        model = DurationModel()
+        for k in range(499):
+            model.observe(str(k), 1.0, 2.0)
+        assert len(model._pending) == 499
+        model.observe("last", 1.0, 2.0)
+        assert not model._pending
 
     def test_a_bin_forgets_a_hundredth_with_each_task_that_passes_through(self):
         """Passing tasks scale both counts; at risk they level off at 100 tasks."""
@@ -296,6 +323,32 @@ class TestCurve:
         assert model.next_age(0.0) == pytest.approx(step)
         assert model.next_age(30.0) == pytest.approx(30.0 + step)
         assert model.next_age(30.0, 0.5) == pytest.approx(30.0 + step / 2)
+
+    @pytest.mark.parametrize(("finished", "tasks"), [(0, 2), (100, 13), (10**6, 40)])
+    def test_it_is_rebuilt_after_a_tenth_of_the_finished_tasks_and_at_most_40(
+        self, finished, tasks
+    ):
+        """Tasks that end change the next age only when the curve is rebuilt."""
+        model = DurationModel.from_json(saved([0.0] * 135, [0.0] * 135, finished))
+        before = model.next_age(0.0)
+        ended = 0
+        while model.next_age(0.0) == before and ended < 100:
+            model.observe(str(ended), 3.0, 2.0)
+            ended += 1
+        assert ended == tasks
+
+    def test_a_step_is_a_quarter_of_a_second_at_least(self):
+        """The curve is never steeper than four polls a second, however cheap a request is."""
+        model = taught([12.0] * 100, cost_per_request=1e-6)
+        assert model.next_age(11.6, 1.0) == pytest.approx(11.85)
+        assert model.next_age(11.6, 2.0) == pytest.approx(12.1)
+
+    def test_the_curve_reaches_one_bin_beyond_the_prior(self):
+        """A task ended in the first bin after 120 s, and the bins before are known to be empty."""
+        first = bisect_right(EDGES, 120.0)
+        ended = [1.0 if i == first else 0.0 for i in range(135)]
+        model = DurationModel.from_json(saved(ended, [20.0 * width for width in WIDTHS]))
+        assert model.next_age(100.0) == pytest.approx(EDGES[first + 1])
 
     def test_the_polls_of_a_fresh_model_are_those_of_the_prior(self):
         """They are pinned, so that the prior does not change unnoticed."""
@@ -369,8 +422,27 @@ class TestSaving:
     def change(self, **parts):
         return json.dumps(json.loads(DurationModel().to_json()) | parts)
 
+    def test_the_cost_is_not_saved(self):
+        """A loaded model has the default cost unless it is given another."""
+        text = DurationModel(cost_per_request=3.0).to_json()
+        assert DurationModel.from_json(text).cost_per_request == 1.0
+
+    @pytest.mark.parametrize(("ended", "tasks"), [(600.0, 200.0), (600.1, 0.0), (0.0, 200.1)])
+    def test_counts_are_bounded_by_twice_what_a_bin_remembers(self, ended, tasks):
+        """At most 600 tasks ended, and 200 times its width at risk."""
+        text = saved([ended] * 135, [tasks * width for width in WIDTHS])
+        if (ended, tasks) == (600.0, 200.0):
+            assert bins(DurationModel.from_json(text))[0] == [600.0] * 135
+        else:
+            with pytest.raises(ConfigurationError, match="is out of range"):
+                DurationModel.from_json(text)
+
     def test_the_text_is_bounded(self):
         """A text longer than any saved model is not parsed."""
+        longest = self.change(more="").ljust(65_536)
+        assert DurationModel.from_json(longest).to_json() == DurationModel().to_json()
+        with pytest.raises(ConfigurationError, match="not a JSON object, or too long"):
+            DurationModel.from_json(longest + " ")
         with pytest.raises(ConfigurationError, match="not a JSON object, or too long"):
             DurationModel.from_json(self.change(more="x" * 100_000))
 
