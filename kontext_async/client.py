@@ -67,6 +67,7 @@ def _checked_url(base_url: str, *, allow_http: bool) -> str:
             f"base_url must be an http(s) URL with a host, such as https://api.apikley.ru, "
             f"not {base_url!r}"
         )
+    _check_host(url.host)
     if url.user is not None or url.password is not None or url.query_string or url.fragment:
         raise ConfigurationError("base_url must have no user, query or fragment")
     if url.scheme == "http" and not (allow_http or _is_loopback(url.host)):
@@ -75,6 +76,13 @@ def _checked_url(base_url: str, *, allow_http: bool) -> str:
             "use https, or pass allow_http=True"
         )
     return str(url).rstrip("/")
+
+
+def _check_host(host: str) -> None:
+    try:
+        host.encode("idna")  # as the resolver does
+    except UnicodeError as exc:
+        raise ConfigurationError(f"base_url has a host that cannot be a name: {host!r}") from exc
 
 
 def _is_loopback(host: str) -> bool:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import math
 import time
+from collections import deque
 from types import TracebackType
 
 import aiohttp
@@ -16,6 +17,7 @@ from kontext_async import wire
 from kontext_async._version import __version__
 from kontext_async.errors import (
     ApiError,
+    AuthenticationError,
     ClientStateError,
     ConfigurationError,
     GenerationFailedError,
@@ -34,6 +36,9 @@ _log = logging.getLogger("kontext_async")
 # Seconds for which an idle connection is kept: the longest delay of the learned schedule.
 _KEEP_ALIVE = 60.0
 _CONNECT_TIMEOUT = 10.0
+
+# Polls in a row that must be refused with 401 before an accepted key counts as refused.
+_KEY_REFUSALS = 3
 
 # Errors a poll may raise.
 _POLL_ERRORS = (ApiError, GenerationFailedError, ResponseFormatError, TransportError)
@@ -67,6 +72,8 @@ class Transport:
         self._session: aiohttp.ClientSession | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
+        self._has_good_answer = False
+        self._key_refusals: deque[str] = deque(maxlen=_KEY_REFUSALS)  # tasks, since a good answer
         self._headers = CIMultiDict(
             {
                 "Authorization": f"Bearer {api_key}",
@@ -148,6 +155,8 @@ class Transport:
                 status, headers, body, task_id=task_id, api_key=self._api_key, now=time.time()
             )
         except _POLL_ERRORS as error:
+            if isinstance(error, ApiError):
+                self._reconsider(error, task_id)
             self.budget.release(sent, error)
             _log.debug("task %s: %s", task_id, type(error).__name__)
             raise
@@ -155,9 +164,26 @@ class Transport:
             self.budget.release(sent, cancelled=True)
             raise
         self.budget.release(sent)
+        self._has_good_answer = True
+        self._key_refusals.clear()
         _log.debug("task %s: %s", task_id, record.status.name)
         is_running = record.status.phase == "generating"
         return record, wire.server_age(headers, record) if is_running else None
+
+    def _reconsider(self, error: ApiError, task_id: str) -> None:
+        """Mark a refusal as transient if earlier good answers contradict it.
+
+        A gateway may answer 401 or 404 for a moment, such as during a rollout.
+        """
+        if isinstance(error, AuthenticationError):
+            self._key_refusals.append(task_id)
+            tasks = min(_KEY_REFUSALS, self.waits + 1)  # this one has ended its request
+            is_refused = (
+                len(self._key_refusals) == _KEY_REFUSALS and len(set(self._key_refusals)) >= tasks
+            )
+            error.is_transient = self._has_good_answer and not is_refused
+        elif error.from_gateway and error.code == 404:
+            error.is_transient = self._has_good_answer
 
     async def _get(
         self, task_id: str, sent: float, until: float
@@ -189,13 +215,16 @@ class Transport:
             error = self._translate(exc, task_id)
             cause = _cause(exc)
             is_late = deadline.expired and until <= sent + self.request_timeout
-        except ValueError as exc:
-            if "AUTHORIZATION" not in str(exc):  # aiohttp found two of them
+        except Exception as exc:
+            if isinstance(exc, ValueError) and "AUTHORIZATION" in str(exc):  # aiohttp found two
+                raise ConfigurationError(
+                    "the session takes a login for this host from netrc, which collides with the "
+                    "API key: pass one without trust_env, or remove that login"
+                ) from None
+            # A borrowed session's connector or middlewares may raise anything.
+            if self._borrowed is None:
                 raise
-            raise ConfigurationError(
-                "the session takes a login for this host from netrc, which collides with the API "
-                "key: pass one without trust_env, or remove that login"
-            ) from None
+            error, cause, is_late = self._translate(exc, task_id), None, False
         finally:
             self._in_flight.discard(deadline)
         self._check_not_closed()

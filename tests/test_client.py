@@ -483,18 +483,21 @@ async def test_a_sessions_middlewares_and_tracing_see_each_request(simulator):
 
 
 @virtual_time
-async def test_what_a_middleware_raises_gives_the_turn_back(simulator):
-    """It is none of our errors, and reaches the caller; no slot is lost."""
+@pytest.mark.parametrize("exception", [ZeroDivisionError, ValueError])
+async def test_an_exception_of_a_middleware_is_a_transport_error(simulator, exception):
+    """It releases the permit, and names what was raised, without the key."""
 
     async def middleware(request, handler):
-        raise ZeroDivisionError
+        raise exception("marker-key is in here")
 
     async with (
         aiohttp.ClientSession(middlewares=[middleware]) as session,
         make_client(simulator, session=session, max_concurrency=1) as client,
     ):
         for _ in range(2):
-            await error_of(client.wait_for_result("task"), ZeroDivisionError)
+            error = await error_of(client.wait_for_result("task", error_grace=0), TransportError)
+            assert str(error) == f"task task: {exception.__name__}: *** is in here"
+            assert (error.__cause__, error.__context__) == (None, None)
         assert client.stats.in_flight == client.stats.waits == 0
 
 
