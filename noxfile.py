@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import nox
@@ -74,3 +77,17 @@ def crash(session: nox.Session) -> None:
     session.install("-e", ".[test]")
     environment = {"KONTEXT_CRASHES": "20"}
     session.run("pytest", "tests/test_crash.py", *session.posargs, env=environment)
+
+
+@nox.session(venv_backend="none")
+def debian(session: nox.Session) -> None:
+    """Run the README's two commands on fresh Debian systems: trixie and sid, or those named."""
+    if os.geteuid() or not shutil.which("debootstrap"):
+        session.error("This needs root, and debootstrap: apt-get install debootstrap")
+    # What is mounted in the folder is seen nowhere outside these namespaces, and gone with them:
+    # so the folder may be removed however a run ends.
+    isolated = ("unshare", "--mount", "--pid", "--fork", "--kill-child")
+    for suite in session.posargs or ["trixie", "sid"]:
+        with tempfile.TemporaryDirectory() as folder:
+            command = (*isolated, "tests/debian.sh", suite, f"{folder}/{suite}")
+            session.run(*command, external=True, interrupt_timeout=60)

@@ -109,13 +109,15 @@ class _BatchPoller:
         self._is_shut = True
 
     async def poll(
-        self, task_id: str, sent: float, *, until: float
+        self, task_id: str, sent: float, *, until: float, first: bool, failing: bool
     ) -> tuple[TaskRecord, float | None] | None:
         if self._is_shut:
             self.budget.cancel(sent)
             raise asyncio.CancelledError
         try:
-            return await self._transport.poll(task_id, sent, until=until)
+            return await self._transport.poll(
+                task_id, sent, until=until, first=first, failing=failing
+            )
         except AuthenticationError as error:
             if self.refusal is None and not error.retryable:
                 self.refusal, self._is_shut = error, True
@@ -337,8 +339,13 @@ class _Batch:
     def _record(self, outcome: TaskOutcome) -> None:
         if self._journal is None:
             self._hand_on(outcome)
+            return
+        try:
+            recorded = self._journal.record(outcome)
+        except BaseException as error:  # noqa: BLE001  # `next` raises it
+            self._fail(error)
         else:
-            self._follow(self._journal.record(outcome), lambda _: self._hand_on(outcome))
+            self._follow(recorded, lambda _: self._hand_on(outcome))
 
     def _hand_on(self, outcome: TaskOutcome) -> None:
         if not self._is_active:

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import AsyncIterable, Callable, Iterable
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
 
 import aiohttp
 from tenacity.wait import WaitBaseT
@@ -32,7 +32,9 @@ from kontext_async.schedule import DurationModel, wait_learned
 from kontext_async.streams import Stream
 from kontext_async.transport import Transport
 
-__all__ = ["KontextClient"]
+__all__ = ["DEFAULT_BASE_URL", "KontextClient"]
+
+DEFAULT_BASE_URL: Final = "https://api.apikley.ru"
 
 _KEY_VARIABLE = "APIKLEY_API_KEY"
 
@@ -64,7 +66,7 @@ def _checked_url(base_url: str, *, allow_http: bool) -> str:
         raise ConfigurationError(f"base_url is not a URL: {exc}") from exc
     if url.scheme not in ("http", "https") or not url.host:
         raise ConfigurationError(
-            f"base_url must be an http(s) URL with a host, such as https://api.apikley.ru, "
+            f"base_url must be an http(s) URL with a host, such as {DEFAULT_BASE_URL}, "
             f"not {base_url!r}"
         )
     _check_host(url.host)
@@ -126,7 +128,7 @@ class KontextClient:
         self,
         api_key: str | None = None,
         *,
-        base_url: str = "https://api.apikley.ru",
+        base_url: str = DEFAULT_BASE_URL,
         session: aiohttp.ClientSession | None = None,
         request_timeout: float = 30.0,
         max_concurrency: int = 64,
@@ -208,7 +210,7 @@ class KontextClient:
         now = transport.loop_time
         latest = now + transport.request_timeout
         if budget.opens_in(now) <= transport.request_timeout:
-            sent = await transport.acquire(now, seen=True, until=latest)
+            sent = await transport.acquire(now, until=latest, seen=True, deadline=latest)
             if sent is not None:
                 answer = await transport.poll(task_id, sent, until=math.inf)
                 assert answer is not None, "only until cuts a poll short"
@@ -235,8 +237,8 @@ class KontextClient:
         ``timeout``: seconds from the call to the hard deadline; None is no limit, 0 polls once.
         ``wait``: any tenacity wait strategy; None is the learned schedule (`wait_learned`).
         ``error_grace``: seconds for which this wait's polls may keep failing (server errors,
-        network, unreadable answers) before the last error is raised. Pauses of the whole client
-        do not count. None is until the deadline, 0 raises at once.
+        network, unreadable answers) before the last error is raised. Pauses that the service asks
+        for do not count, those of an outage do. None is until the deadline, 0 raises at once.
         ``not_found_grace``: the same for a task that the API does not know (yet).
         ``on_event``: called with a `PollEvent` after each poll; its exceptions end the wait.
 

@@ -72,7 +72,7 @@ class KontextError(Exception):
         """True if the same call may succeed later, without a change by the caller."""
         return self.handling is not Handling.RAISE
 
-    def for_task(self, task_id: str, **changes: object) -> Self:
+    def for_task(self, task_id: str | None, **changes: object) -> Self:
         """Return the same error about another task, with some attributes changed."""
         error = copy.copy(self)
         error.__dict__.update(changes, task_id=task_id)
@@ -139,9 +139,13 @@ class ApiError(KontextError):
     def _own_handling(self) -> Handling:
         if self.code in (429, 455) or (self.code == 503 and self.retry_after is not None):
             return Handling.BACK_OFF
-        # 505 says that the feature is disabled (the provider's sibling pages). A 403 or 408 may
-        # come from a gateway for a moment.
-        is_final = self.code == 505 or (400 <= self.code < 500 and self.code not in (403, 408))
+        # 505 says that the feature is disabled (the provider's sibling pages). Most 4xx without an
+        # envelope are a gateway's, and pass: a rollout, a challenge page.
+        is_final = self.code == 505 or (
+            self.code in (402, 404, 422)
+            if self.from_gateway
+            else 400 <= self.code < 500 and self.code != 408
+        )
         return Handling.RAISE if is_final else Handling.RETRY
 
     def __str__(self) -> str:
@@ -159,7 +163,7 @@ class ApiError(KontextError):
 
 
 class AuthenticationError(ApiError):
-    """Raised when the API does not accept the key (401, or 403 in an envelope)."""
+    """Raised when the API does not accept the key (401)."""
 
     title = "API key refused"
     _advice = "; check the API key"

@@ -1,4 +1,4 @@
-"""What the API says of a task, as frozen values. Nothing here knows of JSON or HTTP."""
+"""Tasks as frozen values, apart from how JSON and HTTP carry them."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import attrs
 
 __all__ = ["CompletedTask", "TaskRecord", "TaskStatus"]
 
-# How long the files behind a finished task can be fetched, by the provider's documentation.
+# Lifetimes of a completed task's files (the provider's documentation).
 _RESULT_LIFETIME = timedelta(days=14)
 _ORIGIN_LIFETIME = timedelta(minutes=10)
 
 
 class TaskStatus(enum.IntEnum):
-    """The API's ``successFlag``: how a task stands.
+    """The status of a task: the API's ``successFlag``.
 
-    ``phase`` sorts the flags into ``"generating"``, ``"ready"`` and ``"failed"``;
-    ``meaning`` is the provider's description.
+    ``phase`` is ``"generating"``, ``"ready"`` or ``"failed"``; ``meaning`` is the provider's
+    description.
     """
 
     phase: Literal["generating", "ready", "failed"]
@@ -44,7 +44,7 @@ class TaskStatus(enum.IntEnum):
 
 @attrs.frozen(kw_only=True)
 class _Task:
-    """What a task's record and its completed form have in common."""
+    """The fields that a record and a completed task share."""
 
     task_id: str
     param_json: str | None = attrs.field(default=None, repr=False)
@@ -57,7 +57,7 @@ class _Task:
         """The request's parameters, parsed from ``param_json``; empty where it does not parse."""
         try:
             params = json.loads(self.param_json or "{}")
-            # JSON can spell half a character (a lone surrogate), which no file or terminal takes.
+            # JSON may escape half a character (a lone surrogate), which cannot be encoded.
             safe = json.dumps(params, ensure_ascii=False).encode(errors="replace")
         except (ValueError, RecursionError):
             return {}
@@ -65,7 +65,10 @@ class _Task:
 
     @property
     def duration(self) -> timedelta | None:
-        """How long the task took by the service's own clock; None where a time is missing."""
+        """The task's duration by the service's own clock.
+
+        None if a time is missing, or completion lies before creation.
+        """
         if self.create_time is None or self.complete_time is None:
             return None
         taken = self.complete_time - self.create_time
@@ -74,11 +77,11 @@ class _Task:
 
 @attrs.frozen(kw_only=True)
 class TaskRecord(_Task):
-    """How a task stood when the API was asked.
+    """The state of a task at one poll.
 
-    The status decides; ``error_code`` and ``error_message`` only explain a failure.
-    ``create_time`` and ``complete_time`` are aware datetimes, None where absent or unreadable.
-    ``param_json`` and ``params`` hold the prompt and stay out of ``repr``.
+    ``status`` alone says how the task stands; ``error_code`` and ``error_message`` explain a
+    failure. ``create_time`` and ``complete_time`` are aware datetimes, None if absent or
+    unreadable. ``param_json`` and ``params`` hold the prompt and are not in ``repr``.
     """
 
     status: TaskStatus
@@ -95,7 +98,7 @@ class CompletedTask(_Task):
 
     @classmethod
     def of(cls, record: TaskRecord) -> CompletedTask:
-        """The record of a success in its completed form; it must have a result URL."""
+        """Return the completed task of a record; raise ValueError if it has no result URL."""
         if record.result_image_url is None:
             raise ValueError("the record has no result_image_url")
         return cls(
@@ -109,10 +112,10 @@ class CompletedTask(_Task):
 
     @property
     def expires_at(self) -> datetime | None:
-        """When ``result_image_url`` stops working: 14 days after completion (provider's page)."""
+        """The end of ``result_image_url``: 14 days after completion (provider's page)."""
         return self.complete_time and self.complete_time + _RESULT_LIFETIME
 
     @property
     def origin_expires_at(self) -> datetime | None:
-        """When ``origin_image_url`` stops working: 10 minutes after completion (same source)."""
+        """The end of ``origin_image_url``: 10 minutes after completion (same source)."""
         return self.complete_time and self.complete_time + _ORIGIN_LIFETIME

@@ -1,4 +1,4 @@
-"""When to look at a task again: what a wait strategy is told, and the schedule that learns."""
+"""When to poll a task again: the state that wait strategies read, and the schedule that learns."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from kontext_async.models import TaskRecord
 
 __all__ = ["DurationModel", "PollState", "wait_learned"]
 
-# What a strategy finds as `retry_object`: no controller drives a wait, one inert object serves all.
+# The `retry_object` of every state. No tenacity controller drives a wait, so one object serves all.
 _NO_CONTROLLER: Final = Retrying()
 
 
 class PollState(RetryCallState):
-    """What a wait strategy is handed after a look that did not end the wait.
+    """The state of a wait, passed to its wait strategy after each poll that did not end it.
 
-    Beside all that tenacity's own state has, ``age`` is how long the task has existed in seconds,
-    ``record`` the answer of the last look and ``error`` its error (one of them is None), and
-    ``failures`` how many looks in a row, up to this one, have failed. Times are those of the
-    event loop's clock.
+    It has all attributes of tenacity's own state, with times by the event loop's clock, and:
+
+    ``age``: seconds since the task was created. ``record``: the last poll's record, None if that
+    poll failed. ``error``: its error, None if it did not. ``failures``: polls in a row that have
+    failed, up to and including the last one.
     """
 
     def __init__(self, start_time: float) -> None:
@@ -58,7 +59,7 @@ class PollState(RetryCallState):
         error: BaseException | None = None,
         failures: int = 0,
     ) -> None:
-        """Take down the look that just ended, at loop time ``now``, the wait's ``attempt``-th."""
+        """Set the state to the wait's ``attempt``-th poll, which ended at loop time ``now``."""
         self.outcome_timestamp = now
         self.attempt_number = attempt
         self.age = age
@@ -69,13 +70,13 @@ class PollState(RetryCallState):
 
     @property
     def outcome(self) -> Future | None:
-        """The last look as a future, made when asked for: it is dear, and few strategies ask."""
+        """The last poll as a future, made on demand: it is expensive and rarely needed."""
         if self._outcome is None and self.outcome_timestamp is not None:
             value = self.record if self.error is None else self.error
             self._outcome = Future.construct(self.attempt_number, value, self.error is not None)
         return self._outcome
 
-    # In tenacity an attribute, which is read and written just so.
+    # tenacity has a plain attribute here, which it also writes.
     @outcome.setter
     def outcome(  # pyright: ignore[reportIncompatibleVariableOverride]
         self, value: Future | None
@@ -88,24 +89,32 @@ _EDGES: Final = tuple(5.0 * (1.05**k - 1.0) for k in range(136))
 _WIDTHS: Final = tuple(b - a for a, b in itertools.pairwise(_EDGES))
 _BINS: Final = len(_WIDTHS)
 
-# What is believed before anything was seen: the rate at which tasks of an age in seconds end,
-# per second; linear in between. Most take 8 to 30 s, some much longer.
+# The constants below were chosen with tests/benchmarks/schedule_efficiency.py. Moving a single one
+# by a fifth changes J by at most 2 % on average over the shapes there, and by at most 4 % in one
+# of them; fewer _PRIOR_TASKS cost 13 % in one of them.
+
+# The prior: the rate per second at which tasks of an age in seconds end, before any is known;
+# linear in between. Most tasks take 8 to 30 s, some much longer.
 _PRIOR_AGES: Final = (0.0, 2.5, 5.0, 8.0, 12.0, 20.0, 40.0, 100.0, math.inf)
 _PRIOR_RATES: Final = (0.0, 0.0, 0.025, 0.045, 0.12, 0.065, 0.045, 0.03, 0.03)
-_PRIOR_WEIGHT: Final = 3.5  # tasks that the prior counts for, in a bin that no task passed yet
-_PRIOR_GONE: Final = 20.0  # tasks having passed through a bin that put an end to the prior there
+_PRIOR_REACH: Final = 120.0  # s of age that the curve covers at least, by the prior
+_PRIOR_TASKS: Final = 3.5  # tasks that the prior counts as, in a bin that no task has passed yet
+_PRIOR_LAST_TASK: Final = 20.0  # tasks to pass through a bin until the prior counts for nothing
+_PRIOR_SCALE_TASKS: Final = 2.0  # tasks to end beyond those expected until the prior is doubled
+_MIN_PRIOR_SCALE: Final = 0.85  # where fewer tasks ended than expected
+_PRIOR_SCALE_DECAY: Final = 0.8  # from one bin to the next, of the counts that scale the prior
 
-_MEMORY: Final = 100.0  # tasks that a bin remembers having passed through it
-_LIFE: Final = 300.0  # tasks ended anywhere after which what a bin holds has faded to 1/e
-_REBUILD: Final = 40.0  # tasks ended between two renewals of the curve
-_MOST_HEARD: Final = 500  # looks that may wait to be taken into account
-_LOOK: Final = 0.1  # a look that finds a task running, counted in tasks ended
+_BIN_MEMORY: Final = 100.0  # tasks passing through a bin after which its counts have faded to 1/e
+_MEMORY: Final = 300.0  # tasks ended anywhere after which all counts have faded to 1/e
+_MIN_ENDED: Final = 0.05  # tasks ended in a bin, faded; fewer do not extend the curve to it
+_MAX_PENDING: Final = 500  # observations until they are counted, if no rebuild comes first
+_REBUILD_AFTER: Final = 40.0  # news, in tasks ended, after which the curve is rebuilt at the latest
+_RUNNING_NEWS: Final = 0.1  # news in an observation of a running task
 
-_SHORTEST: Final = 0.25  # s between two looks, at least
-_LONGEST: Final = 60.0  # s between two looks, at most
-_UNKNOWN: Final = 15.0  # s between two looks at an age of which nothing is known, at most
-_FOREVER: Final = 1e6  # looks by which the curve goes on beyond what is known
-_FADED: Final = 0.05  # ended tasks in a bin, or fewer, are as good as forgotten
+_MIN_DELAY: Final = 0.25  # s
+_MAX_DELAY: Final = 60.0  # s
+_MAX_BLIND_DELAY: Final = 15.0  # s, at ages that no known task has reached
+_MAX_BLIND_POLLS: Final = 1e6  # polls for which the curve goes on after the last known age
 _VERSION: Final = 1
 _MAX_SAVED: Final = 65_536  # characters, some ten times what is saved
 
@@ -118,21 +127,20 @@ def _prior_rate(age: float) -> float:
 
 
 _PRIOR: Final = tuple(_prior_rate((a + b) / 2) for a, b in itertools.pairwise(_EDGES))
-_PRIOR_REACH: Final = bisect_right(_EDGES, 120.0)  # bins that the curve has at least: to 120 s
-_DOUBT: Final = 2.0  # ended tasks that it takes to halve or double the prior
-_LEAST_SCALE: Final = 0.85  # of the prior, where fewer tasks ended than it foretold
-_NEARBY: Final = 0.8  # what a bin counts for in the next one, in scaling the prior
+_PRIOR_BINS: Final = bisect_right(_EDGES, _PRIOR_REACH)
 
 
 class DurationModel:
-    """How long tasks take, learned from every look, and when it is worth looking again.
+    """The durations of tasks, learned from every poll, and the age at which to poll next.
 
-    ``cost_per_request`` is what one request is worth in seconds of lag: 2.0 looks more rarely
-    than the default, 0.5 more often.
+    ``cost_per_request`` is the seconds of lag that one request is worth, above 0. With 2.0 polls
+    are rarer than by default, with 0.5 more frequent. Raises `ConfigurationError` for any other
+    value.
 
-    Age is divided into bins. Each holds how many tasks ended in it and the time that tasks spent
-    in it, those still running too; one over the other is the rate at which tasks of that age end
-    (Nelson-Aalen). Scaling both down together, as tasks pass, forgets without shifting the rate.
+    Age is divided into bins. Each bin counts the tasks that ended in it, and the seconds that
+    tasks spent in it, also those still running. Their ratio is the rate at which tasks of that
+    age end (the Nelson-Aalen estimator). Old tasks are forgotten by scaling both counts down
+    together, which leaves the rate as it is.
     """
 
     def __init__(self, *, cost_per_request: float = 1.0) -> None:
@@ -145,10 +153,12 @@ class DurationModel:
         self._at_risk = [0.0] * _BINS
         self._finished = 0
         self._ages: dict[str, float] = {}
-        self._heard: list[tuple[float, float, bool]] = []  # ran from, to, and then ended
-        self._crossed = [0] * (_BINS + 1)  # +1 where a task's crossings begin, -1 past their end
+        # Observations not counted yet: the ages from and to which a task ran, and if it ended.
+        self._pending: list[tuple[float, float, bool]] = []
+        # The bins that pending observations crossed: +1 at the first, -1 after the last.
+        self._crossed = [0] * (_BINS + 1)
         self._just_ended = [0] * _BINS
-        self._news = 0.0
+        self._news = 0.0  # since the curve was built
         self._rebuild()
 
     def __repr__(self) -> str:
@@ -158,70 +168,72 @@ class DurationModel:
         )
 
     def observe(self, task_id: str, age: float, duration: float | None = None) -> None:
-        """Learn from a look at a task: at ``age`` seconds it still ran, or it took ``duration``.
+        """Learn from a poll: the task still ran at ``age``, or it ended after ``duration``.
 
-        Numbers that are no times are passed over.
+        Both are in seconds; ``duration`` is None for a task that still runs. Negative, infinite
+        and NaN values are ignored.
         """
         if duration is None:
             since = self._ages.get(task_id, 0.0)
             if since < age < math.inf:
                 self._ages[task_id] = age
-                self._heard.append((since, age, False))
-                self._news += _LOOK
+                self._pending.append((since, age, False))
+                self._news += _RUNNING_NEWS
         else:
             since = self._ages.pop(task_id, 0.0)
             if 0.0 <= duration < math.inf:
-                self._heard.append((since, duration, True))
+                self._pending.append((since, duration, True))
                 self._finished += 1
                 self._news += 1.0
-        if len(self._heard) >= _MOST_HEARD:
+        if len(self._pending) >= _MAX_PENDING:
             self._settle()
 
     def forget(self, task_id: str) -> None:
-        """Drop a task that is not waited for any more; that it ran so long stays known."""
+        """Free what is kept for a task that nobody waits for; what it taught stays."""
         self._ages.pop(task_id, None)
 
     def next_age(self, age: float, step: float = 1.0) -> float:
-        """The age in seconds at which to look again at a task that runs at ``age``.
+        """Return the age in seconds at which to poll a task again that runs at ``age``.
 
-        ``step`` is how many looks on to go: 1.0 but for jitter. The result is 0.25 s to 60 s
-        after ``age``, and at most 15 s after it where nothing is known of tasks so old.
+        ``step`` is the number of polls to go forward along the curve: 1.0, or near it for jitter.
+        The result is 0.25 s to 60 s after ``age``, and at most 15 s after it if no known task has
+        become so old.
         """
-        if self._news >= min(_REBUILD, 1.0 + self._finished / 10.0):
+        if self._news >= min(_REBUILD_AFTER, 1.0 + self._finished / 10.0):
             self._rebuild()
         ages, counts = self._ages_at, self._counts_at
         age = max(0.0, age)
         found = _interpolate(counts, ages, _interpolate(ages, counts, age) + step)
-        latest = min(age + _LONGEST, max(age + _UNKNOWN, self._known_until))
-        return max(age + _SHORTEST, min(found, latest))
+        latest = min(age + _MAX_DELAY, max(age + _MAX_BLIND_DELAY, self._known_until))
+        return max(age + _MIN_DELAY, min(found, latest))
 
     def to_json(self) -> str:
-        """What was learned, for :meth:`from_json` in a later process."""
+        """Return what was learned as JSON, for :meth:`from_json` in a later process."""
         self._settle()
         state = {
             "version": _VERSION,
             "finished": self._finished,
-            "ended": [_brief(tasks) for tasks in self._ended],
-            "at_risk": [_brief(seconds) for seconds in self._at_risk],
+            "ended": [_rounded(tasks) for tasks in self._ended],
+            "at_risk": [_rounded(seconds) for seconds in self._at_risk],
         }
         return json.dumps(state, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str, *, cost_per_request: float = 1.0) -> DurationModel:
-        """A model that goes on from what :meth:`to_json` gave.
+        """Return a model with what :meth:`to_json` has saved.
 
-        Raises :class:`ConfigurationError` where ``text`` is anything else.
+        Raises :class:`ConfigurationError` if ``text`` is anything else.
         """
         model = cls(cost_per_request=cost_per_request)
         state = _saved_state(text)
         model._finished = int(_saved_number("finished", state.get("finished"), 1e15))
-        model._ended = _saved_numbers(state, "ended", [2.0 * _LIFE] * _BINS)
-        model._at_risk = _saved_numbers(state, "at_risk", [2.0 * _MEMORY * w for w in _WIDTHS])
+        model._ended = _saved_numbers(state, "ended", [2.0 * _MEMORY] * _BINS)
+        model._at_risk = _saved_numbers(state, "at_risk", [2.0 * _BIN_MEMORY * w for w in _WIDTHS])
         model._rebuild()
         return model
 
     def _run(self, since: float, until: float) -> None:
-        """Add a task's running from one age to another to the bins it lay in, or went through."""
+        """Count the time that a task ran from one age to another, in the bins of these ages."""
         until = min(until, _EDGES[-1])
         first = bisect_right(_EDGES, since) - 1
         last = bisect_right(_EDGES, until) - 1
@@ -235,58 +247,58 @@ class DurationModel:
                 self._spend(last, until - _EDGES[last])
 
     def _spend(self, i: int, seconds: float) -> None:
-        keep = 1.0 - seconds / (_WIDTHS[i] * _MEMORY)
+        keep = 1.0 - seconds / (_WIDTHS[i] * _BIN_MEMORY)
         self._ended[i] *= keep
         self._at_risk[i] = self._at_risk[i] * keep + seconds
 
     def _settle(self) -> None:
-        """Bring the bins up to date: what ended, and what went through, since last time.
+        """Count the pending observations in the bins.
 
         Bins that tasks no longer reach fade too, a little for each task that ended.
         """
-        for since, until, has_ended in self._heard:
+        for since, until, has_ended in self._pending:
             self._run(since, until)
             if has_ended and until < _EDGES[-1]:
                 self._just_ended[bisect_right(_EDGES, until) - 1] += 1
-        self._heard.clear()
-        fade = (1.0 - 1.0 / _LIFE) ** sum(self._just_ended)
+        self._pending.clear()
+        fade = (1.0 - 1.0 / _MEMORY) ** sum(self._just_ended)
         crossings = 0
         for i, width in enumerate(_WIDTHS):
             crossings += self._crossed[i]
             if crossings:
-                keep = (1.0 - 1.0 / _MEMORY) ** crossings
+                keep = (1.0 - 1.0 / _BIN_MEMORY) ** crossings
                 self._ended[i] *= keep
-                self._at_risk[i] = self._at_risk[i] * keep + width * _MEMORY * (1.0 - keep)
+                self._at_risk[i] = self._at_risk[i] * keep + width * _BIN_MEMORY * (1.0 - keep)
             if self._just_ended[i]:
-                # On average, an end lies half-way between those crossings.
-                self._ended[i] += self._just_ended[i] * (1.0 - 1.0 / _MEMORY) ** (crossings / 2)
+                # On average a task ended half-way between those crossings.
+                self._ended[i] += self._just_ended[i] * (1.0 - 1.0 / _BIN_MEMORY) ** (crossings / 2)
         self._ended = [tasks * fade for tasks in self._ended]
         self._at_risk = [seconds * fade for seconds in self._at_risk]
         self._crossed = [0] * (_BINS + 1)
         self._just_ended = [0] * _BINS
 
     def _rebuild(self) -> None:
-        """Draw the curve N(age) anew, straight between the edges of groups of bins."""
+        """Build the curve N(age): polls due up to an age, linear within each group of bins."""
         self._news = 0.0
         self._settle()
         ages, counts = [0.0], [0.0]
         for edge, ended, at_risk in self._groups():
             density = math.sqrt(ended / at_risk / (2.0 * self.cost_per_request))
-            density = min(density, 1.0 / _SHORTEST)
+            density = min(density, 1.0 / _MIN_DELAY)
             counts.append(counts[-1] + density * (edge - ages[-1]))
             ages.append(edge)
         self._known_until = ages[-1]
-        ages.append(ages[-1] + _FOREVER * _UNKNOWN)
-        counts.append(counts[-1] + _FOREVER)
+        ages.append(ages[-1] + _MAX_BLIND_POLLS * _MAX_BLIND_DELAY)
+        counts.append(counts[-1] + _MAX_BLIND_POLLS)
         self._ages_at, self._counts_at = ages, counts
 
     def _groups(self) -> Iterator[tuple[float, float, float]]:
-        """Bins taken together until a whole task ended in them, as `_believed` gives them.
+        """Yield neighbouring bins as one until a whole task ended in them, against noise.
 
-        One in which half a task ended begins a new group: what came before would blur its rate.
+        A bin in which half a task ended begins a new group: the bins before would blur its rate.
         """
         upto = ended = at_risk = 0.0
-        for edge, more_ended, more_at_risk in self._believed():
+        for edge, more_ended, more_at_risk in self._with_prior():
             if at_risk and (ended >= 1.0 or more_ended >= 0.5):
                 yield upto, ended, at_risk
                 ended = at_risk = 0.0
@@ -294,27 +306,28 @@ class DurationModel:
         if ended >= 1.0:
             yield upto, ended, at_risk
 
-    def _believed(self) -> Iterator[tuple[float, float, float]]:
-        """Each bin's upper edge, tasks ended, and time at risk, with the prior where they are few.
+    def _with_prior(self) -> Iterator[tuple[float, float, float]]:
+        """Yield each bin's upper edge, tasks ended and seconds at risk, with the prior's share.
 
-        The prior is scaled by the ends seen in the bins just before over those it foretold there.
-        It is not scaled far down: where tasks began together, none may have ended a moment before
-        most do.
+        The prior is scaled by the tasks that ended in the bins just before, over those it expected
+        there. It is never scaled far down: of tasks that began together, none may have ended a
+        moment before most do.
         """
-        seen = foretold = 0.0
+        seen = expected = 0.0
         for i in range(self._reach()):
             width, rate = _WIDTHS[i], _PRIOR[i]
             ended, at_risk = self._ended[i], self._at_risk[i]
-            scale = max(_LEAST_SCALE, (seen + _DOUBT) / (foretold + _DOUBT))
-            weight = _PRIOR_WEIGHT * max(0.0, width - at_risk / _PRIOR_GONE)
+            odds = (seen + _PRIOR_SCALE_TASKS) / (expected + _PRIOR_SCALE_TASKS)
+            scale = max(_MIN_PRIOR_SCALE, odds)
+            weight = _PRIOR_TASKS * max(0.0, width - at_risk / _PRIOR_LAST_TASK)
             yield _EDGES[i + 1], ended + weight * scale * rate, at_risk + weight
-            seen = seen * _NEARBY + ended
-            foretold = foretold * _NEARBY + at_risk * rate
+            seen = seen * _PRIOR_SCALE_DECAY + ended
+            expected = expected * _PRIOR_SCALE_DECAY + at_risk * rate
 
     def _reach(self) -> int:
-        """How many bins there is anything to say of."""
-        past = range(_BINS - 1, _PRIOR_REACH - 1, -1)
-        return next((i + 1 for i in past if self._ended[i] > _FADED), _PRIOR_REACH)
+        """Return the number of bins that the curve covers."""
+        past = range(_BINS - 1, _PRIOR_BINS - 1, -1)
+        return next((i + 1 for i in past if self._ended[i] > _MIN_ENDED), _PRIOR_BINS)
 
 
 def _interpolate(xs: list[float], ys: list[float], x: float) -> float:
@@ -323,7 +336,7 @@ def _interpolate(xs: list[float], ys: list[float], x: float) -> float:
     return ys[i - 1] + share * (ys[i] - ys[i - 1])
 
 
-def _brief(number: float) -> float:
+def _rounded(number: float) -> float:
     return float(f"{number:.6g}")
 
 
@@ -333,7 +346,7 @@ def _saved_state(text: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         state = None
     if not isinstance(state, dict):
-        raise ConfigurationError("not a saved duration model: no JSON object of its size")
+        raise ConfigurationError("not a saved duration model: not a JSON object, or too long")
     saved = cast("dict[str, Any]", state)
     if saved.get("version") != _VERSION:
         raise ConfigurationError(f"not a saved duration model of version {_VERSION}")
@@ -343,7 +356,7 @@ def _saved_state(text: str) -> dict[str, Any]:
 def _saved_numbers(state: dict[str, Any], name: str, limits: Sequence[float]) -> list[float]:
     numbers: list[Any] = state.get(name, [])
     if type(numbers) is not list or len(numbers) != len(limits):
-        raise ConfigurationError(f"not a saved duration model: {name!r} has a wrong length")
+        raise ConfigurationError(f"not a saved duration model: {name!r} has the wrong length")
     pairs = zip(numbers, limits, strict=True)
     return [_saved_number(name, number, limit) for number, limit in pairs]
 
@@ -355,11 +368,12 @@ def _saved_number(name: str, number: Any, limit: float) -> float:
 
 
 class wait_learned(wait_base):  # noqa: N801  # tenacity's way of naming strategies
-    """Wait until the age at which ``model`` finds the next look worth its request.
+    """Wait until the age at which ``model`` expects a poll to be worth its request.
 
-    ``jitter`` is a strategy whose value multiplies the step along the curve, so that tasks do not
-    march in step. After a look that failed the wait is at most an exponential backoff, 1 s growing
-    by 1.4 to 8 s and spread by ``spread``: the look that was missed may have been the one.
+    ``jitter`` is a strategy whose value multiplies the step along the model's curve, so that tasks
+    begun together are not polled together. After a failed poll, which may have missed the task's
+    end, the delay is at most an exponential backoff: 1 s, growing by 1.4 up to 8 s, multiplied by
+    the value of ``spread``.
     """
 
     def __init__(

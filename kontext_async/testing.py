@@ -1,4 +1,4 @@
-"""pytest fixtures for code that uses this library; they need the extra ``testing``.
+"""pytest fixtures for code that uses this library. They need the extra ``testing``.
 
 Load them in a ``conftest.py`` with ``pytest_plugins = ["kontext_async.testing"]``.
 """
@@ -24,14 +24,14 @@ __all__ = ["kontext_client", "kontext_simulator"]
 
 @pytest_asyncio.fixture
 async def kontext_simulator() -> AsyncIterator[Simulator]:
-    """A simulator of the API, new for each test; its tasks take 0.1 s unless told otherwise."""
+    """Provide a simulator of the API, new for each test. Its tasks take 0.1 s by default."""
     async with Simulator(durations=0.1) as simulator:
         yield simulator
 
 
 @pytest_asyncio.fixture
 async def kontext_client(kontext_simulator: Simulator) -> AsyncIterator[KontextClient]:
-    """A client of that simulator, with the key ``test-key``; it looks about every 0.25 s."""
+    """Provide a client of that simulator, with the key ``test-key``, polling about every 0.25 s."""
     eager = DurationModel(cost_per_request=0.001)
     base_url = kontext_simulator.base_url
     async with KontextClient("test-key", base_url=base_url, durations=eager) as client:

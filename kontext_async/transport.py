@@ -115,21 +115,24 @@ class Transport:
         if self._closed:
             raise ClientStateError("this client is closed: make a new one")
 
-    async def acquire(self, at: float, *, seen: bool, until: float) -> float | None:
+    async def acquire(
+        self, at: float, *, until: float, seen: bool, failing: bool = False, deadline: float
+    ) -> float | None:
         """Acquire a permit at ``at`` or later, and return the time; None if ``until`` comes first.
 
-        ``seen``: the task has been polled before. Raises `ClientStateError` once closed.
+        ``seen``: the task has been polled before; ``failing``: its last poll failed. The wait's
+        ``deadline`` decides its priority. Raises `ClientStateError` once closed.
         """
         assert self._loop is not None, "check_open comes first"
         self._check_not_closed()
         now = self._loop.time()
-        if at <= now and self.budget.try_acquire(now, seen=seen):
+        if at <= now and self.budget.try_acquire(now, seen=seen, failing=failing):
             return now
         scope = asyncio.timeout_at(None if until == math.inf else until)
         self._acquiring.add(scope)
         try:
             async with scope:
-                return await self.budget.acquire(at, seen=seen, until=until)
+                return await self.budget.acquire(at, seen=seen, deadline=deadline, failing=failing)
         except TimeoutError:
             self._check_not_closed()
             return None
@@ -137,12 +140,19 @@ class Transport:
             self._acquiring.discard(scope)
 
     async def poll(
-        self, task_id: str, sent: float, *, until: float
+        self,
+        task_id: str,
+        sent: float,
+        *,
+        until: float,
+        first: bool = False,
+        failing: bool = False,
     ) -> tuple[TaskRecord, float | None] | None:
         """Poll a task once, with the permit acquired at ``sent``.
 
         Returns the record, and the age in seconds of a task that runs if the answer tells it; None
-        if ``until`` comes before the answer. Raises `ApiError`, `GenerationFailedError`,
+        if ``until`` comes before the answer. ``first``: it is the task's first poll; ``failing``:
+        the one before it failed. Raises `ApiError`, `GenerationFailedError`,
         `ResponseFormatError`, `TransportError`, or `ClientStateError` once closed.
         """
         try:
@@ -157,7 +167,7 @@ class Transport:
         except _POLL_ERRORS as error:
             if isinstance(error, ApiError):
                 self._reconsider(error, task_id)
-            self.budget.release(sent, error)
+            self.budget.release(sent, error, first=first, failing=failing)
             _log.debug("task %s: %s", task_id, type(error).__name__)
             raise
         except BaseException:

@@ -1,4 +1,4 @@
-"""A simulator on a loop of its own, in a thread: for code that runs its own event loop."""
+"""A simulator on its own event loop in a thread, for code that runs an event loop itself."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kontext_async.simulator import Simulator
 
 @contextlib.contextmanager
 def serving(**options):
-    """Serve a simulator beside the block. Tasks may be added to it from the block's thread."""
+    """Serve a simulator while the block runs. The block's thread may add tasks to it."""
     with asyncio.Runner() as runner:
         simulator = Simulator(**options)
         runner.run(simulator.__aenter__())

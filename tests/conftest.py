@@ -19,6 +19,9 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
+import signal
+import time
 from unittest.mock import Mock
 
 import aiohttp
@@ -27,6 +30,14 @@ import hypothesis
 import pytest
 from aiohttp.client_proto import ResponseHandler
 from virtual_time import VirtualTimeLoop
+
+# A zone that is not UTC, written so that it needs no zone database.
+os.environ["TZ"] = "NPT-5:45"
+if hasattr(time, "tzset"):
+    time.tzset()
+
+# A script's background job ignores Ctrl-C, and so would the processes that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # How long an example takes says more of the machine than of the code.
 hypothesis.settings.register_profile(

@@ -13,19 +13,13 @@ from pathlib import Path
 import pytest
 from tenacity import wait_fixed
 
-from kontext_async import KontextClient, RateLimit
 from kontext_async.results import Ledger
 
 NOBODY = 65534
 
-# A limit that never bites; looks so frequent that a test need not wait; and one look for each id.
-UNBOUND = RateLimit(1_000_000, 1.0)
+# Polls so frequent that a test need not wait, and a single poll for each id.
 SOON = wait_fixed(0.02)
 AT_ONCE = {"timeout": 0, "error_grace": 0, "not_found_grace": 0}
-
-
-def make_client(simulator, key="marker-key"):
-    return KontextClient(key, base_url=simulator.base_url, rate_limit=UNBOUND)
 
 
 async def collected(ledger, client, task_ids, **keywords):
@@ -85,12 +79,6 @@ async def until(condition):
             return
         await asyncio.sleep(0.002)
     raise TimeoutError
-
-
-async def error_of(awaitable, kind):
-    with pytest.raises(kind) as caught:
-        await awaitable
-    return caught.value
 
 
 def open_files(folder):

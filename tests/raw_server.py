@@ -1,4 +1,4 @@
-"""A server that answers byte for byte as a test says, and remembers what it was asked."""
+"""A server that sends the bytes that a test gives it, and keeps the requests."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import contextlib
 
 
 class RawServer:
-    """``heads`` are the requests as they came; ``hung_up`` is set once a client has gone."""
+    """``heads`` are the requests, unparsed. ``hung_up`` is set once a client has disconnected."""
 
     def __init__(self, answer):
         self._answer = answer
@@ -40,7 +40,7 @@ class RawServer:
 
     async def _pause(self, reader, seconds):
         with contextlib.suppress(TimeoutError):
-            assert await asyncio.wait_for(reader.read(1), seconds) == b"", "a request too many"
+            assert await asyncio.wait_for(reader.read(1), seconds) == b"", "an unexpected request"
             raise EOFError
 
 
@@ -48,8 +48,8 @@ class RawServer:
 async def raw_server(answer, **options):
     """Serve on a free loopback port.
 
-    ``answer`` is what every request is answered: bytes, or a sequence of bytes, pauses in seconds,
-    and None to close the connection.
+    ``answer`` is the reply to every request: bytes, or a sequence of bytes, pauses in seconds
+    (float), and None to close the connection.
     """
     raw = RawServer(answer)
     handlers = set()
@@ -72,6 +72,6 @@ async def raw_server(answer, **options):
 
 
 def http(body=b"", *headers, status=200):
-    """A whole answer."""
+    """Return a complete HTTP reply."""
     lines = [f"HTTP/1.1 {status} Status", *headers, f"Content-Length: {len(body)}", "", ""]
     return "\r\n".join(lines).encode() + body

@@ -8,6 +8,7 @@ import gc
 import itertools
 import math
 import pickle
+import threading
 import time
 import warnings
 from collections import Counter, deque
@@ -16,7 +17,15 @@ import aiohttp
 import attrs
 import pytest
 from aiohttp.client_proto import ResponseHandler
-from counted import Counted
+from client_world import (
+    EVERY_SECOND,
+    error_of,
+    make_client,
+    run_on_virtual_time,
+    seconds,
+    turns,
+)
+from counted import Counted, CountedAsync, Silent, never, raising, raising_async
 from tenacity import wait_fixed
 from virtual_time import VirtualTimeLoop
 
@@ -32,30 +41,19 @@ from kontext_async import (
     RateLimit,
     ServerError,
     TaskNotFoundError,
+    TaskOutcome,
     WaitTimeoutError,
 )
 from kontext_async.simulator import Simulator
-from kontext_async.simulator.replies import refusal
+from kontext_async.simulator.replies import refused
 
 pytestmark = pytest.mark.virtual_time
 
-# A limit that never bites, so that nothing but the waits themselves decides when they look.
-UNBOUND = RateLimit(1_000_000, 1.0)
-EVERY_SECOND = wait_fixed(1)
 FOR_EVER = math.inf
-
-
-def seconds(value):
-    return pytest.approx(value, abs=1e-6)
 
 
 def now():
     return asyncio.get_running_loop().time()
-
-
-def make_client(simulator, **options):
-    options = {"rate_limit": UNBOUND, **options}
-    return KontextClient("marker-key", base_url=simulator.base_url, **options)
 
 
 @pytest.fixture
@@ -70,12 +68,6 @@ async def client(simulator):
     async with make_client(simulator) as client:
         yield client
         await assert_idle(client)
-
-
-async def turns(count=20):
-    """Let the loop go round: what is ending needs a few turns to end."""
-    for _ in range(count):
-        await asyncio.sleep(0)
 
 
 def our_tasks():
@@ -138,12 +130,6 @@ async def ordered(client, task_ids, **keywords):
 BOTH = pytest.mark.parametrize("gather", [collected, ordered], ids=["as_completed", "in_order"])
 
 
-async def error_of(awaitable, kind=KontextError):
-    with pytest.raises(kind) as caught:
-        await awaitable
-    return caught.value
-
-
 def names(outcomes):
     return [outcome.task_id for outcome in outcomes]
 
@@ -154,31 +140,6 @@ def errors(outcomes):
 
 def tasks(simulator, count, duration=0.0, **options):
     return [simulator.add_task(f"task{n}", duration=duration, **options) for n in range(count)]
-
-
-class CountedAsync(Counted):
-    """The same, as an asynchronous one that tells whether it could clean up to the end."""
-
-    closed = 0
-    ends = True
-
-    async def __aiter__(self):
-        try:
-            for task_id in self.ids:
-                self.read += 1
-                yield task_id
-            if not self.ends:
-                await never()
-        except (GeneratorExit, asyncio.CancelledError):
-            await asyncio.sleep(0.5)
-            self.closed += 1
-            raise
-
-
-class Silent(CountedAsync):
-    """One that after its ids gives neither another nor an end."""
-
-    ends = False
 
 
 @attrs.define
@@ -210,10 +171,6 @@ async def aiter_of(task_ids):
         yield task_id
 
 
-async def never():
-    await asyncio.get_running_loop().create_future()
-
-
 async def then_silent(task_ids):
     """Gives its ids, and then neither another nor an end."""
     for task_id in task_ids:
@@ -239,7 +196,7 @@ async def test_an_outcome_unwraps_to_the_result_or_raises_the_error(client, simu
 
 
 async def test_an_outcome_is_a_frozen_value_that_pickles(client, simulator):
-    """It can go to another process, with its error."""
+    """It can be passed to another process, with its error."""
     outcomes = await ordered(
         client,
         [simulator.add_task("good", duration=0.0), simulator.add_task("bad", script=["failed"])],
@@ -274,7 +231,7 @@ SOURCES = {
 @pytest.mark.parametrize("kind", SOURCES)
 @BOTH
 async def test_ids_may_come_from_any_iterable(client, simulator, gather, kind):
-    """Asynchronous or not; each gives an outcome for every id."""
+    """Each source, asynchronous or not, has an outcome for every id."""
     ids = tasks(simulator, 3, duration=1.0)
     outcomes = await gather(client, SOURCES[kind](ids))
     assert sorted(names(outcomes)) == ids
@@ -282,8 +239,10 @@ async def test_ids_may_come_from_any_iterable(client, simulator, gather, kind):
 
 
 @pytest.mark.parametrize("source", ["task12345", "", b"task12345", None, 5, object(), ...])
-async def test_what_is_no_collection_of_ids_is_refused_at_once(client, simulator, source):
-    """A single str above all: its letters are no ids. Nothing has been sent."""
+async def test_a_value_that_is_not_a_collection_of_ids_is_refused_at_once(
+    client, simulator, source
+):
+    """Above all a single str, whose letters are not ids; nothing is sent."""
     with pytest.raises(ConfigurationError, match="task_ids"):
         client.as_completed(source)
     assert "task_ids" in str(await error_of(client.wait_for_results(source), ConfigurationError))
@@ -292,7 +251,7 @@ async def test_what_is_no_collection_of_ids_is_refused_at_once(client, simulator
 
 @pytest.mark.parametrize("value", [0, -1, 1.0, True, "5", None, math.inf])
 async def test_max_in_flight_is_a_positive_int(client, value):
-    """Anything else is refused before anything is read."""
+    """Another value is refused before anything is read."""
     source = Counted(["task"])
     with pytest.raises(ConfigurationError, match="max_in_flight"):
         client.as_completed(source, max_in_flight=value)
@@ -310,7 +269,7 @@ async def test_batch_timeout_is_a_number_of_seconds(client, value):
 @pytest.mark.parametrize("source", [[], (), {}, aiter_of([]), Cursor([])])
 @BOTH
 async def test_no_ids_give_no_outcomes(client, simulator, gather, source):
-    """Without a request."""
+    """An empty source sends no request."""
     assert await gather(client, source) == []
     assert not simulator.requests
 
@@ -328,7 +287,7 @@ async def test_outcomes_come_as_tasks_end(client, simulator):
 
 
 async def test_an_id_given_twice_is_polled_and_answered_once(client, simulator):
-    """Also when it comes again after its task has ended."""
+    """Even if it comes again after its task has ended."""
     one, two = tasks(simulator, 2)
 
     async def source():
@@ -341,8 +300,10 @@ async def test_an_id_given_twice_is_polled_and_answered_once(client, simulator):
     assert simulator.polls(one) == simulator.polls(two) == 1
 
 
-async def test_results_stand_in_the_order_given_an_id_twice_stands_twice(client, simulator):
-    """Whatever the order in which they ended; polled once all the same."""
+async def test_results_are_in_the_order_given_and_an_id_given_twice_is_in_them_twice(
+    client, simulator
+):
+    """Whatever the order in which they ended; each id is polled by one wait."""
     for name, duration in {"a": 2.0, "b": 1.0, "c": 0.0}.items():
         simulator.add_task(name, duration=duration)
     outcomes = await ordered(client, ["a", "b", "a", "c", "b", "a"])
@@ -366,7 +327,7 @@ async def test_no_more_ids_are_read_than_there_is_room_for(client, simulator, so
 
 @pytest.mark.parametrize("source", [Counted, CountedAsync])
 async def test_outcomes_that_are_not_taken_take_up_room(client, simulator, source):
-    """A consumer that stops taking stops the reading, and one taken makes room for one."""
+    """A consumer that stops taking stops the reading, and each one taken makes room for one."""
     ids = source(tasks(simulator, 9))
     async with stream_of(client, ids, max_in_flight=3) as outcomes:
         for taken in range(1, 4):
@@ -377,8 +338,8 @@ async def test_outcomes_that_are_not_taken_take_up_room(client, simulator, sourc
         assert ids.read == 6
 
 
-async def test_bad_ids_take_up_room_until_they_are_taken(client, simulator):
-    """They are outcomes like others, though there is no wait for them."""
+async def test_invalid_ids_take_up_room_until_they_are_taken(client, simulator):
+    """They have outcomes like others, though there is no wait for them."""
     endless = Counted(f"{n}\n" for n in itertools.count())
     async with stream_of(client, endless, max_in_flight=4) as outcomes:
         await asyncio.sleep(1)
@@ -389,8 +350,8 @@ async def test_bad_ids_take_up_room_until_they_are_taken(client, simulator):
 
 
 @BOTH
-async def test_a_batch_larger_than_its_room_is_answered_whole(client, simulator, gather):
-    """Room is made as outcomes are taken."""
+async def test_a_batch_larger_than_its_room_has_every_outcome(client, simulator, gather):
+    """Taking an outcome makes room for the next id."""
     ids = tasks(simulator, 30, duration=1.0)
     assert sorted(names(await gather(client, ids, max_in_flight=4))) == sorted(ids)
     assert simulator.max_in_flight <= 4
@@ -403,8 +364,10 @@ NO_IDS = ["", "  ", "a\nb", "a\0", None, 5, 2.5, ["task0"], b"task0", {"id": 1},
 
 @pytest.mark.parametrize("bad", NO_IDS, ids=repr)
 @BOTH
-async def test_a_bad_id_is_its_own_outcome_and_harms_no_other(client, simulator, gather, bad):
-    """A `ConfigurationError` of its own, without a request."""
+async def test_an_invalid_id_is_its_own_outcome_and_affects_no_other(
+    client, simulator, gather, bad
+):
+    """It has a `ConfigurationError`, without a request."""
     ids = tasks(simulator, 2)
     outcomes = await gather(client, [ids[0], bad, ids[1]])
     (refused,) = (outcome for outcome in outcomes if outcome.error)
@@ -417,10 +380,10 @@ async def test_a_bad_id_is_its_own_outcome_and_harms_no_other(client, simulator,
 @pytest.mark.parametrize("bad", [12345, None, ["a"]])
 @pytest.mark.parametrize("bad_first", [True, False])
 @BOTH
-async def test_a_bad_id_is_not_taken_for_the_good_one_that_reads_the_same(
+async def test_an_invalid_id_is_not_mistaken_for_a_valid_one_that_prints_the_same(
     client, simulator, gather, bad, bad_first
 ):
-    """A file with 12345 and "12345" names one good task."""
+    """A source with 12345 and "12345" names one valid task."""
     good = simulator.add_task(str(bad), duration=0.0)
     given = [bad, good] if bad_first else [good, bad]
     outcomes = await gather(client, given)
@@ -431,14 +394,14 @@ async def test_a_bad_id_is_not_taken_for_the_good_one_that_reads_the_same(
         assert [outcome.error is None for outcome in outcomes] == [not bad_first, bad_first]
 
 
-async def test_the_name_of_a_huge_bad_id_is_cut(client):
+async def test_the_name_of_a_huge_invalid_id_is_cut(client):
     """An outcome can be printed."""
     (outcome,) = await ordered(client, [["x" * 1_000_000]])
     assert len(outcome.task_id) < 300
 
 
 @BOTH
-async def test_what_goes_wrong_with_a_task_is_its_own_outcome(client, simulator, gather):
+async def test_each_tasks_error_is_its_own_outcome(client, simulator, gather):
     """Failures, refusals, unknown tasks, dead connections and timeouts beside a success."""
     scripts = {
         "flagged": ["failed_flagged"],
@@ -474,8 +437,8 @@ async def test_what_goes_wrong_with_a_task_is_its_own_outcome(client, simulator,
     assert all(o.error.task_id == o.task_id for o in outcomes if o.error)
 
 
-async def test_the_keywords_of_a_wait_are_those_of_each_wait(client, simulator):
-    """wait, timeout, both graces and on_event reach every task's own wait."""
+async def test_the_keywords_apply_to_each_tasks_wait(client, simulator):
+    """wait, timeout, both graces and on_event."""
     events = []
     simulator.add_task("unknown", script=["not_found"] * 9)
     simulator.add_task("broken", script=["http_500"] * 9)
@@ -501,8 +464,8 @@ async def test_the_keywords_of_a_wait_are_those_of_each_wait(client, simulator):
 # --- time --------------------------------------------------------------------------------------
 
 
-async def test_the_timeout_counts_from_the_sending_of_a_tasks_own_first_look(simulator):
-    """Not from the start of the batch: a task that has to queue loses none of its time."""
+async def test_the_timeout_counts_from_a_tasks_own_first_poll(simulator):
+    """Not from the start of the batch: a task in the queue loses none of its time."""
     ids = tasks(simulator, 3, duration=FOR_EVER)
     ended = []
     async with (
@@ -516,8 +479,8 @@ async def test_the_timeout_counts_from_the_sending_of_a_tasks_own_first_look(sim
     assert ended == seconds([5, 15, 25])
 
 
-async def test_a_timeout_of_nothing_is_one_look_at_each(client, simulator):
-    """What is done is a result, what is not is a timeout."""
+async def test_a_timeout_of_0_polls_each_task_once(client, simulator):
+    """A finished task has a result, another one a timeout."""
     simulator.add_task("done", duration=0.0)
     simulator.add_task("not", duration=9.0)
     assert errors(await ordered(client, ["done", "not"], timeout=0)) == {
@@ -528,8 +491,8 @@ async def test_a_timeout_of_nothing_is_one_look_at_each(client, simulator):
 
 
 @BOTH
-async def test_without_a_timeout_a_batch_waits_for_ever(client, simulator, gather):
-    """Longer than the 600 s it has by default."""
+async def test_without_a_timeout_a_batch_waits_as_long_as_a_task_takes(client, simulator, gather):
+    """Longer than the default of 600 s."""
     simulator.add_task("slow", duration=1000.0)
     keywords = {"timeout": None, "wait": wait_fixed(250)}
     (outcome,) = await gather(client, ["slow"], **keywords)
@@ -539,10 +502,10 @@ async def test_without_a_timeout_a_batch_waits_for_ever(client, simulator, gathe
 
 @pytest.mark.parametrize("batch_timeout", [2.5, 2, 0.0004])
 @BOTH
-async def test_what_is_left_when_the_batchs_time_is_over_ends_as_timeouts(
+async def test_tasks_left_at_the_batchs_deadline_end_as_timeouts(
     client, simulator, gather, batch_timeout
 ):
-    """In flight or not yet read; what was won is kept."""
+    """Whether in flight or not yet read; earlier results remain."""
     won = simulator.add_task("won", duration=0.0)
     simulator.add_task("late", duration=50.0)
     ids = ["won", "late", *tasks(simulator, 9, duration=FOR_EVER)]
@@ -559,16 +522,16 @@ async def test_what_is_left_when_the_batchs_time_is_over_ends_as_timeouts(
 
 
 @BOTH
-async def test_a_batch_without_time_asks_nothing(client, simulator, gather):
-    """batch_timeout=0: every id is a timeout, bad ids are still bad."""
+async def test_a_batch_timeout_of_0_sends_no_request(client, simulator, gather):
+    """Every id is a timeout; invalid ids are still invalid."""
     ids = tasks(simulator, 3)
     outcomes = await gather(client, [*ids, ""], batch_timeout=0)
     assert errors(outcomes) == {**dict.fromkeys(ids, WaitTimeoutError), "": ConfigurationError}
     assert not simulator.requests
 
 
-async def test_the_batchs_time_cuts_a_tasks_own_short_never_the_reverse(client, simulator):
-    """The sooner of the two ends a wait."""
+async def test_a_wait_ends_at_the_earlier_of_its_own_deadline_and_the_batchs(client, simulator):
+    """A later deadline does not extend an earlier one."""
     simulator.add_task("early", duration=FOR_EVER)
     simulator.add_task("late", duration=FOR_EVER)
 
@@ -584,18 +547,16 @@ async def test_the_batchs_time_cuts_a_tasks_own_short_never_the_reverse(client, 
     assert ended == {"early": (seconds(3), seconds(3)), "late": (seconds(5), seconds(1))}
 
 
-async def test_tasks_get_a_last_look_before_the_batchs_time_is_over(client, simulator):
-    """One that is done just then is no timeout."""
+async def test_tasks_get_a_last_poll_before_the_batchs_deadline(client, simulator):
+    """A task that is done by then is not a timeout."""
     simulator.add_task("just", duration=9.5)
     (outcome,) = await ordered(client, ["just"], wait=wait_fixed(60), batch_timeout=10)
     assert outcome.result is not None
 
 
 @BOTH
-async def test_a_source_that_never_goes_on_does_not_outlast_the_batchs_time(
-    client, simulator, gather
-):
-    """What it gave is answered, and it is closed."""
+async def test_a_source_that_stalls_is_closed_at_the_batchs_deadline(client, simulator, gather):
+    """The ids that it gave have outcomes."""
     ids = tasks(simulator, 2, duration=1.0)
     source = then_silent([*ids, simulator.add_task("slow", duration=FOR_EVER)])
     outcomes = await gather(client, source, batch_timeout=7)
@@ -605,13 +566,13 @@ async def test_a_source_that_never_goes_on_does_not_outlast_the_batchs_time(
 
 
 @BOTH
-async def test_a_silent_source_and_no_time_give_nothing(client, simulator, gather):
+async def test_a_stalled_source_without_time_has_no_outcomes(client, simulator, gather):
     """batch_timeout=0 does not wait for the first id either."""
     assert await gather(client, then_silent([]), batch_timeout=0) == []
     assert now() == 0
 
 
-async def test_ids_that_are_there_when_the_time_is_over_are_answered(client, simulator):
+async def test_ids_that_are_ready_at_the_batchs_deadline_have_outcomes(client, simulator):
     """An asynchronous source that need not wait is read to its end, as a list is."""
     ids = tasks(simulator, 30, duration=FOR_EVER)
     outcomes = await ordered(client, aiter_of(ids), batch_timeout=3, max_in_flight=10)
@@ -619,8 +580,8 @@ async def test_ids_that_are_there_when_the_time_is_over_are_answered(client, sim
     assert now() == seconds(3)
 
 
-async def test_a_source_that_times_out_by_itself_is_not_taken_for_the_batchs_time(client):
-    """Its own TimeoutError is the caller's, though the batch has a limit too."""
+async def test_a_sources_own_timeout_is_not_mistaken_for_the_batchs_deadline(client):
+    """Its TimeoutError reaches the caller, though the batch has a limit too."""
 
     async def source():
         async with asyncio.timeout(1):
@@ -632,8 +593,8 @@ async def test_a_source_that_times_out_by_itself_is_not_taken_for_the_batchs_tim
     assert now() == seconds(1)
 
 
-async def test_a_late_consumer_loses_nothing_that_was_won(client, simulator):
-    """Results wait to be taken, also after the batch's time."""
+async def test_a_late_consumer_loses_no_outcome(client, simulator):
+    """Outcomes can be taken after the batch's deadline."""
     ids = tasks(simulator, 3, duration=1.0)
     simulator.add_task("slow", duration=FOR_EVER)
     async with stream_of(client, [*ids, "slow"], batch_timeout=5) as outcomes:
@@ -664,7 +625,7 @@ async def test_a_refused_key_is_the_outcome_of_all(simulator, gather, source):
 
 
 async def test_no_request_follows_a_refused_key_however_many_wait(simulator):
-    """Thousands wait for the one slot that the refused request gives back."""
+    """Thousands wait for the one permit that the refused request releases."""
     ids = [f"task{n}" for n in range(3000)]
     simulator._api_key = "another"
     async with make_client(simulator, max_concurrency=1) as client:
@@ -675,8 +636,8 @@ async def test_no_request_follows_a_refused_key_however_many_wait(simulator):
     assert len(simulator.requests) == 1
 
 
-async def test_a_key_revoked_on_the_way_takes_nothing_that_was_won(client, simulator):
-    """Results from before are kept, taken or not; the rest is refused at the next look."""
+async def test_a_key_revoked_on_the_way_affects_no_earlier_result(client, simulator):
+    """Taken or not, results from before remain; the other tasks are refused at the next poll."""
     won = tasks(simulator, 3, duration=1.0)
     lost = [simulator.add_task(f"lost{n}", duration=9.0) for n in range(3)]
     async with stream_of(client, [*won, *lost, ""]) as outcomes:
@@ -695,7 +656,7 @@ async def test_a_key_revoked_on_the_way_takes_nothing_that_was_won(client, simul
 
 
 async def test_ids_that_come_after_a_refused_key_get_its_error(client, simulator):
-    """However late; bad ones are still bad ids."""
+    """However late; invalid ids are still invalid."""
     simulator._api_key = "another"
 
     async def source():
@@ -714,8 +675,8 @@ async def test_ids_that_come_after_a_refused_key_get_its_error(client, simulator
     assert len(simulator.requests) == 1
 
 
-async def test_a_refused_key_does_not_open_the_room(client, simulator):
-    """What remains is still read only as fast as outcomes are taken."""
+async def test_a_refused_key_does_not_lift_the_limit_of_the_room(client, simulator):
+    """The remaining ids are still read only as fast as outcomes are taken."""
     simulator._api_key = "another"
     ids = Counted(f"task{n}" for n in itertools.count())
     async with stream_of(client, ids, max_in_flight=5) as outcomes:
@@ -727,9 +688,9 @@ async def test_a_refused_key_does_not_open_the_room(client, simulator):
 
 
 async def test_waits_in_a_pause_are_refused_without_waiting_for_its_end(client, simulator):
-    """A key refused while the client pauses ends all at once."""
-    simulator.add_task("held", script=[refusal(429, status=429, retry_after=100)])
-    simulator.add_task("refused", script=[refusal(401)])
+    """A key refused while the client pauses ends all waits at once."""
+    simulator.add_task("held", script=[refused(429, status=429, retry_after=100)])
+    simulator.add_task("refused", script=[refused(401)])
     slow = simulator.add_task("slow", duration=FOR_EVER)
     simulator._latency = 0.25
     outcomes = await ordered(client, ["held", "refused", slow], wait=wait_fixed(50))
@@ -737,25 +698,15 @@ async def test_waits_in_a_pause_are_refused_without_waiting_for_its_end(client, 
     assert now() == seconds(0.25)
 
 
-@pytest.mark.parametrize("code", [402, 422, 451, 505])
-async def test_no_other_refusal_is_everybodys(client, simulator, code):
-    """Credits that are used up, for one, say nothing of tasks that were paid for."""
-    simulator.add_task("unpaid", script=[refusal(code)])
+@pytest.mark.parametrize("code", [402, 403, 422, 451, 505])
+async def test_other_refusals_are_the_outcome_of_their_task_only(client, simulator, code):
+    """Exhausted credits, for one, say nothing about tasks that were paid for."""
+    simulator.add_task("unpaid", script=[refused(code)])
     simulator.add_task("paid", duration=3.0)
     unpaid, paid = await ordered(client, ["unpaid", "paid"])
     assert isinstance(unpaid.error, ApiError)
     assert not isinstance(unpaid.error, AuthenticationError)
     assert isinstance(paid.result, CompletedTask)
-
-
-async def test_403_in_an_envelope_is_a_refused_key(client, simulator):
-    """As the error tree says; its code and message are every outcome's."""
-    simulator.add_task("refused", script=[refusal(403, "no access")])
-    simulator.add_task("slow", duration=FOR_EVER)
-    outcomes = await ordered(client, ["refused", "slow"])
-    assert [(o.error.code, o.error.msg, o.error.http_status) for o in outcomes] == [
-        (403, "no access", 200)
-    ] * 2
 
 
 # --- exceptions of others ----------------------------------------------------------------------
@@ -769,7 +720,7 @@ class CallersKontextError(KontextError):
     pass
 
 
-def raising(error, *, when=lambda event: True):
+def callback_raising(error, *, when=lambda event: True):
     def on_event(event):
         if when(event):
             raise error
@@ -789,10 +740,10 @@ def raising(error, *, when=lambda event: True):
 )
 @BOTH
 async def test_what_on_event_raises_reaches_the_caller_unchanged(client, simulator, gather, error):
-    """One of our own errors is no outcome when a callback raises it."""
+    """Even an error of this library is not an outcome if a callback raises it."""
     tasks(simulator, 5, duration=FOR_EVER)
     ids = Silent(f"task{n}" for n in range(5))
-    at_second_look = raising(error, when=lambda event: event.attempt == 2)
+    at_second_look = callback_raising(error, when=lambda event: event.attempt == 2)
     assert await error_of(gather(client, ids, on_event=at_second_look), Exception) is error
     await assert_idle(client)
     assert ids.closed == 1
@@ -800,7 +751,7 @@ async def test_what_on_event_raises_reaches_the_caller_unchanged(client, simulat
 
 @BOTH
 async def test_what_the_strategy_raises_reaches_the_caller_unchanged(client, simulator, gather):
-    """It is a defect of the caller's, not of a task."""
+    """It is a defect of the caller's code, not of a task."""
     error = CallersError("mine")
 
     def strategy(state):
@@ -812,34 +763,26 @@ async def test_what_the_strategy_raises_reaches_the_caller_unchanged(client, sim
 
 @pytest.mark.parametrize("delay", [math.nan, math.inf, -1, None, "1"])
 @BOTH
-async def test_a_strategy_that_returns_no_delay_ends_the_batch(client, simulator, gather, delay):
-    """With a `ConfigurationError` that says so."""
+async def test_a_strategy_that_returns_an_invalid_delay_ends_the_batch(
+    client, simulator, gather, delay
+):
+    """The `ConfigurationError` names the wait strategy."""
     ids = tasks(simulator, 5, duration=9.0)
     error = await error_of(gather(client, ids, wait=lambda state: delay), ConfigurationError)
     assert "wait strategy" in str(error)
 
 
-def sync_source(error, ids):
-    yield from ids
-    raise error
-
-
-async def async_source(error, ids):
-    for task_id in ids:
-        yield task_id
-    raise error
-
-
-@pytest.mark.parametrize("make", [sync_source, async_source])
+@pytest.mark.parametrize("make", [raising, raising_async])
 @pytest.mark.parametrize("given", [0, 3])
+@pytest.mark.parametrize("limit", [None, 0])
 @BOTH
 async def test_what_the_source_raises_reaches_the_caller_unchanged(
-    client, simulator, gather, make, given
+    client, simulator, gather, make, given, limit
 ):
-    """At its first step or midway; the waits under way are ended."""
+    """At its first step, midway, or after the batch's time; the waits under way end."""
     error = CallersError("mine")
     source = make(error, tasks(simulator, given, duration=FOR_EVER))
-    assert await error_of(gather(client, source), CallersError) is error
+    assert await error_of(gather(client, source, batch_timeout=limit), CallersError) is error
     await assert_idle(client)
 
 
@@ -858,19 +801,19 @@ async def test_an_iterable_that_cannot_be_iterated_says_why(client):
     await error_of(collected(client, BrokenAsync()), CallersError)
 
 
-@pytest.mark.parametrize("make", [sync_source, async_source])
+@pytest.mark.parametrize("make", [raising, raising_async])
 @BOTH
-async def test_a_source_that_was_cancelled_is_not_taken_for_one_at_its_end(
+async def test_a_cancelled_source_is_not_mistaken_for_an_exhausted_one(
     client, simulator, gather, make
 ):
-    """It waited for something that somebody cancelled: ids are missing, so there is no result."""
+    """It waited for something that was cancelled: ids are missing, so the batch has no result."""
     source = make(asyncio.CancelledError(), tasks(simulator, 3, duration=1.0))
     await error_of(gather(client, source), asyncio.CancelledError)
     await assert_idle(client)
 
 
-async def test_a_wait_that_was_cancelled_from_outside_does_not_just_go_missing(client, simulator):
-    """Somebody who cancels every task of the loop, for one: the batch ends, cancelled."""
+async def test_a_wait_cancelled_from_outside_ends_the_batch(client, simulator):
+    """As by code that cancels every task of the loop: the batch ends, cancelled."""
     ids = tasks(simulator, 3, duration=9.0)
     async with stream_of(client, ids) as outcomes:
         await turns()
@@ -880,11 +823,11 @@ async def test_a_wait_that_was_cancelled_from_outside_does_not_just_go_missing(c
         assert [outcome async for outcome in outcomes] == []
 
 
-async def test_outcomes_that_are_there_already_come_before_the_exception(client, simulator):
-    """What was won is delivered first, however late it is taken."""
+async def test_outcomes_that_are_ready_come_before_the_exception(client, simulator):
+    """However late they are taken."""
     won = tasks(simulator, 3, duration=1.0)
     simulator.add_task("slow", duration=FOR_EVER)
-    oops = raising(CallersError(), when=lambda event: event.attempt == 3)
+    oops = callback_raising(CallersError(), when=lambda event: event.attempt == 3)
     async with stream_of(client, [*won, "slow"], on_event=oops) as outcomes:
         await asyncio.sleep(10)
         assert names([await anext(outcomes) for _ in won]) == won
@@ -893,9 +836,9 @@ async def test_outcomes_that_are_there_already_come_before_the_exception(client,
 
 
 async def test_an_exception_ends_the_requests_even_before_it_is_taken(client, simulator):
-    """Nobody looks on while the consumer is busy elsewhere."""
+    """No request is sent while the consumer is busy with other work."""
     ids = Silent(tasks(simulator, 5, duration=FOR_EVER))
-    async with stream_of(client, ids, on_event=raising(CallersError())) as outcomes:
+    async with stream_of(client, ids, on_event=callback_raising(CallersError())) as outcomes:
         await asyncio.sleep(10)
         assert left_running(client) == []
         assert ids.closed == 1
@@ -906,7 +849,7 @@ async def test_an_exception_ends_the_requests_even_before_it_is_taken(client, si
 
 
 async def test_of_several_exceptions_the_first_is_raised(client, simulator):
-    """The others say nothing new; none is logged as never retrieved."""
+    """None of the others is logged as never retrieved."""
     ids = tasks(simulator, 5)
     raised = []
 
@@ -917,8 +860,8 @@ async def test_of_several_exceptions_the_first_is_raised(client, simulator):
     assert await error_of(collected(client, ids, on_event=on_event), CallersError) is raised[0]
 
 
-async def test_an_exception_lets_the_source_finish_its_cleaning_up(client, simulator):
-    """It is cancelled once; closing the batch does not cut its own ``finally`` short."""
+async def test_an_exception_lets_the_source_finish_its_cleanup(client, simulator):
+    """It is cancelled once; ending the batch does not cut its own ``finally`` short."""
     ids = tasks(simulator, 1, duration=1.0)
     steps = []
 
@@ -931,14 +874,14 @@ async def test_an_exception_lets_the_source_finish_its_cleaning_up(client, simul
             await asyncio.sleep(5)
             steps.append("ended")
 
-    oops = raising(CallersError(), when=lambda event: event.attempt == 2)
+    oops = callback_raising(CallersError(), when=lambda event: event.attempt == 2)
     await error_of(collected(client, source(), on_event=oops), CallersError)
     assert steps == ["begun", "ended"]
     assert now() == seconds(6)
 
 
-async def test_what_a_source_raises_on_closing_is_raised_where_the_batch_goes_on(client):
-    """A source that fails in its own ``finally``, at the end of the ids."""
+async def test_what_a_source_raises_on_closing_is_raised_after_the_outcomes(client):
+    """For a source that fails in its own ``finally``, at the end of the ids."""
 
     async def source():
         try:
@@ -966,7 +909,7 @@ def busy(client, simulator):
 
 
 async def test_leaving_by_break_ends_every_wait(client, busy):
-    """Requests under way, too, and the source is closed to its end."""
+    """Requests in flight end too, and the source finishes its cleanup."""
     async with stream_of(client, busy) as outcomes:
         async for outcome in outcomes:
             assert outcome.result
@@ -984,7 +927,7 @@ async def test_leaving_by_break_ends_every_wait(client, busy):
 
 
 async def test_leaving_by_an_exception_ends_every_wait_and_raises_it(client, busy):
-    """The consumer's own exception is what comes out."""
+    """The consumer's own exception is raised."""
 
     async def consume():
         async with stream_of(client, busy) as outcomes:
@@ -1011,7 +954,7 @@ async def test_leaving_by_return_ends_every_wait(client, busy):
 
 @pytest.mark.parametrize("how", ["leave", "fail", "cancel"])
 async def test_no_request_is_sent_while_thousands_of_waits_are_ended(simulator, how):
-    """Those that wait for the slots of the ones that are ended already do not use them."""
+    """Those that wait for the permits of the ones that have ended do not use them."""
     simulator._latency = 60.0
 
     async def source():
@@ -1042,7 +985,7 @@ async def test_no_request_is_sent_while_thousands_of_waits_are_ended(simulator, 
         assert len(simulator.requests) == client.stats.requests == 4
 
 
-async def test_no_turn_is_used_while_waits_are_ended_out_of_their_order(simulator):
+async def test_no_permit_is_used_while_waits_are_ended_out_of_order(simulator):
     """The oldest are ended first, and the youngest are the next in the queue."""
     ids = tasks(simulator, 1200, duration=FOR_EVER)
     turn_of = {task_id: 1.0 if n < 4 else 100 - n / 100 for n, task_id in enumerate(ids)}
@@ -1062,7 +1005,7 @@ async def test_no_turn_is_used_while_waits_are_ended_out_of_their_order(simulato
 
 
 async def test_leaving_before_anything_was_taken_ends_every_wait(client, busy):
-    """Nobody has to iterate."""
+    """Iterating is optional."""
     async with stream_of(client, busy):
         await asyncio.sleep(3)
     assert left_running(client) == []
@@ -1071,7 +1014,7 @@ async def test_leaving_before_anything_was_taken_ends_every_wait(client, busy):
     assert left_running(client) == []
 
 
-async def test_what_ends_in_the_very_moment_of_leaving_is_dropped(client, simulator):
+async def test_an_outcome_that_is_ready_as_the_consumer_leaves_is_dropped(client, simulator):
     """Its task is over, but nobody can take it any more."""
     ended = asyncio.get_running_loop().create_future()
     ids = tasks(simulator, 1)
@@ -1083,7 +1026,7 @@ async def test_what_ends_in_the_very_moment_of_leaving_is_dropped(client, simula
 @pytest.mark.parametrize("after", [0.0, 0.5, 1.0, 7.25])
 @BOTH
 async def test_cancelling_the_consumer_ends_every_wait(client, busy, gather, after):
-    """At any time; the cancellation goes on."""
+    """At any time; the cancellation is not swallowed."""
     consumer = asyncio.create_task(gather(client, busy, timeout=None))
     await asyncio.sleep(after)
     consumer.cancel()
@@ -1093,7 +1036,7 @@ async def test_cancelling_the_consumer_ends_every_wait(client, busy, gather, aft
 
 
 async def test_cancelling_again_while_it_is_leaving_still_ends_every_wait(client, busy):
-    """The leaving is cut short; what it was waiting for ends all the same."""
+    """The consumer stops waiting, and the waits end all the same."""
     consumer = asyncio.create_task(collected(client, busy))
     await asyncio.sleep(3)
     consumer.cancel()
@@ -1106,8 +1049,8 @@ async def test_cancelling_again_while_it_is_leaving_still_ends_every_wait(client
     assert busy.closed == 1
 
 
-async def test_cancelling_again_amid_thousands_still_ends_every_wait(client, simulator):
-    """Also those that the leaving had not come to yet."""
+async def test_cancelling_again_among_thousands_still_ends_every_wait(client, simulator):
+    """Also those that were not cancelled yet."""
     consumer = asyncio.create_task(collected(client, [f"task{n}" for n in range(3000)]))
     simulator._latency = 60.0
     await turns()
@@ -1120,7 +1063,7 @@ async def test_cancelling_again_amid_thousands_still_ends_every_wait(client, sim
 
 
 async def test_a_timeout_around_the_whole_ends_every_wait(client, busy):
-    """asyncio.timeout works as around anything else."""
+    """asyncio.timeout works as around any other code."""
     with pytest.raises(TimeoutError) as caught:
         async with asyncio.timeout(5):
             await collected(client, busy)
@@ -1130,7 +1073,7 @@ async def test_a_timeout_around_the_whole_ends_every_wait(client, busy):
 
 
 async def test_a_failing_sibling_in_a_task_group_ends_every_wait(client, busy):
-    """Structured concurrency works as with anything else."""
+    """Structured concurrency works as with any other code."""
 
     async def fail():
         await asyncio.sleep(2)
@@ -1148,7 +1091,7 @@ async def test_a_failing_sibling_in_a_task_group_ends_every_wait(client, busy):
 
 
 async def test_a_timeout_around_one_step_loses_no_outcome(client, simulator):
-    """The batch goes on, and what came meanwhile is still there."""
+    """The batch continues, and outcomes from the meantime can be taken."""
     ids = tasks(simulator, 20)
     for n, task_id in enumerate(ids):
         simulator._store[task_id].duration = n * 0.7
@@ -1166,8 +1109,8 @@ async def test_a_timeout_around_one_step_loses_no_outcome(client, simulator):
     assert gave_up > 5
 
 
-async def test_closing_twice_is_closing_once(client, busy):
-    """And after closing there is nothing to take."""
+async def test_closing_is_idempotent(client, busy):
+    """A closed stream has no more outcomes."""
     stream = stream_of(client, busy)
     await anext(stream)
     await stream.aclose()
@@ -1179,7 +1122,7 @@ async def test_closing_twice_is_closing_once(client, busy):
 
 
 async def test_closing_from_two_tasks_at_once_waits_for_the_end_in_both(client, busy):
-    """The source's ``finally`` runs whole."""
+    """The source's ``finally`` runs to its end."""
     stream = stream_of(client, busy)
     await anext(stream)
     await asyncio.gather(stream.aclose(), stream.aclose())
@@ -1187,8 +1130,8 @@ async def test_closing_from_two_tasks_at_once_waits_for_the_end_in_both(client, 
     assert left_running(client) == []
 
 
-async def test_closing_before_the_start_never_starts(client, simulator):
-    """Nothing is read, nothing asked."""
+async def test_a_stream_closed_before_its_start_never_starts(client, simulator):
+    """Nothing is read or sent."""
     ids = Counted(tasks(simulator, 3))
     stream = stream_of(client, ids)
     await stream.aclose()
@@ -1200,7 +1143,7 @@ async def test_closing_before_the_start_never_starts(client, simulator):
 
 
 async def test_a_stream_that_is_never_used_costs_nothing(client, simulator):
-    """No warning, no request."""
+    """It sends no request and does not warn."""
     ids = Counted(tasks(simulator, 3))
     stream = stream_of(client, ids)
     del stream
@@ -1211,7 +1154,7 @@ async def test_a_stream_that_is_never_used_costs_nothing(client, simulator):
 
 
 async def test_closing_while_another_task_waits_for_an_outcome_ends_its_iteration(client, busy):
-    """It is told that there is no more; it does not hang."""
+    """The other task does not hang."""
     stream = stream_of(client, busy)
     consumer = asyncio.create_task(_all_of(stream))
     await asyncio.sleep(3)
@@ -1224,8 +1167,8 @@ async def _all_of(stream):
     return [outcome async for outcome in stream]
 
 
-async def test_a_consumer_without_a_context_manager_may_go_to_the_end(client, simulator):
-    """Exhausting is enough, and going on after the end gives nothing more."""
+async def test_a_stream_may_be_exhausted_without_a_context_manager(client, simulator):
+    """Iterating again after the end has nothing more."""
     ids = tasks(simulator, 5, duration=1.0)
     stream = stream_of(client, ids)
     assert sorted(names(await _all_of(stream))) == ids
@@ -1238,7 +1181,7 @@ async def test_a_consumer_without_a_context_manager_may_go_to_the_end(client, si
 
 
 async def test_two_consumers_share_the_outcomes(client, simulator):
-    """Each outcome goes to one of them, and both come to the end."""
+    """Each outcome goes to one of them, and both reach the end."""
     ids = tasks(simulator, 9)
     for n, task_id in enumerate(ids):
         simulator._store[task_id].duration = float(n // 2)
@@ -1250,16 +1193,16 @@ async def test_two_consumers_share_the_outcomes(client, simulator):
 async def test_of_two_consumers_one_gets_the_exception_and_the_other_the_end(client, simulator):
     """It is raised once."""
     ids = Silent(tasks(simulator, 5, duration=FOR_EVER))
-    oops = raising(CallersError(), when=lambda event: event.attempt == 2)
+    oops = callback_raising(CallersError(), when=lambda event: event.attempt == 2)
     async with stream_of(client, ids, on_event=oops) as stream:
         ends = await asyncio.gather(_all_of(stream), _all_of(stream), return_exceptions=True)
     assert Counter(type(end) for end in ends) == {CallersError: 1, list: 1}
 
 
-async def test_an_exception_is_not_lost_on_one_who_was_cancelled_while_it_came(client, simulator):
+async def test_an_exception_is_not_lost_if_its_consumer_was_cancelled(client, simulator):
     """The next step raises it."""
     ids = Silent(tasks(simulator, 5, duration=FOR_EVER))
-    async with stream_of(client, ids, on_event=raising(CallersError())) as stream:
+    async with stream_of(client, ids, on_event=callback_raising(CallersError())) as stream:
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.25):  # the source takes 0.5 s to close
                 await anext(stream)
@@ -1267,8 +1210,8 @@ async def test_an_exception_is_not_lost_on_one_who_was_cancelled_while_it_came(c
         assert await _all_of(stream) == []
 
 
-async def test_two_batches_on_one_client_do_not_meet(client, simulator):
-    """Leaving one leaves the other alone, also where they wait for the same task."""
+async def test_two_batches_on_one_client_are_independent(client, simulator):
+    """Leaving one does not affect the other, even if they wait for the same task."""
     ids = tasks(simulator, 20, duration=5.0)
     other = asyncio.create_task(ordered(client, ids))
     async with stream_of(client, ids) as outcomes:
@@ -1281,13 +1224,21 @@ async def test_two_batches_on_one_client_do_not_meet(client, simulator):
 # --- a stream that is dropped ------------------------------------------------------------------
 
 
-async def test_a_stream_that_is_dropped_warns_and_ends_its_waits(client, busy):
-    """A `ResourceWarning`, as for a file that nobody closed."""
-    stream = stream_of(client, busy)
-    await anext(stream)
-    with pytest.warns(ResourceWarning, match="async with"):
-        del stream
+def clear_in_a_thread(holder):
+    thread = threading.Thread(target=holder.clear)
+    thread.start()
+    thread.join()
+
+
+@pytest.mark.parametrize("drop", [list.clear, clear_in_a_thread])
+async def test_a_stream_that_is_dropped_warns_once_and_ends_its_waits(client, busy, drop):
+    """A `ResourceWarning`, as for a file that was not closed; in any thread."""
+    holder = [stream_of(client, busy)]
+    await anext(holder[0])
+    with pytest.warns(ResourceWarning, match="async with") as warned:
+        drop(holder)
     await asyncio.sleep(1)
+    assert len(warned) == 1
     assert left_running(client) == []
     assert busy.closed == 1
 
@@ -1306,7 +1257,7 @@ async def test_a_loop_that_is_left_early_warns_too(client, busy):
 
 
 async def test_a_stream_dropped_in_a_cycle_is_noticed_by_the_garbage_collector(client, busy):
-    """Nothing of the batch itself keeps it alive."""
+    """The batch itself holds no reference to it."""
     holder = {"stream": stream_of(client, busy)}
     holder["self"] = holder
     await anext(holder["stream"])
@@ -1317,8 +1268,8 @@ async def test_a_stream_dropped_in_a_cycle_is_noticed_by_the_garbage_collector(c
     assert left_running(client) == []
 
 
-async def test_where_the_warning_is_an_error_the_waits_are_ended_all_the_same(client, busy):
-    """With ``-W error`` Python prints it; that must not leave anything running."""
+async def test_if_the_warning_is_an_error_the_waits_end_all_the_same(client, busy):
+    """With ``-W error`` Python prints it, and nothing is left running."""
     stream = stream_of(client, busy)
     await anext(stream)
     with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
@@ -1331,8 +1282,8 @@ async def test_where_the_warning_is_an_error_the_waits_are_ended_all_the_same(cl
     assert left_running(client) == []
 
 
-async def test_a_stream_dropped_with_outcomes_that_nobody_took_warns(client, simulator):
-    """All waits have ended, yet something was lost."""
+async def test_a_stream_dropped_with_outcomes_not_taken_warns(client, simulator):
+    """All waits have ended, but outcomes are lost."""
     stream = stream_of(client, tasks(simulator, 3))
     await anext(stream)
     await asyncio.sleep(1)
@@ -1343,7 +1294,7 @@ async def test_a_stream_dropped_with_outcomes_that_nobody_took_warns(client, sim
 
 async def test_a_stream_dropped_after_its_exception_does_not_warn(client, simulator):
     """It is at its end."""
-    stream = stream_of(client, tasks(simulator, 3), on_event=raising(CallersError()))
+    stream = stream_of(client, tasks(simulator, 3), on_event=callback_raising(CallersError()))
     await error_of(anext(stream), CallersError)
     del stream
     gc.collect()
@@ -1361,19 +1312,14 @@ def test_a_stream_dropped_after_its_loop_was_closed_only_warns():
             await client.aclose()
             await turns()
 
-    _run(main)
+    run_on_virtual_time(main)
     with pytest.warns(ResourceWarning):
         kept.clear()
     gc.collect()
 
 
-def _run(main, loop_factory=VirtualTimeLoop):
-    with asyncio.Runner(loop_factory=loop_factory) as runner:
-        return runner.run(main())
-
-
-def test_a_program_that_ends_amid_a_batch_ends_quietly(caplog):
-    """`asyncio.run` cancels what is left: no task is destroyed pending, nothing is logged."""
+def test_a_program_that_ends_during_a_batch_ends_quietly(caplog):
+    """`asyncio.run` cancels the waits: no task is destroyed pending, nothing is logged."""
 
     async def main():
         async with Simulator() as simulator, aiohttp.ClientSession() as session:
@@ -1387,7 +1333,7 @@ def test_a_program_that_ends_amid_a_batch_ends_quietly(caplog):
 
     left = []
     with pytest.raises(CallersError):
-        _run(main)
+        run_on_virtual_time(main)
     assert left[0].cancelled()
     with pytest.warns(ResourceWarning, match="dropped"):
         left.clear()
@@ -1395,12 +1341,205 @@ def test_a_program_that_ends_amid_a_batch_ends_quietly(caplog):
     assert not caplog.records
 
 
+# --- a journal ---------------------------------------------------------------------------------
+
+
+class MemoryJournal:
+    """A journal in memory, each of whose answers takes ``delay`` seconds."""
+
+    def __init__(self, *known, delay=0.0):
+        self.outcomes = {outcome.task_id: outcome for outcome in known}
+        self.delay = delay
+        self.begun = []
+        self.futures = []
+
+    def begin(self, task_id):
+        self.begun.append(task_id)
+        return self._answer(lambda: self.outcomes.get(task_id))
+
+    def record(self, outcome):
+        return self._answer(lambda: self.outcomes.update({outcome.task_id: outcome}))
+
+    def _answer(self, read):
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
+        self.futures.append(future)
+        loop.call_later(self.delay, lambda: future.set_result(read()))
+        return future
+
+
+async def test_an_outcome_the_journal_knows_is_handed_on_without_a_request(client, simulator):
+    """The other tasks are waited for."""
+    tasks(simulator, 3)
+    known = TaskOutcome(task_id="task1", error=CallersKontextError("known"))
+    journal = MemoryJournal(known)
+    found = await collected(client, ["task0", "task1", "task2"], journal=journal)
+    assert sorted(names(found)) == journal.begun == ["task0", "task1", "task2"]
+    assert next(outcome for outcome in found if outcome.task_id == "task1") is known
+    assert [simulator.polls(f"task{n}") for n in range(3)] == [1, 0, 1]
+
+
+async def test_an_outcome_is_handed_on_once_the_journal_has_recorded_it(client, simulator):
+    """A wait begins once the journal has noted it, and its outcome is durable before it is seen."""
+    journal = MemoryJournal(delay=5.0)
+    async with stream_of(client, tasks(simulator, 2), journal=journal) as outcomes:
+        async for outcome in outcomes:
+            assert journal.outcomes[outcome.task_id] is outcome
+            assert now() == seconds(10)
+    assert [request.time for request in simulator.requests] == seconds([5, 5])
+
+
+async def test_outcomes_that_are_being_recorded_take_up_room(client, simulator):
+    """A slow journal stops the reading, as a slow consumer does."""
+    ids = Counted(tasks(simulator, 9))
+    journal = MemoryJournal(delay=5.0)
+    async with stream_of(client, ids, journal=journal, max_in_flight=2) as outcomes:
+        await asyncio.sleep(7)
+        assert ids.read == 2
+        assert len([outcome async for outcome in outcomes]) == 9
+
+
+class FailingJournal(MemoryJournal):
+    """A journal of which one call raises, or returns a future that fails or is cancelled."""
+
+    def __init__(self, call, how):
+        super().__init__()
+        self.fails = call, how
+
+    def begin(self, task_id):
+        return self._failure("begin") or super().begin(task_id)
+
+    def record(self, outcome):
+        return self._failure("record") or super().record(outcome)
+
+    def _failure(self, call):
+        if self.fails[0] != call:
+            return None
+        if self.fails[1] == "raises":
+            raise CallersError
+        future = asyncio.get_running_loop().create_future()
+        if self.fails[1] == "fails":
+            future.set_exception(CallersError())
+        else:
+            future.cancel()
+        return future
+
+
+@pytest.mark.parametrize("call", ["begin", "record"])
+@pytest.mark.parametrize("how", ["raises", "fails", "is_cancelled"])
+async def test_an_exception_of_the_journal_ends_the_batch_and_is_raised(
+    client, simulator, call, how
+):
+    """The waits under way are cancelled."""
+    ids = [*tasks(simulator, 1), simulator.add_task("endless", duration=FOR_EVER)]
+    kind = asyncio.CancelledError if how == "is_cancelled" else CallersError
+    async with stream_of(client, ids, journal=FailingJournal(call, how)) as outcomes:
+        await error_of(anext(outcomes), kind)
+        assert [outcome async for outcome in outcomes] == []
+    await assert_idle(client)
+
+
+@pytest.mark.parametrize("refuse", [True, False])
+async def test_an_error_outcome_without_a_wait_needs_the_journal_too(simulator, refuse):
+    """A refused key, or a batch that is out of time: an exception of the journal ends the batch."""
+    simulator._api_key = "another"
+    keywords = {} if refuse else {"batch_timeout": 0}
+    async with make_client(simulator, max_concurrency=1) as client:
+        journal = FailingJournal("record", "raises")
+        ids = Silent(f"task{n}" for n in range(5))
+        await error_of(collected(client, ids, journal=journal, **keywords), CallersError)
+        await assert_idle(client)
+
+
+@pytest.mark.parametrize("after", [1, 6])
+@pytest.mark.parametrize("end", ["leave", "fail"])
+async def test_a_batch_that_ends_leaves_the_journals_futures_alone(client, simulator, after, end):
+    """It neither waits for them nor cancels them: the journal finishes its work."""
+    journal = MemoryJournal(delay=5.0)
+    ids = tasks(simulator, 2)
+
+    async def source():
+        for task_id in ids:
+            yield task_id
+        await asyncio.sleep(after)
+        raise CallersError
+
+    async with stream_of(client, ids if end == "leave" else source(), journal=journal) as outcomes:
+        if end == "leave":
+            await asyncio.sleep(after)
+        else:
+            await error_of(anext(outcomes), CallersError)
+    assert now() == seconds(after)
+    assert not any(future.done() for future in journal.futures[-2:])
+    await asyncio.sleep(5)
+    assert [future.cancelled() for future in journal.futures] == [False] * len(journal.futures)
+    assert await _all_of(outcomes) == []
+    assert len(simulator.requests) == (0 if after == 1 else 2)
+
+
+async def test_the_outcomes_of_a_refused_key_are_recorded(client, simulator):
+    """Those of waits that were cancelled, and of ids read later."""
+    simulator._api_key = "another"
+    journal = MemoryJournal()
+    ids = [f"task{n}" for n in range(20)]
+    outcomes = await collected(client, ids, journal=journal, max_in_flight=5)
+    assert errors(outcomes) == dict.fromkeys(ids, AuthenticationError)
+    assert sorted(journal.outcomes) == sorted(ids)
+
+
+async def test_invalid_ids_do_not_reach_the_journal(client):
+    """Each has an error outcome all the same."""
+    journal = MemoryJournal()
+    outcomes = await collected(client, ["", 5, None], journal=journal)
+    assert {type(outcome.error) for outcome in outcomes} == {ConfigurationError}
+    assert (len(outcomes), journal.begun, journal.outcomes) == (3, [], {})
+
+
+# --- a stream ----------------------------------------------------------------------------------
+
+
+async def test_an_aborted_stream_raises_the_error_once(client, simulator):
+    """At the next iteration, even if outcomes were ready; then the stream is at its end."""
+    ids = [*tasks(simulator, 3), simulator.add_task("endless", duration=FOR_EVER)]
+    async with stream_of(client, ids) as outcomes:
+        await anext(outcomes)
+        await asyncio.sleep(1)
+        error = CallersError()
+        await outcomes.abort(error)
+        assert left_running(client) == []
+        assert await error_of(anext(outcomes), CallersError) is error
+        assert await _all_of(outcomes) == []
+
+
+async def test_aborting_ends_an_iteration_that_waits(client, simulator):
+    """The consumer gets the error at once."""
+    async with stream_of(client, [simulator.add_task(duration=FOR_EVER)]) as outcomes:
+        consumer = asyncio.create_task(anext(outcomes))
+        await asyncio.sleep(1)
+        await outcomes.abort(CallersError())
+        await error_of(consumer, CallersError)
+    assert now() == seconds(1)
+
+
+async def test_aborting_a_stream_that_has_ended_or_not_begun_has_no_effect(client, simulator):
+    """No error is raised from it."""
+    ids = tasks(simulator, 2)
+    over, closed, new = (stream_of(client, ids) for _ in range(3))
+    assert len(await _all_of(over)) == 2
+    await anext(closed)
+    await closed.aclose()
+    for stream in (over, closed, new):
+        await stream.abort(CallersError())
+    assert await _all_of(over) == await _all_of(closed) == []
+    assert len(await _all_of(new)) == 2
+
+
 # --- a client that is closed, or another's -----------------------------------------------------
 
 
 @BOTH
 async def test_closing_the_client_ends_the_batch(simulator, gather, busy):
-    """With `ClientStateError`, and nothing left running."""
+    """With `ClientStateError`, and nothing is left running."""
     client = make_client(simulator)
     consumer = asyncio.create_task(gather(client, busy))
     await asyncio.sleep(5)
@@ -1411,7 +1550,7 @@ async def test_closing_the_client_ends_the_batch(simulator, gather, busy):
 
 
 async def test_outcomes_from_before_the_closing_can_still_be_taken(simulator):
-    """What was won is not lost with the client."""
+    """They are not lost with the client."""
     ids = tasks(simulator, 3, duration=1.0)
     client = make_client(simulator)
     async with stream_of(client, [*ids, simulator.add_task(duration=FOR_EVER)]) as outcomes:
@@ -1433,7 +1572,7 @@ async def test_a_batch_on_a_closed_client_is_refused(simulator):
 
 
 async def test_closing_the_client_ends_a_batch_that_only_waits_for_its_source(simulator):
-    """Though no wait is under way that could be told."""
+    """Though the batch has no wait that the client could end."""
     client = make_client(simulator)
     source = then_silent(tasks(simulator, 2))
     consumer = asyncio.create_task(collected(client, source))
@@ -1445,7 +1584,7 @@ async def test_closing_the_client_ends_a_batch_that_only_waits_for_its_source(si
 
 
 def test_a_batch_belongs_to_its_clients_loop():
-    """In another loop, starting one or going on with one is a clear error."""
+    """Starting or continuing a batch in another loop is a `ClientStateError`."""
     kept = []
 
     async def first():
@@ -1473,14 +1612,14 @@ def test_a_batch_belongs_to_its_clients_loop():
 
     with asyncio.Runner(loop_factory=VirtualTimeLoop) as one:
         one.run(first())
-        _run(second)
+        run_on_virtual_time(second)
         one.run(last())
 
 
 # --- pacing ------------------------------------------------------------------------------------
 
 
-async def test_a_batch_far_larger_than_the_quota_is_answered_whole():
+async def test_a_batch_far_larger_than_the_rate_limit_has_every_result():
     """A thousand tasks of 3 s, 20 requests a second, 10 s for each: a thousand results."""
     ids = [f"task{n}" for n in range(1000)]
     async with Simulator(durations=3.0, auto_create=True) as simulator:
@@ -1547,8 +1686,8 @@ async def _all_waiting(client):
 
 
 @pytest.mark.parametrize("source", [list, aiter_of])
-def test_starting_and_leaving_many_waits_gives_the_loop_air(source):
-    """Neither is one long callback, whatever the ids come from."""
+def test_starting_and_leaving_many_waits_yields_to_the_loop(source):
+    """Neither is one long callback, whatever the source of the ids."""
 
     async def main():
         async with _many(source)() as (client, stream):
@@ -1578,8 +1717,8 @@ async def test_taking_thousands_of_outcomes_lets_others_run(client):
     assert 3 <= turns_of_others <= 30
 
 
-def test_closing_a_client_amid_many_waits_gives_the_loop_air():
-    """So does what follows for the batch."""
+def test_closing_a_client_with_many_waits_yields_to_the_loop():
+    """So does ending the batch."""
 
     async def main():
         async with _many(list)() as (client, stream):
@@ -1592,7 +1731,7 @@ def test_closing_a_client_amid_many_waits_gives_the_loop_air():
     _Longest().run(main)
 
 
-def test_a_refused_key_amid_many_waits_gives_the_loop_air():
+def test_a_refused_key_with_many_waits_yields_to_the_loop():
     """All of them end, with one request."""
 
     async def main():

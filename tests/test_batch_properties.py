@@ -7,17 +7,15 @@ import math
 from collections import Counter
 
 import attrs
+from client_world import EVERY_SECOND, make_client, run_on_virtual_time
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tenacity import wait_fixed
-from virtual_time import VirtualTimeLoop
 
 from kontext_async import (
     AuthenticationError,
     CompletedTask,
     ConfigurationError,
     GenerationFailedError,
-    KontextClient,
     RateLimit,
     ServerError,
     TaskNotFoundError,
@@ -102,9 +100,8 @@ class _World:
             if kind != "no_id":
                 duration, script, _ = KINDS[kind]
                 self.simulator.add_task(self.batch.name(place), duration=duration, script=script)
-        self.client = KontextClient(
-            "marker-key",
-            base_url=self.simulator.base_url,
+        self.client = make_client(
+            self.simulator,
             max_concurrency=self.batch.slots,
             rate_limit=RateLimit(self.batch.quota, 1.0),
         )
@@ -119,7 +116,7 @@ class _World:
         return {
             "max_in_flight": self.batch.room,
             "timeout": TIMEOUT,
-            "wait": wait_fixed(1),
+            "wait": EVERY_SECOND,
             "error_grace": 15.0,
             "on_event": self.look,
         }
@@ -170,17 +167,12 @@ def _was_held(error):
     return isinstance(error, WaitTimeoutError) and isinstance(error.last_error, ServerError)
 
 
-def run(main):
-    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
-        runner.run(main())
-
-
 @settings(max_examples=40)
 @given(batches())
 @example(Batch(["done"], [0, 0, 0], 1, 1, 3, asynchronous=True, pauses=[40.0]))
 @example(Batch(sorted(KINDS), [*range(11), *range(11)], 1, 1, 3, asynchronous=False, pauses=[0.0]))
 def test_each_distinct_id_has_exactly_one_outcome_its_own(batch):
-    """However tasks go, ids repeat, room and quota are short, or source and consumer dawdle."""
+    """However tasks go, ids repeat, room and limit are short, or source and consumer slow."""
 
     async def main():
         async with _World(batch) as world:
@@ -193,13 +185,13 @@ def test_each_distinct_id_has_exactly_one_outcome_its_own(batch):
             assert sorted(found) == sorted(set(batch.names))
             world.assert_idle()
 
-    run(main)
+    run_on_virtual_time(main)
 
 
 @settings(max_examples=25)
 @given(batches())
-def test_results_are_in_the_order_asked_for(batch):
-    """One for each id given, the same outcome for the same id."""
+def test_results_are_in_the_order_given(batch):
+    """One for each id, and the same outcome for the same id."""
 
     async def main():
         async with _World(batch) as world:
@@ -210,13 +202,13 @@ def test_results_are_in_the_order_asked_for(batch):
             assert len({id(outcome) for outcome in outcomes}) == len(set(batch.names))
             world.assert_idle()
 
-    run(main)
+    run_on_virtual_time(main)
 
 
 @settings(max_examples=25)
 @given(batches(), st.sampled_from([0.0, 0.5, 3.0, 14.0]), st.booleans())
-def test_when_the_batchs_time_is_over_every_id_has_its_outcome(batch, limit, refuse):
-    """Also if the key is refused on the way: what was won stays, the rest is one of two errors."""
+def test_at_the_batchs_deadline_every_id_has_its_outcome(batch, limit, refuse):
+    """Even if the key is refused on the way: earlier results remain, the others have an error."""
 
     async def main():
         async with _World(batch) as world:
@@ -235,13 +227,13 @@ def test_when_the_batchs_time_is_over_every_id_has_its_outcome(batch, limit, ref
                 assert refuse or not isinstance(outcome.error, AuthenticationError)
             world.assert_idle()
 
-    run(main)
+    run_on_virtual_time(main)
 
 
 @settings(max_examples=30)
 @given(batches(), st.floats(0, 20), st.sampled_from(["leave", "cancel", "close"]))
 def test_a_batch_that_ends_at_any_moment_leaves_nothing_running(batch, after, how):
-    """By leaving, by cancellation, by closing the client: and no request comes later."""
+    """By leaving, by cancellation, or by closing the client: no request comes later."""
 
     async def main():
         async with _World(batch) as world:
@@ -267,4 +259,4 @@ def test_a_batch_that_ends_at_any_moment_leaves_nothing_running(batch, after, ho
             await asyncio.sleep(60)
             assert len(world.simulator.requests) == asked
 
-    run(main)
+    run_on_virtual_time(main)

@@ -9,14 +9,14 @@ import types
 
 import aiohttp
 import pytest
+from client_world import make_client, turns
 from tenacity import wait_fixed
 
-from kontext_async import CompletedTask, KontextClient, RateLimit, WaitTimeoutError
+from kontext_async import CompletedTask, RateLimit, WaitTimeoutError
 from kontext_async.simulator import Simulator
-from kontext_async.simulator.replies import refusal
+from kontext_async.simulator.replies import refused
 
 pytestmark = pytest.mark.virtual_time
-UNBOUND = RateLimit(1_000_000, 1.0)
 
 
 @types.coroutine
@@ -59,7 +59,7 @@ class _SlowResolver(aiohttp.abc.AbstractResolver):
         """Nothing to close."""
 
 
-PAUSE = refusal(429, status=429, retry_after=1)
+PAUSE = refused(429, status=429, retry_after=1)
 LIVES = {
     # script, and what is special about the client
     "good": (["generating", "success"], {}),
@@ -98,12 +98,7 @@ class _Life:
             self.session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(**pool))
         if pool and "resolver" in pool:
             base_url = base_url.replace("127.0.0.1", "localhost")
-        self.client = KontextClient(
-            "marker-key",
-            base_url=base_url,
-            session=self.session,
-            **{"rate_limit": UNBOUND, **options},
-        )
+        self.client = make_client(simulator, base_url=base_url, session=self.session, **options)
 
     async def __aenter__(self):
         return self
@@ -164,7 +159,7 @@ async def live(life, script, *, busy, count, answered):
 @pytest.mark.parametrize("answered", [False, True])
 @pytest.mark.parametrize("name", LIVES)
 async def test_cancelling_at_any_await_ends_a_wait_and_leaves_nothing(name, answered):
-    """Neither task nor timer nor connection nor slot, and nothing in the log."""
+    """No task, timer, connection or permit, and nothing in the log."""
     script, options = LIVES[name]
     for count in itertools.count(1):
         async with Simulator() as simulator, _Life(simulator, **options) as life:
@@ -178,9 +173,9 @@ async def test_cancelling_at_any_await_ends_a_wait_and_leaves_nothing(name, answ
     assert count > 3
 
 
-@pytest.mark.parametrize("turns", range(0, 80, 2))
-async def test_cancelling_after_any_turn_of_the_loop_leaves_nothing(turns):
-    """Many waits at once, each somewhere else in its life."""
+@pytest.mark.parametrize("moment", range(0, 80, 2))
+async def test_cancelling_in_any_turn_of_the_loop_leaves_nothing(moment):
+    """Several waits at once, each in another state."""
     async with Simulator() as simulator, _Life(simulator, max_concurrency=2) as life:
         waits = [
             asyncio.create_task(
@@ -190,8 +185,7 @@ async def test_cancelling_after_any_turn_of_the_loop_leaves_nothing(turns):
             )
             for _ in range(5)
         ]
-        for _ in range(turns):
-            await asyncio.sleep(0)
+        await turns(moment)
         for wait in waits:
             wait.cancel()
         ended = await asyncio.gather(*waits, return_exceptions=True)
@@ -201,8 +195,8 @@ async def test_cancelling_after_any_turn_of_the_loop_leaves_nothing(turns):
         await life.assert_usable()
 
 
-async def test_a_cancelled_look_leaves_nothing():
-    """record_info likewise, in flight and in its queue."""
+async def test_a_cancelled_record_info_leaves_nothing():
+    """In flight and in its queue."""
     async with Simulator() as simulator, _Life(simulator, max_concurrency=1) as life:
         task_id = simulator.add_task(script=["stall"])
         looks = [asyncio.create_task(life.client.record_info(task_id)) for _ in range(3)]
@@ -214,7 +208,7 @@ async def test_a_cancelled_look_leaves_nothing():
         await life.assert_usable()
 
 
-async def test_a_callers_own_timeout_is_not_taken_for_ours():
+async def test_a_callers_own_timeout_is_not_mistaken_for_the_deadline():
     """asyncio.timeout around a wait ends as it always does; so does a deadline inside of it."""
     async with Simulator() as simulator, _Life(simulator) as life:
         task_id = simulator.add_task(script=["stall"] * 2)
@@ -230,7 +224,7 @@ async def test_a_callers_own_timeout_is_not_taken_for_ours():
 
 
 async def test_the_first_error_in_a_task_group_ends_its_other_waits():
-    """As with any coroutine; the group raises that error alone."""
+    """The group raises that error alone."""
     async with Simulator() as simulator, _Life(simulator) as life:
         failing = simulator.add_task(script=["generating", "failed"])
         others = [simulator.add_task(script=["generating", "stall"]) for _ in range(3)]

@@ -1,4 +1,4 @@
-"""The command line: what it prints, where, and with which exit code."""
+"""The command line: help texts, output, messages and exit codes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import asyncio
 import io
 import json
 import math
+import re
+import runpy
+import signal
 import sys
 from datetime import datetime, timedelta
 
@@ -26,10 +29,16 @@ from kontext_async import (
     WaitTimeoutError,
 )
 from kontext_async.cli import app, local, main, progress, waiting
-from kontext_async.cli.output import Exit, gravest, kind, outcome_line, silence_stdout
+from kontext_async.cli.output import Exit, classify, exit_code, outcome_line, silence_stdout
 from kontext_async.cli.running import run
 from kontext_async.cli.tally import Tally
-from kontext_async.simulator import Failure, Simulator
+from kontext_async.simulator import (
+    Failure,
+    FixedWindow,
+    Simulator,
+    SlidingWindow,
+    TokenBucket,
+)
 
 KEY = "marker-key-5f1c"
 ANSI = "\x1b"
@@ -67,7 +76,7 @@ def done(**task):
 
 
 class TestGet:
-    def test_a_finished_task_is_one_line_with_everything_known(self, kontext, simulator):
+    def test_a_finished_task_has_all_its_fields(self, kontext, simulator):
         """A success has its URLs, times, duration and expiry, and null for the rest."""
         task_id = simulator.add_task(duration=12.0, outcome="success", age=60.0)
         result = kontext("get", task_id)
@@ -94,14 +103,14 @@ class TestGet:
         )
         assert lifetime == timedelta(days=14)
 
-    def test_a_running_task_is_no_failure(self, kontext, simulator):
-        """A look that finds the task generating has done its job."""
+    def test_a_running_task_is_not_a_failure(self, kontext, simulator):
+        """A poll of a task that is generating ends with exit code 0."""
         result = kontext("get", simulator.add_task(duration=math.inf))
         assert result.exit_code == 0
         assert [line["outcome"] for line in lines(result)] == ["generating"]
 
     def test_a_failed_task_is_a_line_and_exit_code_1(self, kontext, simulator):
-        """The record of a failure is printed, and the exit code tells of it."""
+        """The line has the code and the message of the record."""
         result = kontext("get", simulator.add_task(**failing()))
         assert result.exit_code == 1
         (line,) = lines(result)
@@ -111,23 +120,23 @@ class TestGet:
             "It was flagged.",
         )
 
-    def test_a_success_without_a_url_says_so_by_its_null(self, kontext, simulator):
-        """A look reports what the record says; only a wait insists on the URL."""
+    def test_a_success_without_a_url_has_null(self, kontext, simulator):
+        """One poll reports the record; only a wait needs the URL."""
         result = kontext("get", simulator.add_task(script=["success_no_url"]))
         assert [line["resultImageUrl"] for line in lines(result)] == [None]
 
     def test_an_unknown_task_is_an_error_of_the_api(self, kontext):
-        """What the API refuses is a line like any other, and said to people too."""
-        result = kontext("get", "nobody-knows-me")
+        """The refusal is a line on standard output, and a message on standard error."""
+        result = kontext("get", "unknown-task")
         assert result.exit_code == 4
         (line,) = lines(result)
         assert (line["outcome"], line["error"]) == ("error", "TaskNotFoundError")
-        assert "nobody-knows-me" in result.stderr
+        assert "unknown-task" in result.stderr
 
 
 class TestWait:
     def test_each_task_has_its_line(self, kontext, simulator):
-        """One line for each id however it ends, and the gravest exit code."""
+        """Each id has one line, and the highest exit code counts."""
         good, bad = simulator.add_task(**done()), simulator.add_task(**failing())
         result = kontext("wait", good, bad, good)
         assert result.exit_code == 1
@@ -138,8 +147,8 @@ class TestWait:
         assert "1 done, 1 failed" in result.stderr
         assert "It was flagged." in result.stderr
 
-    def test_a_deadline_is_no_failure(self, kontext, simulator):
-        """A task that still runs at its deadline has its own outcome and exit code."""
+    def test_a_deadline_is_not_a_failure(self, kontext, simulator):
+        """A task that is generating at its deadline has an outcome and exit code of its own."""
         result = kontext("wait", simulator.add_task(duration=math.inf), "--timeout", "0")
         assert result.exit_code == 3
         (line,) = lines(result)
@@ -156,7 +165,7 @@ class TestWait:
 
     @pytest.mark.parametrize("seconds", ["nan", "-1", "soon"])
     def test_a_timeout_is_a_number_of_seconds(self, kontext, seconds):
-        """Anything else is wrong usage."""
+        """Other values are wrong usage."""
         assert kontext("wait", "task1", "--timeout", seconds).exit_code == 2
 
     def test_a_refused_key_is_the_outcome_of_all(self, kontext, simulator, monkeypatch):
@@ -182,7 +191,7 @@ class TestWait:
         assert sorted(line["taskId"] for line in lines(result)) == sorted(ids)
 
     def test_results_are_ids_again(self, kontext, simulator):
-        """What the command printed can be given back to it, through standard input."""
+        """The command reads its own output from standard input."""
         first = kontext("get", simulator.add_task(**done()))
         assert lines(kontext("wait", "--from", "-", input=first.stdout)) == lines(first)
 
@@ -199,25 +208,25 @@ class TestWait:
     def test_a_bad_line_is_named_before_any_request(
         self, kontext, simulator, tmp_path, line, problem
     ):
-        """Its number and its fault are reported, and nothing is sent."""
+        """The message has the line's number and the problem, and nothing is sent."""
         file = tmp_path / "ids.txt"
         file.write_text(f"task1\n{line}\n")
-        asked = len(simulator.requests)
+        requests = len(simulator.requests)
         result = kontext("wait", "--from", str(file))
         assert result.exit_code == 2
         assert "line 2" in result.stderr
         assert problem in result.stderr
-        assert len(simulator.requests) == asked
+        assert len(simulator.requests) == requests
 
-    def test_a_line_ends_where_a_newline_is(self, kontext, simulator):
-        """And not at what else Unicode takes for a line's end: JSON may hold it as it is."""
+    def test_only_a_newline_ends_a_line(self, kontext, simulator):
+        """JSON may hold Unicode's other line separators unescaped."""
         task_id = simulator.add_task(**done())
         line = json.dumps({"note": "a\u2028b\u0085c", "taskId": task_id}, ensure_ascii=False)
         result = kontext("wait", "--from", "-", input=f"{line}\r\n")
         assert [line["taskId"] for line in lines(result)] == [task_id]
 
-    def test_many_bad_lines_are_not_all_named(self, kontext):
-        """Ten are, a line each, and the rest are counted."""
+    def test_of_many_bad_lines_ten_are_named(self, kontext):
+        """Each has a line of its own, and the rest are counted."""
         result = kontext("wait", "--from", "-", input="{\n" * 15)
         assert "standard input, line 2: not a JSON object\n" in result.stderr
         assert "line 10" in result.stderr
@@ -225,7 +234,7 @@ class TestWait:
         assert "and 5 more" in result.stderr
 
     def test_no_ids_is_wrong_usage(self, kontext):
-        """There is nothing to wait for."""
+        """A call without ids, or with an empty file, ends with exit code 2."""
         assert kontext("wait").exit_code == 2
         assert kontext("wait", "--from", "-", input="# none\n").exit_code == 2
 
@@ -238,15 +247,21 @@ class TestWait:
         assert "UTF-8" in result.stderr
 
     def test_the_summary_is_a_table_on_standard_error(self, kontext, simulator):
-        """Outcomes, error codes, durations, requests and lag; results stay alone on stdout."""
+        """Standard output has the results alone."""
         ids = [simulator.add_task(duration=12.0, outcome="success", age=60.0) for _ in range(3)]
         result = kontext("wait", *ids, simulator.add_task(**failing()), "--summary")
         assert len(lines(result)) == 4
-        for text in ("success", "GenerationFailedError 400", "12.0 s, 12.0 s", "requests", "lag"):
+        for text in (
+            "success",
+            "GenerationFailedError 400",
+            "12.0 s, 12.0 s",
+            "polls per task",
+            "lag",
+        ):
             assert text in result.stderr
 
-    def test_what_a_task_does_not_tell_is_null(self, kontext, simulator):
-        """A success without readable times, and a failure told of without a record."""
+    def test_unknown_values_are_null(self, kontext, simulator):
+        """A success may lack readable times, and a failure may lack a record."""
         timeless = simulator.add_task(script=["times_unreadable"])
         refused = simulator.add_task(script=["code_501"])
         result = kontext("wait", timeless, refused, "--summary")
@@ -256,15 +271,15 @@ class TestWait:
         assert by_id[refused]["createTime"] is None
         assert by_id[refused]["outcome"] == "failed"
 
-    def test_only_the_first_troubles_are_named(self, kontext, simulator):
-        """A large batch that fails does not flood the screen; every outcome is still printed."""
+    def test_only_the_first_errors_are_shown(self, kontext, simulator):
+        """Twenty errors go to standard error; every outcome is printed."""
         result = kontext("wait", *(simulator.add_task(**failing()) for _ in range(25)))
         assert len(lines(result)) == 25
         assert result.stderr.count("It was flagged.") == 20
-        assert result.stderr.count("More did not succeed") == 1
+        assert result.stderr.count("More errors are in the results") == 1
 
-    def test_text_from_outside_does_nothing_to_the_terminal(self, kontext, simulator):
-        """Escape sequences and markup in a message are shown, not obeyed."""
+    def test_text_from_outside_is_not_interpreted(self, kontext, simulator):
+        """Escape sequences are replaced, and markup in a message is shown as it is."""
         message = f"{ANSI}[31mred [bold]loud[/bold]\x07 [link=x]:smile:"
         result = kontext("wait", simulator.add_task(**failing(Failure(500, message))))
         assert lines(result)[0]["message"] == message
@@ -284,7 +299,7 @@ class TestKey:
         assert kontext("get", task_id, "--api-key-file", str(tmp_path / "key")).exit_code == 0
 
     def test_missing(self, kontext, monkeypatch):
-        """Without a key the message says where one may come from."""
+        """The message names both sources of a key."""
         monkeypatch.delenv("APIKLEY_API_KEY")
         result = kontext("wait", "task1")
         assert result.exit_code == 2
@@ -293,7 +308,9 @@ class TestKey:
 
     def test_file_missing(self, kontext, tmp_path):
         """A key file that cannot be read is wrong usage."""
-        assert kontext("get", "task1", "--api-key-file", str(tmp_path / "none")).exit_code == 2
+        result = kontext("get", "task1", "--api-key-file", str(tmp_path / "none"))
+        assert result.exit_code == 2
+        assert f"cannot read {tmp_path / 'none'}: No such file" in result.stderr
 
     def test_unusable(self, kontext, monkeypatch):
         """A key that cannot be a header is refused without being shown."""
@@ -303,7 +320,7 @@ class TestKey:
         assert KEY not in result.output
 
     def test_never_shown(self, kontext, simulator):
-        """No output holds the key, whatever happens."""
+        """No output holds the key, however a task ends."""
         looping = simulator.add_task(script=["code_401", "html_502", "data_text"], duration=0.0)
         for task_id in (looping, simulator.add_task(**done()), "unknown"):
             assert KEY not in kontext("wait", task_id, "--timeout", "0").output
@@ -311,58 +328,73 @@ class TestKey:
 
 class TestExitCodes:
     @pytest.mark.parametrize(
-        ("error", "word", "code"),
+        ("error", "outcome", "code"),
         [
             (None, "success", 0),
             (GenerationFailedError(task_id="t", status=TaskStatus.GENERATE_FAILED), "failed", 1),
-            (ConfigurationError("bad"), "error", 2),
             (WaitTimeoutError(task_id="t", elapsed=1.0, polls=1), "timeout", 3),
             (ApiError("no", code=402), "error", 4),
             (TransportError("reset"), "error", 4),
             (KontextError("?"), "error", 4),
         ],
     )
-    def test_each_end_has_its_own(self, error, word, code):
-        """The outcome's word and its exit code follow from the error's class."""
-        assert kind(error) == (word, code)
+    def test_each_outcome_has_its_own(self, error, outcome, code):
+        """The outcome and its exit code follow from the error."""
+        assert classify(error) == outcome
+        assert exit_code([outcome]) == code
 
     @pytest.mark.parametrize(
-        ("codes", "code"),
+        ("outcomes", "code"),
         [
             ([], 0),
-            ([0, 0], 0),
-            ([0, 1], 1),
-            ([1, 3, 0], 3),
-            ([1, 3, 4], 4),
-            ([4, 2, 3, 1], 2),
+            (["success", "success"], 0),
+            (["success", "failed"], 1),
+            (["failed", "timeout", "success"], 3),
+            (["failed", "timeout", "error"], 4),
+            (["unfinished", "notSaved", "done"], 4),
+            (["waiting", "done"], 3),
         ],
     )
-    def test_the_gravest_counts(self, codes, code):
-        """Wrong usage before API and network, before deadlines, before failures."""
-        assert gravest(Exit(c) for c in codes) == code
+    def test_the_highest_counts(self, outcomes, code):
+        """API and network count before deadlines, and deadlines before failures."""
+        assert exit_code(outcomes) == code
+
+    @pytest.mark.parametrize(
+        ("error", "code"), [(ConfigurationError("bad"), 2), (TransportError("reset"), 4)]
+    )
+    def test_an_error_of_the_whole_command(self, error, code, capsys):
+        """The message is printed; wrong usage has an exit code of its own."""
+
+        async def broken():
+            raise error
+
+        with pytest.raises(typer.Exit) as caught:
+            run(broken())
+        assert caught.value.exit_code == code
+        assert capsys.readouterr().err == f"kontext: {error}\n"
 
     def test_an_error_without_a_record_has_a_line(self):
-        """What is not known is null."""
+        """Unknown values are null."""
         line = outcome_line(TaskOutcome(task_id="t", error=TransportError("reset", task_id="t")))
         assert (line["error"], line["status"], line["errorCode"]) == ("TransportError", None, None)
         assert "reset" in line["message"]
 
 
 class TestRunning:
-    def test_ctrl_c_has_the_last_word(self):
-        """An interrupt ends with 130, after the command's own last words."""
-        said = []
+    def test_ctrl_c_calls_on_interrupt(self):
+        """An interrupt ends with 130, after the command's own message."""
+        calls = []
 
         async def interrupted():
             raise KeyboardInterrupt
 
         with pytest.raises(typer.Exit) as caught:
-            run(interrupted(), interrupted=lambda: said.append("resume"))
+            run(interrupted(), on_interrupt=lambda: calls.append("resume"))
         assert caught.value.exit_code == 130
-        assert said == ["resume"]
+        assert calls == ["resume"]
 
     def test_a_broken_pipe_ends_quietly(self, monkeypatch, tmp_path):
-        """Nobody reads the results any more: no message, and nothing more is written."""
+        """There is no message, and nothing more is written."""
         with (tmp_path / "stdout").open("w") as stdout:
             monkeypatch.setattr(sys, "stdout", stdout)
 
@@ -376,7 +408,7 @@ class TestRunning:
         assert (tmp_path / "stdout").read_text() == ""
 
     def test_stdout_can_be_silenced_twice(self, monkeypatch, tmp_path):
-        """Silencing leaves the descriptor in place, and open."""
+        """The descriptor stays open."""
         with (tmp_path / "stdout").open("w") as stdout:
             monkeypatch.setattr(sys, "stdout", stdout)
             silence_stdout()
@@ -385,7 +417,7 @@ class TestRunning:
 
 class TestResuming:
     def test_few_ids_are_all_named(self, capsys):
-        """The command to go on with can be copied."""
+        """The command that resumes can be copied."""
         tally = Tally(["task 1", "task2"])
         waiting.say_how_to_resume(tally, None)
         said = capsys.readouterr().err
@@ -393,7 +425,7 @@ class TestResuming:
         assert "kontext wait 'task 1' task2" in said
 
     def test_an_id_is_not_taken_for_an_option(self, capsys):
-        """One that begins with a dash comes after two."""
+        """Two dashes come before ids of which one begins with a dash."""
         waiting.say_how_to_resume(Tally(["-x1", "task2"]), None)
         assert "kontext wait -- -x1 task2" in capsys.readouterr().err
 
@@ -401,20 +433,20 @@ class TestResuming:
         ("source", "file"), [(None, "FILE"), ("-", "FILE"), ("my ids.txt", "'my ids.txt'")]
     )
     def test_many_ids_are_named_in_part(self, capsys, source, file):
-        """The first twenty, the number of the others, and the way to give them all again."""
+        """The first twenty are named, and the command reads all from a file."""
         waiting.say_how_to_resume(Tally(f"task{n}" for n in range(1000)), source)
         said = capsys.readouterr().err
         assert "task19 and 980 more" in said
         assert f"kontext wait --from {file}" in said
 
-    def test_nothing_left_is_nothing_said(self, capsys):
-        """An interrupt after the last outcome leaves nothing to resume."""
+    def test_nothing_is_left_to_resume(self, capsys):
+        """An interrupt after the last outcome prints nothing."""
         waiting.say_how_to_resume(Tally([]), None)
         assert capsys.readouterr().err == ""
 
 
 class Terminal(io.StringIO):
-    """Text that a terminal would have got."""
+    """A stream that says it is a terminal."""
 
     def isatty(self):
         return True
@@ -423,7 +455,7 @@ class Terminal(io.StringIO):
 class TestProgress:
     @pytest.fixture
     async def near(self):
-        """A simulator and a client on the test's own loop."""
+        """Give a simulator and a client on the test's own loop."""
         async with (
             Simulator() as simulator,
             KontextClient("any", base_url=simulator.base_url) as client,
@@ -431,13 +463,13 @@ class TestProgress:
             yield simulator, client
 
     @pytest.mark.virtual_time
-    async def test_plain_lines_where_there_is_no_terminal(self, near, capsys):
-        """Every ten seconds a line, without cursor movements."""
+    async def test_plain_lines_without_a_terminal(self, near, capsys):
+        """A line comes every ten seconds, without cursor movements."""
         simulator, client = near
         ids = [simulator.add_task(duration=d, outcome="success") for d in (5.0, 15.0, 25.0)]
-        taken = []
+        outcomes = []
         tally = Tally(ids)
-        code = await waiting.wait_for_all(client, tally, taken.append, timeout=60.0)
+        code = await waiting.wait_for_all(client, tally, outcomes.append, timeout=60.0)
         assert code == 0
         said = capsys.readouterr().err
         assert said.startswith("Waiting for 3 tasks\n")
@@ -448,7 +480,7 @@ class TestProgress:
 
     @pytest.mark.virtual_time
     async def test_a_live_bar_on_a_terminal(self, near, monkeypatch):
-        """One bar, redrawn, that makes way for results on the same terminal and goes at the end."""
+        """A bar is redrawn, hidden while results are written, and removed at the end."""
         simulator, client = near
         monkeypatch.setenv("TERM", "xterm-256color")
         screen = Terminal()
@@ -457,10 +489,7 @@ class TestProgress:
         task_id = simulator.add_task(duration=20.0, outcome="success")
         tally = Tally([task_id])
         await waiting.wait_for_all(
-            client,
-            tally,
-            lambda o: screen.write(f"<{o.task_id}>\n"),
-            timeout=60.0,
+            client, tally, lambda o: screen.write(f"<{o.task_id}>\n"), timeout=60.0
         )
         said = screen.getvalue()
         assert "Waiting for 1 task\n" in said
@@ -469,7 +498,7 @@ class TestProgress:
 
     @pytest.mark.virtual_time
     async def test_a_live_bar_beside_a_pipe(self, near, monkeypatch, capsys):
-        """Where results go elsewhere the bar need not make way."""
+        """The bar stays while results go to a pipe."""
         simulator, client = near
         screen = Terminal()
         monkeypatch.setenv("TERM", "xterm-256color")
@@ -480,55 +509,79 @@ class TestProgress:
 
     @pytest.mark.virtual_time
     async def test_a_pause_is_shown(self, near, capsys, monkeypatch):
-        """While the service makes the client wait, the line says for how long."""
+        """The line has the seconds until the service's pause is over."""
         simulator, client = near
-        monkeypatch.setattr(progress, "_REPORT", 1.0)
+        monkeypatch.setattr(progress, "_LINE_INTERVAL", 1.0)
         limited = ("rate_limited_until", "success")
         tally = Tally([simulator.add_task(script=limited)])
         await waiting.wait_for_all(client, tally, lambda o: None, timeout=60.0)
-        assert "held back for " in capsys.readouterr().err
+        assert "paused for " in capsys.readouterr().err
 
 
 class TestLocal:
-    async def test_simulate_serves_until_it_is_cancelled(self, capsys):
-        """The address is a line for programs; a way to use it is said to people."""
+    async def test_simulate_serves_until_sigterm(self, capsys):
+        """The address is a line for programs; people get a command to try."""
         serving = asyncio.create_task(local.serve(Simulator()))
         while not (said := capsys.readouterr()).out:  # noqa: ASYNC110 - output has no event
             await asyncio.sleep(0.01)
         address = json.loads(said.out)["baseUrl"]
         assert f"--base-url {address}" in said.err
-        serving.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await serving
+        signal.raise_signal(signal.SIGTERM)
+        assert await serving is Exit.DONE
 
-    def test_simulate_takes_its_options(self, monkeypatch):
-        """What the options say reaches the simulator."""
+    @pytest.fixture
+    def built(self, monkeypatch):
+        """The options that `simulate` gives its simulator, which does not serve."""
         built = {}
-
-        class Built:
-            def __init__(self, **options):
-                built.update(options)
 
         async def serve(simulator):
             return Exit.DONE
 
-        monkeypatch.setattr(app, "Simulator", Built)
+        monkeypatch.setattr(app, "Simulator", lambda **options: built.update(options))
         monkeypatch.setattr(app, "serve", serve)
-        options = "--port 0 --duration 3 --spread 0 --failure-rate 0.5 --rate-limit 20/10 --seed 7"
+        return built
+
+    def test_simulate_takes_its_options(self, built):
+        """The options reach the simulator."""
+        options = "--port 0 --duration 3 --spread 0 --failure-rate 0.5 --image-bytes 9 --seed 7"
         result = CliRunner().invoke(app.app, ["simulate", *options.split(), "--no-auto-create"])
         assert result.exit_code == 0
         assert (built["failure_rate"], built["seed"], built["auto_create"]) == (0.5, 7, False)
-        assert (built["rate_limit"].max_requests, built["rate_limit"].period) == (20, 10.0)
+        assert (built["image_bytes"], built["rate_limit"]) == (9, None)
 
-    def test_a_port_that_is_taken_is_wrong_usage(self, simulator):
-        """The message names the port."""
+    @pytest.mark.parametrize(
+        ("text", "limit"),
+        [
+            ("20/10", SlidingWindow(20, 10.0)),
+            ("20", SlidingWindow(20, 1.0)),
+            ("sliding:5/0.5", SlidingWindow(5, 0.5)),
+            ("fixed:20/10", FixedWindow(20, 10.0)),
+            ("bucket:20/10", TokenBucket(20, 2.0)),
+        ],
+    )
+    def test_a_rate_limit_is_one_of_three_kinds(self, built, text, limit):
+        """Requests and seconds stand on either side of a slash, the kind before a colon."""
+        assert CliRunner().invoke(app.app, ["simulate", "--rate-limit", text]).exit_code == 0
+        assert repr(built["rate_limit"]) == repr(limit)
+
+    @pytest.mark.parametrize(
+        "text", ["", "often", "0/10", "5/0", "5/x", "fixed:", "bucket:5/0", "odd:5/1"]
+    )
+    def test_an_invalid_rate_limit_is_wrong_usage(self, text):
+        """The message shows the three kinds."""
+        result = CliRunner().invoke(app.app, ["simulate", "--rate-limit", text])
+        assert result.exit_code == 2
+        assert "such as 20/10, fixed:20/10 or bucket:20/10" in " ".join(result.stderr.split())
+
+    def test_a_port_in_use_is_wrong_usage(self, simulator):
+        """The message names the port and what to do."""
         port = simulator.base_url.rpartition(":")[2]
         result = CliRunner().invoke(app.app, ["simulate", "--port", port])
         assert result.exit_code == 2
-        assert f"port {port}" in result.stderr
+        assert f"port {port}: it is in use. Choose another --port" in result.stderr
 
     def test_another_failure_of_the_system_is_not_hidden(self, monkeypatch):
-        """Only a port that cannot be had is the user's to mend."""
+        """Only a port that cannot be used is wrong usage."""
 
         async def serve(simulator):
             raise OSError(5, "Input/output error")
@@ -537,24 +590,21 @@ class TestLocal:
         result = CliRunner().invoke(app.app, ["simulate"])
         assert isinstance(result.exception, OSError)
 
-    @pytest.mark.parametrize("limit", ["", "often", "0/10", "5/0", "5/x"])
-    def test_a_limit_that_is_none_is_wrong_usage(self, limit):
-        """Requests and seconds are positive numbers."""
-        result = CliRunner().invoke(app.app, ["simulate", "--rate-limit", limit])
-        assert result.exit_code == 2
-
 
 class TestMain:
-    def test_version(self, monkeypatch, capsys):
-        """The installed version, alone."""
+    @pytest.mark.parametrize(
+        "run_main", [main, lambda: runpy.run_module("kontext_async", run_name="__main__")]
+    )
+    def test_version(self, run_main, monkeypatch, capsys):
+        """The installed version, alone, from `kontext` and from `python -m kontext_async`."""
         monkeypatch.setattr(sys, "argv", ["kontext", "--version"])
         with pytest.raises(SystemExit) as caught:
-            main()
+            run_main()
         assert caught.value.code == 0
         assert capsys.readouterr().out.strip()[0].isdigit()
 
     def test_without_its_extra_it_says_what_to_install(self, monkeypatch):
-        """A plain installation has the command, but not its libraries."""
+        """A plain installation has the command without its libraries."""
         for name in [name for name in sys.modules if name.startswith("kontext_async.cli.")]:
             monkeypatch.delitem(sys.modules, name)
         monkeypatch.setitem(sys.modules, "typer", None)
@@ -562,14 +612,79 @@ class TestMain:
             main()
 
     def test_another_missing_module_is_not_taken_for_the_extra(self, monkeypatch):
-        """A broken installation shows what is really missing."""
+        """The error of a broken installation names the module."""
         monkeypatch.setitem(sys.modules, "kontext_async.cli.app", None)
         with pytest.raises(ModuleNotFoundError, match=r"cli\.app"):
             main()
 
     def test_no_option_takes_the_key_itself(self):
-        """A key on a command line would show in process lists and histories."""
+        """Process lists and shell histories would show it."""
         for command in ("get", "wait"):
             text = CliRunner().invoke(app.app, [command, "--help"]).output
             assert "--api-key-file" in text
             assert "--api-key " not in text
+
+
+UNCLEAR = re.compile(
+    r"""
+    ^(what|how|whether|why|where|when|before|after|of)\b  # not a noun phrase or a sentence
+    | \b(looks?|mends?|told|kept|gravest|fates?|dear|else|whither|but\ for|so\ many|of\ late)\b
+    | \b(that|which|who)\ (of|to|in|for|from)\b  # a word is missing
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
+
+
+def problems_of(text):
+    """Return the rules that a help text breaks."""
+    rules = {
+        "is empty": not text,
+        "does not end with a full stop": not text.endswith(".") or text.endswith(".."),
+        "does not begin with a capital or a digit": not re.match(r"[A-Z0-9]", text),
+        "has fewer than two words": len(text.split()) < 2,
+        "is too long": len(text) > 300,
+        "has unbalanced brackets": any(
+            text.count(a) != text.count(b) for a, b in ("()", "[]", "{}")
+        ),
+        "has unbalanced quotes": any(text.count(quote) % 2 for quote in '`"'),
+        "is unclear": UNCLEAR.search(text),
+    }
+    return [problem for problem, found in rules.items() if found]
+
+
+class TestHelp:
+    GROUP = typer.main.get_command(app.app)
+
+    @pytest.mark.parametrize("name", [None, *GROUP.commands])
+    def test_every_command_and_option_has_a_clear_help_text(self, name):
+        """Each text is a whole sentence or noun phrase, and `--help` shows all of it."""
+        command = self.GROUP.commands[name] if name else self.GROUP
+        page = CliRunner().invoke(app.app, [name, "--help"] if name else ["--help"]).output
+        texts = {f"<{name}>": command.help} | {p.name: p.help for p in command.params}
+        assert "..." not in page.replace("]...", "")
+        for parameter, text in texts.items():
+            for paragraph in (text or "").split("\n\n"):
+                assert not problems_of(paragraph), f"{parameter}: {paragraph}"
+            assert "".join(text.split()) in "".join(page.split())
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "",
+            "Seconds.",
+            "Seconds to wait for each",
+            "seconds to wait.",
+            "Seconds to wait for...",
+            "Seconds to wait (0 polls once.",
+            "Seconds as `kontext wait takes them.",
+            "Fraction that of 1.",
+            "Tasks that of 1.",
+            "What half the tasks take.",
+            "Before each answer.",
+            "Seconds from the first look.",
+            "Seconds to wait, " * 20 + "at most.",
+        ],
+    )
+    def test_an_unclear_help_text_is_found(self, text):
+        """Empty, truncated and broken texts break a rule."""
+        assert problems_of(text)

@@ -1,23 +1,17 @@
-"""The commands about a folder of results: what they keep, print and say, and how they end."""
+"""The commands about a folder of results: files, output, messages and exit codes."""
 
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import math
-import os
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from background import serving
 from typer.testing import CliRunner
 
-import kontext_async
 from kontext_async import TaskOutcome, TransportError
 from kontext_async.cli import app, batch, local
 from kontext_async.results import Ledger
@@ -36,7 +30,7 @@ def simulator():
 
 @pytest.fixture
 def kontext(simulator, monkeypatch, tmp_path):
-    """Run the command in this process and in a folder of its own, against the simulator."""
+    """Run the command in this process, in a folder of its own, against the simulator."""
     monkeypatch.setenv("APIKLEY_API_KEY", KEY)
     monkeypatch.chdir(tmp_path)
 
@@ -53,20 +47,20 @@ def lines(result):
 
 
 def add(simulator, count=1, **task):
-    """Tasks that are over, and a text that names them."""
+    """Add finished tasks; return their ids as a list and as text."""
     known = {"duration": 0.0, "outcome": "success", **task}
     ids = [simulator.add_task(**known) for _ in range(count)]
     return ids, "\n".join(ids)
 
 
-def asked(simulator, task_id):
-    """What a task was asked for: ``record-info``, or a path of its image."""
+def requested(simulator, task_id):
+    """Return the requests about a task: ``record-info``, or the name of its image."""
     return [r.path.rpartition("/")[2] for r in simulator.requests if r.task_id == task_id]
 
 
 class TestBatch:
     def test_it_saves_the_images_and_records_the_rest(self, kontext, simulator):
-        """Each success has its file, each task a line, and the ledger knows of all."""
+        """Each success has a file; each task has a line and an entry in the ledger."""
         good, text = add(simulator, 3)
         (bad,), more = add(simulator, outcome=Failure(400, "It was flagged."))
         result = kontext("batch", "--from", "-", "--into", "out", input=f"{text}\n{more}\n")
@@ -82,60 +76,58 @@ class TestBatch:
         assert "3 done, 1 failed, 3 saved in " in result.stderr
         assert "It was flagged." in result.stderr
 
-    def test_again_it_asks_for_nothing_that_it_has(self, kontext, simulator):
-        """The same lines come again, without a request; only what is gone is fetched anew."""
-        (kept, lost), text = add(simulator, 2)
+    def test_again_it_requests_only_what_is_missing(self, kontext, simulator):
+        """The same lines come again; only the image that is damaged is downloaded again."""
+        (saved, damaged), text = add(simulator, 2)
         first = kontext("batch", "--from", "-", "--into", "out", input=text)
-        Path(lines(first)[lost]["file"]).write_bytes(b"\x89PNG")
+        Path(lines(first)[damaged]["file"]).write_bytes(b"\x89PNG")
         again = kontext("batch", "--into", "out")
         assert again.exit_code == 0
         assert lines(again) == lines(first)
-        assert asked(simulator, kept) == ["record-info", f"{kept}.png"]
-        assert asked(simulator, lost) == ["record-info", f"{lost}.png", f"{lost}.png"]
+        assert requested(simulator, saved) == ["record-info", f"{saved}.png"]
+        assert requested(simulator, damaged) == ["record-info", *[f"{damaged}.png"] * 2]
 
-    def test_a_deadline_is_taken_up_again(self, kontext, simulator):
-        """What was not finished in time is asked about again, with exit code 3 until it is."""
+    def test_a_task_that_timed_out_is_polled_again(self, kontext, simulator):
+        """The exit code is 3 until the task has ended."""
         (slow,), text = add(simulator, script=["generating", "success"])
-        assert (
-            kontext("batch", "--from", "-", "--into", "out", "--timeout", "0", input=text).exit_code
-            == 3
-        )
+        result = kontext("batch", "--from", "-", "--into", "out", "--timeout", "0", input=text)
+        assert result.exit_code == 3
         result = kontext("batch", "--into", "out", "--timeout", "inf")
         assert result.exit_code == 0
         assert lines(result)[slow]["outcome"] == "success"
 
     @pytest.mark.parametrize("command", ["batch", "wait"])
-    def test_there_is_a_limit_to_all_of_it(self, kontext, simulator, command):
-        """What is left when it passes has timed out, and the exit code is 3."""
+    def test_the_batch_timeout(self, kontext, simulator, command):
+        """Tasks that are unfinished when it passes have timed out, and the exit code is 3."""
         running = simulator.add_task(duration=math.inf)
         into = ("--into", "out") if command == "batch" else ()
         result = kontext(command, "--from", "-", *into, "--batch-timeout", "0.2", input=running)
         assert result.exit_code == 3
         assert lines(result)[running]["outcome"] == "timeout"
 
-    def test_failed_generations_are_asked_about_again_only_on_demand(self, kontext, simulator):
-        """A failure is final unless --retry-failed doubts it."""
+    def test_failed_generations_are_polled_again_only_on_demand(self, kontext, simulator):
+        """A failure is final without --retry-failed."""
         (bad,), text = add(simulator, outcome="failure")
         for options in ((), (), ("--retry-failed",)):
             result = kontext("batch", "--from", "-", "--into", "out", *options, input=text)
             assert result.exit_code == 1
             assert lines(result)[bad]["outcome"] == "failed"
-        assert asked(simulator, bad) == ["record-info"] * 2
+        assert requested(simulator, bad) == ["record-info"] * 2
 
     def test_an_image_that_cannot_be_saved_is_an_error_of_its_own(self, kontext, simulator):
-        """The task keeps its success and URL, the line tells the error, and the exit code is 4."""
-        (odd,), text = add(simulator, image_script=["html_as_image"] * 9)
+        """The task is still a success, its line has the error, and the exit code is 4."""
+        (broken,), text = add(simulator, image_script=["html_as_image"] * 9)
         (good,), more = add(simulator)
         result = kontext("batch", "--from", "-", "--into", "out", input=f"{text}\n{more}")
         assert result.exit_code == 4
-        line = lines(result)[odd]
+        line = lines(result)[broken]
         assert (line["outcome"], line["error"], line["file"]) == ("success", "DownloadError", None)
         assert "is no image" in line["message"]
         assert "2 done, 0 failed, 1 saved, 1 not saved" in result.stderr
         assert lines(result)[good]["file"]
 
     def test_it_ends_with_a_report(self, kontext, simulator):
-        """--report names a page that shows the images of the folder."""
+        """--report prints the path of a page with the folder's images."""
         (task_id,), text = add(simulator)
         result = kontext("batch", "--from", "-", "--into", "out", "--report", input=text)
         assert result.exit_code == 0
@@ -143,8 +135,8 @@ class TestBatch:
         assert page == Path("out/report.html").resolve()
         assert f"{task_id}.png" in page.read_text("utf-8")
 
-    def test_a_bad_line_is_told_before_anything_is_made(self, kontext, simulator):
-        """No request, no folder, exit code 2 and the line's number."""
+    def test_a_bad_line_is_reported_before_any_request(self, kontext, simulator):
+        """The message has the line's number, no folder is made, and the exit code is 2."""
         before = len(simulator.requests)
         result = kontext("batch", "--from", "-", "--into", "out", input="task-1\n{}\n")
         assert result.exit_code == 2
@@ -158,16 +150,16 @@ class TestBatch:
         assert result.exit_code == 2
         assert "out holds no results" in result.stderr
 
-    def test_a_folder_that_cannot_be_is_wrong_usage(self, kontext, tmp_path):
-        """A file lies where the folder should."""
+    def test_a_folder_that_cannot_be_made_is_wrong_usage(self, kontext, tmp_path):
+        """There is a file in the folder's place."""
         (tmp_path / "out").write_text("")
         result = kontext("batch", "--from", "-", "--into", "out", input="task-1")
         assert result.exit_code == 2
         assert "cannot use the folder out: " in result.stderr
 
     @pytest.mark.parametrize("source", [(), ("--from", "-")])
-    def test_a_ledger_that_is_none_is_left_as_it_is(self, kontext, tmp_path, source):
-        """It may be somebody's data."""
+    def test_a_file_that_is_not_a_ledger_is_left_as_it_is(self, kontext, tmp_path, source):
+        """It may be a user's data."""
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / LEDGER).write_bytes(b"precious" * 100)
         result = kontext("batch", *source, "--into", "out", input="task-1")
@@ -176,7 +168,7 @@ class TestBatch:
         assert (tmp_path / "out" / LEDGER).read_bytes() == b"precious" * 100
 
     def test_one_batch_at_a_time(self, kontext, simulator, tmp_path):
-        """A second one on the same folder is told so, and sends nothing."""
+        """A second one in the same folder ends with an error, and sends nothing."""
         (task_id,), text = add(simulator)
         (tmp_path / "out").mkdir()
         with contextlib.ExitStack() as writers:
@@ -185,19 +177,19 @@ class TestBatch:
             result = kontext("batch", "--from", "-", "--into", "out", input=text)
         assert result.exit_code == 4
         assert "another process is writing to it" in result.stderr
-        assert asked(simulator, task_id) == []
+        assert requested(simulator, task_id) == []
 
-    def test_without_its_extra_no_report_is_promised(self, kontext, simulator, monkeypatch):
-        """The extra is named before anything is sent."""
+    def test_a_report_without_its_extra_is_wrong_usage(self, kontext, simulator, monkeypatch):
+        """The message names the extra, and nothing is sent."""
         monkeypatch.setattr(batch, "can_report", lambda: False)
         (task_id,), text = add(simulator)
         result = kontext("batch", "--from", "-", "--into", "out", "--report", input=text)
         assert result.exit_code == 2
         assert "pip install 'kontext-async[report]'" in result.stderr
-        assert asked(simulator, task_id) == []
+        assert requested(simulator, task_id) == []
 
     def test_the_key_is_nowhere(self, kontext, simulator):
-        """Neither in what is printed nor in the folder, whatever happens."""
+        """No output and no file of the folder holds it, however a task ends."""
         _, text = add(simulator, 2)
         _, more = add(simulator, outcome="failure")
         _, most = add(simulator, image_script=["redirect_host"] * 9)
@@ -210,7 +202,7 @@ class TestBatch:
 
 class TestFolder:
     def test_status_counts(self, kontext, simulator):
-        """A line for programs, a table for people, and an exit code as the batch would have."""
+        """It prints a line and a table, and has the exit code of the batch."""
         _, text = add(simulator, 2)
         _, more = add(simulator, outcome="failure")
         kontext("batch", "--from", "-", "--into", "out", input=f"{text}\n{more}")
@@ -227,8 +219,8 @@ class TestFolder:
         }
         assert "images saved" in result.stderr
 
-    def test_status_tells_of_images_that_are_missing(self, kontext, simulator):
-        """A success without its file is not all done."""
+    def test_status_counts_images_that_are_missing(self, kontext, simulator):
+        """A success without its file has exit code 4."""
         _, text = add(simulator, image_script=["html_as_image"] * 9)
         kontext("batch", "--from", "-", "--into", "out", input=text)
         result = kontext("status", "out")
@@ -236,19 +228,14 @@ class TestFolder:
         assert json.loads(result.stdout)["notSaved"] == 1
 
     def test_status_on_a_terminal_is_the_table(self, kontext, simulator, monkeypatch, capsys):
-        """Nobody there needs the line."""
-
-        class Terminal(io.StringIO):
-            def isatty(self):
-                return True
-
+        """On a terminal there is no JSON line."""
         _, text = add(simulator)
         kontext("batch", "--from", "-", "--into", "out", input=text)
-        screen = Terminal()
-        monkeypatch.setattr(sys, "stdout", screen)
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
         assert batch.show_status(Path("out")) == 0
-        assert screen.getvalue() == ""
-        assert "done" in capsys.readouterr().err
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert "done" in printed.err
 
     @pytest.mark.parametrize("command", ["status", "report"])
     def test_a_folder_without_a_ledger_is_wrong_usage(self, kontext, tmp_path, command):
@@ -259,14 +246,14 @@ class TestFolder:
 
     @pytest.mark.parametrize("command", ["status", "report"])
     def test_a_damaged_ledger_is_an_error(self, kontext, tmp_path, command):
-        """What is no ledger is told and left."""
+        """The message says that the file is not a ledger."""
         (tmp_path / LEDGER).write_bytes(b"x" * 5000)
         result = kontext(command, str(tmp_path))
         assert result.exit_code == 4
         assert "not a ledger" in result.stderr
 
     def test_a_report_can_be_made_at_any_time(self, kontext, simulator):
-        """It tells where it is."""
+        """The command prints its path."""
         _, text = add(simulator)
         kontext("batch", "--from", "-", "--into", "out", input=text)
         result = kontext("report", "out")
@@ -274,7 +261,7 @@ class TestFolder:
         assert result.stderr.strip().endswith("report.html")
 
     def test_a_report_that_cannot_be_written_is_an_error(self, kontext, simulator, tmp_path):
-        """Something else lies where the page should."""
+        """There is a folder in the page's place."""
         _, text = add(simulator)
         kontext("batch", "--from", "-", "--into", "out", input=text)
         (tmp_path / "out" / "report.html").mkdir()
@@ -285,14 +272,14 @@ class TestFolder:
 
 class TestDemo:
     @pytest.fixture(autouse=True)
-    def _soon_over(self, monkeypatch, tmp_path):
+    def _short_tasks(self, monkeypatch, tmp_path):
         tasks = [("a lighthouse", 0.0, None), ("a face", 0.0, Failure(400, "It was flagged."))]
         monkeypatch.setattr(local, "_TASKS", tasks)
         monkeypatch.setattr(app.tempfile, "mkdtemp", lambda prefix: str(tmp_path))
         monkeypatch.delenv("APIKLEY_API_KEY", raising=False)
 
-    def test_it_ends_by_naming_the_report(self, tmp_path):
-        """A table, results for programs, images in a folder, and a page about them."""
+    def test_it_ends_with_a_report(self, tmp_path):
+        """It prints a table and JSON lines, saves the images, and writes a page."""
         result = CliRunner().invoke(app.app, ["demo"])
         assert result.exit_code == 0
         assert [line["outcome"] for line in lines(result).values()].count("success") == 1
@@ -304,7 +291,7 @@ class TestDemo:
         assert page.exists()
 
     def test_without_the_extra_it_names_the_folder(self, monkeypatch, tmp_path):
-        """And says what a page about the images needs."""
+        """The message says what a report needs."""
         monkeypatch.setattr(local, "can_report", lambda: False)
         result = CliRunner().invoke(app.app, ["demo"])
         assert result.exit_code == 0
@@ -312,70 +299,23 @@ class TestDemo:
         assert "pip install 'kontext-async[images,report]'" in result.stderr
 
     async def test_on_a_terminal_it_is_the_table(self, monkeypatch, capsys, tmp_path):
-        """On a terminal nobody needs the lines for programs."""
-
-        class Terminal(io.StringIO):
-            def isatty(self):
-                return True
-
-        screen = Terminal()
-        monkeypatch.setattr(sys, "stdout", screen)
+        """On a terminal there are no JSON lines."""
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
         await local.demonstrate(tmp_path)
-        assert screen.getvalue() == ""
-        assert "demo-02" in capsys.readouterr().err
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert "demo-02" in printed.err
 
 
-@pytest.mark.parametrize("over", [0, 2])
-def test_an_interrupted_batch_is_told_how_it_stands(over, capsys):
-    """What is paid for and not yet over is named only where there is such a thing."""
+@pytest.mark.parametrize("finished", [0, 2])
+def test_an_interrupted_batch_says_how_to_continue(finished, capsys):
+    """The message mentions unfinished tasks only if there are any."""
     tally = batch.BatchTally(["task-1", "task-2"])
-    for task_id in ("task-1", "task-2")[:over]:
-        tally.ended(TaskOutcome(task_id=task_id, error=TransportError("reset", task_id=task_id)))
-    batch.say_how_to_go_on(tally, Path("out"))
+    for task_id in ("task-1", "task-2")[:finished]:
+        tally.count_outcome(
+            TaskOutcome(task_id=task_id, error=TransportError("reset", task_id=task_id))
+        )
+    batch.say_how_to_continue(tally, Path("out"))
     said = capsys.readouterr().err
-    assert ("paid for" in said) is (over == 0)
+    assert ("paid for" in said) is (finished == 0)
     assert said.endswith("kontext batch --into out\n")
-
-
-@contextlib.contextmanager
-def started(simulator, *args):
-    """The command as a process of its own."""
-    environment = os.environ | {
-        "APIKLEY_API_KEY": KEY,
-        "PYTHONPATH": str(Path(kontext_async.__file__).parent.parent),
-    }
-    command = [sys.executable, "-P", "-c", "from kontext_async.cli import main; main()"]
-    with subprocess.Popen(
-        [*command, *args, "--base-url", simulator.base_url],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def test_ctrl_c_says_how_to_go_on(simulator, tmp_path):
-    """It ends at once with 130; what has ended is kept, and the command to go on is named."""
-    (good,), text = add(simulator)
-    running = simulator.add_task(duration=math.inf)
-    (tmp_path / "ids.txt").write_text(f"{text}\n{running}\n")
-    folder = tmp_path / "my results"
-    args = ("batch", "--from", tmp_path / "ids.txt", "--into", folder)
-    with started(simulator, *args) as process:
-        assert json.loads(process.stdout.readline())["taskId"] == good
-        end = time.monotonic() + 20
-        while not simulator.polls(running):
-            assert time.monotonic() < end, "never asked about"
-            time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=10)
-    assert process.returncode == 130
-    assert "1 done, 0 failed, 1 saved, of 2 tasks" in errors
-    assert f"kontext batch --into '{folder}'" in errors
-    assert "Traceback" not in errors
-    states = {entry.task_id: entry.state for entry in Ledger.read(folder / LEDGER)}
-    assert states == {good: "done", running: "waiting"}

@@ -1,4 +1,4 @@
-"""The command as a process of its own: signals, pipes, terminals, start-up."""
+"""The command in a process of its own: signals, pipes, terminals, start-up."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ import pytest
 from background import serving
 
 import kontext_async
+from kontext_async.results import Ledger
 
 KEY = "marker-key-77aa"
-COMMAND = [sys.executable, "-P", "-c", "from kontext_async.cli import main; main()"]
+COMMAND = [sys.executable, "-P", "-m", "kontext_async"]
+IMPORTS = "import aiohttp, attrs, cattrs, rich.progress, rich.table, tenacity, typer"
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +33,7 @@ def simulator():
 
 @pytest.fixture
 def start():
-    """Start the command; what still runs at the end of the test is ended."""
+    """Start the command in processes that end with the test."""
     environment = os.environ | {
         "APIKLEY_API_KEY": KEY,
         "PYTHONPATH": str(Path(kontext_async.__file__).parent.parent),
@@ -48,29 +50,34 @@ def start():
         yield start
 
 
-def looked_at(simulator, *task_ids):
-    """Wait until each task has been asked about."""
+def wait_until_polled(simulator, *task_ids):
+    """Wait until each task has been polled."""
     end = time.monotonic() + 20
     while not all(simulator.polls(task_id) for task_id in task_ids):
-        assert time.monotonic() < end, "never asked about"
+        assert time.monotonic() < end, "never polled"
         time.sleep(0.01)
 
 
 def test_help_answers_quickly(start):
-    """`--help` costs less than half a second of computing, at the best of three tries."""
-    costs = []
-    for _ in range(3):
+    """`--help` costs little more computing than to import what the command is built on."""
+
+    def cost(process):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        out, _ = (process := start("--help")).communicate(timeout=20)
+        out, _ = process.communicate(timeout=20)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        costs.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         assert process.returncode == 0
-        assert "wait" in out
-    assert min(costs) < 0.5
+        assert "wait" in out or process.args[-1] == IMPORTS
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    # By turns, and the best of each: how fast the machine is, and how busy, cancels out.
+    imports = [sys.executable, "-P", "-c", IMPORTS]
+    pairs = [(cost(start("--help")), cost(start(command=imports))) for _ in range(4)]
+    helping, importing = map(min, zip(*pairs, strict=True))
+    assert helping < 1.75 * importing
 
 
 def test_results_and_exit_code(start, simulator):
-    """Results are the only thing on standard output, and the exit code is the gravest."""
+    """Standard output has the results alone, and the highest exit code counts."""
     good = simulator.add_task(duration=0.0, outcome="success")
     bad = simulator.add_task(duration=0.0, outcome="failure")
     process = start("wait", good, bad, "--base-url", simulator.base_url)
@@ -81,7 +88,7 @@ def test_results_and_exit_code(start, simulator):
 
 
 def test_results_come_as_tasks_end(start, simulator):
-    """The line of a finished task is there while another still runs."""
+    """The line of a finished task comes while another is generating."""
     done = simulator.add_task(duration=0.0, outcome="success")
     process = start(
         "wait", simulator.add_task(duration=math.inf), done, "--base-url", simulator.base_url
@@ -90,13 +97,13 @@ def test_results_come_as_tasks_end(start, simulator):
     assert process.poll() is None
 
 
-def test_ctrl_c_names_what_still_generates(start, simulator):
-    """It ends at once, cleanly, with 130 and the command to go on with."""
+def test_ctrl_c_names_the_unfinished_tasks(start, simulator):
+    """It ends at once with 130 and the command that resumes."""
     done = simulator.add_task(duration=0.0, outcome="success")
     running = [simulator.add_task(duration=math.inf) for _ in range(2)]
     process = start("wait", done, *running, "--base-url", simulator.base_url)
     process.stdout.readline()
-    looked_at(simulator, *running)
+    wait_until_polled(simulator, *running)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=5)
     assert process.returncode == 130
@@ -105,8 +112,28 @@ def test_ctrl_c_names_what_still_generates(start, simulator):
     assert "Traceback" not in err
 
 
-def test_a_reader_that_goes_away_ends_it_quietly(start, simulator):
-    """As with `| head -1`: no message, and the exit code the shell knows for it."""
+def test_ctrl_c_says_how_to_continue_a_batch(start, simulator, tmp_path):
+    """It ends at once with 130; the results so far are in the folder."""
+    good = simulator.add_task(duration=0.0, outcome="success")
+    running = simulator.add_task(duration=math.inf)
+    (tmp_path / "ids.txt").write_text(f"{good}\n{running}\n")
+    folder = tmp_path / "my results"
+    files = ("--from", tmp_path / "ids.txt", "--into", folder)
+    process = start("batch", *files, "--base-url", simulator.base_url)
+    assert json.loads(process.stdout.readline())["taskId"] == good
+    wait_until_polled(simulator, running)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert "1 done, 0 failed, 1 saved, of 2 tasks" in err
+    assert f"kontext batch --into '{folder}'" in err
+    assert "Traceback" not in err
+    states = {entry.task_id: entry.state for entry in Ledger.read(folder / "kontext.sqlite3")}
+    assert states == {good: "done", running: "waiting"}
+
+
+def test_a_closed_pipe_ends_it_without_a_message(start, simulator):
+    """As with `| head -1`, the exit code is that of SIGPIPE."""
     ids = [simulator.add_task(duration=0.0, outcome="success") for _ in range(3)]
     process = start("wait", *ids, "--base-url", simulator.base_url)
     process.stdout.close()
@@ -116,22 +143,23 @@ def test_a_reader_that_goes_away_ends_it_quietly(start, simulator):
     assert "Broken" not in err
 
 
-def test_simulate_serves_until_ctrl_c(start):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_simulate_serves_until_a_signal(start, number, code):
     """Its address is on standard output, and the command can wait there."""
     server = start("simulate", "--duration", "0")
     address = json.loads(server.stdout.readline())["baseUrl"]
     waiting = start("wait", "any-task", "--base-url", address)
     out, _ = waiting.communicate(timeout=20)
     assert json.loads(out)["outcome"] == "success"
-    server.send_signal(signal.SIGINT)
+    server.send_signal(number)
     _, err = server.communicate(timeout=5)
-    assert server.returncode == 130
+    assert server.returncode == code
     assert "kontext wait --base-url" in err
     assert "Traceback" not in err
 
 
 def test_a_terminal_gets_a_live_bar(start, simulator):
-    """On a pseudo-terminal the bar is drawn, and taken away again."""
+    """On a pseudo-terminal the bar is drawn, and removed at the end."""
     screen, end = pty.openpty()
     task_id = simulator.add_task(duration=0.0, outcome="success")
     process = start("wait", task_id, "--base-url", simulator.base_url, stderr=end)
@@ -146,7 +174,7 @@ def test_a_terminal_gets_a_live_bar(start, simulator):
 
 
 def test_a_crash_shows_no_locals(start, simulator):
-    """A traceback of a defect has the lines, but not the values in them."""
+    """The traceback of a defect has no values of variables."""
     crash = (
         "import kontext_async.cli.app as app\n"
         "def broken(*args, **kwargs):\n"

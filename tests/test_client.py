@@ -14,6 +14,7 @@ import re
 import aiohttp
 import pytest
 from aioresponses import aioresponses
+from client_world import KEY, error_of, make_client
 from raw_server import http, raw_server
 from tenacity import wait_fixed
 
@@ -38,21 +39,9 @@ from kontext_async import (
     __version__,
 )
 from kontext_async.simulator import Simulator
-from kontext_async.simulator.replies import refusal
+from kontext_async.simulator.replies import refused
 
 virtual_time = pytest.mark.virtual_time
-KEY = "marker-key"
-UNBOUND = RateLimit(1_000_000, 1.0)
-
-
-def make_client(simulator, **options):
-    return KontextClient(KEY, base_url=simulator.base_url, **{"rate_limit": UNBOUND, **options})
-
-
-async def error_of(awaitable, kind=KontextError):
-    with pytest.raises(kind) as caught:
-        await awaitable
-    return caught.value
 
 
 def refused_with(*args, **options):
@@ -88,7 +77,7 @@ async def authorization_sent(*args, **options):
 
 
 async def test_the_key_comes_from_the_environment(monkeypatch):
-    """Where no argument gives one; it is read when the client is made."""
+    """If no argument gives one; it is read when the client is made."""
     monkeypatch.setenv("APIKLEY_API_KEY", "key-of-the-environment")
     assert await authorization_sent() == "Bearer key-of-the-environment"
     assert await authorization_sent("key-of-the-call") == "Bearer key-of-the-call"
@@ -103,7 +92,7 @@ async def test_white_space_around_a_key_is_stripped(monkeypatch):
 
 @pytest.mark.parametrize("key", ["", "   ", "\n"])
 def test_a_client_without_a_key_says_how_to_give_one(monkeypatch, key):
-    """No argument and no environment, or blank ones."""
+    """Without an argument and a variable, or with blank ones."""
     monkeypatch.delenv("APIKLEY_API_KEY", raising=False)
     assert "APIKLEY_API_KEY" in refused_with()
     assert "APIKLEY_API_KEY" in refused_with(key)
@@ -112,7 +101,7 @@ def test_a_client_without_a_key_says_how_to_give_one(monkeypatch, key):
 
 
 @pytest.mark.parametrize("key", ["Bearer abc", "a\nb", "a\r\nX: y", "a\0b", "schlüssel", "a\x7f"])
-def test_a_key_that_cannot_be_a_header_is_refused_unseen(monkeypatch, key):
+def test_a_key_that_cannot_be_a_header_is_refused_without_showing_it(monkeypatch, key):
     """The message names the source, not the key."""
     message = refused_with(key)
     assert message.startswith("api_key")
@@ -122,8 +111,8 @@ def test_a_key_that_cannot_be_a_header_is_refused_unseen(monkeypatch, key):
 
 
 @pytest.mark.parametrize("key", [b"bytes", 5, ["list"]])
-def test_a_key_that_is_no_str_is_refused_unseen(key):
-    """Bytes from a file opened in binary, say."""
+def test_a_key_that_is_not_a_str_is_refused_without_showing_it(key):
+    """Such as bytes from a file opened in binary mode."""
     message = refused_with(key)
     assert "str" in message
     assert str(key) not in message
@@ -160,8 +149,8 @@ def test_a_base_url_may_be_https_or_plain_http_to_this_machine(base_url, shown):
         "http://[2001:db8::1]",
     ],
 )
-def test_plain_http_to_another_host_is_for_those_who_ask_for_it(base_url):
-    """The key would travel unencrypted; allow_http=True says that this is meant."""
+def test_plain_http_to_another_host_needs_allow_http(base_url):
+    """The key would travel unencrypted."""
     assert "allow_http" in refused_with(KEY, base_url=base_url)
     assert base_url in repr(KontextClient(KEY, base_url=base_url, allow_http=True))
 
@@ -191,7 +180,7 @@ def test_plain_http_to_another_host_is_for_those_who_ask_for_it(base_url):
 )
 @pytest.mark.parametrize("allow_http", [False, True])
 def test_a_base_url_that_cannot_be_used_is_refused(base_url, allow_http):
-    """Another scheme, no host, credentials, a query, a bad port, no str."""
+    """Another scheme, no host, credentials, a query, a bad port, not a str."""
     message = refused_with(KEY, base_url=base_url, allow_http=allow_http)
     assert "base_url" in message
     assert "password" not in message.partition("no user")[0]
@@ -205,12 +194,12 @@ def test_a_request_timeout_is_a_positive_number_of_seconds(value):
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, True, "64", None])
 def test_max_concurrency_is_a_positive_whole_number(value):
-    """With none at all nothing would ever be sent."""
+    """With 0 nothing would ever be sent."""
     assert "max_concurrency" in refused_with(KEY, max_concurrency=value)
 
 
 async def test_a_session_must_be_aiohttps_own(simulator):
-    """Anything else is refused when the client is made."""
+    """Another object is refused when the client is made."""
     assert "ClientSession" in refused_with(KEY, session="session")
 
 
@@ -236,8 +225,8 @@ async def test_a_session_with_credentials_is_refused():
         ("code_501_record", TaskStatus.GENERATE_FAILED),
     ],
 )
-async def test_a_look_gives_a_record_whatever_the_status(simulator, client, step, status):
-    """A failed task is no failed look."""
+async def test_record_info_returns_a_record_whatever_the_status(simulator, client, step, status):
+    """A failed task is not a failed poll."""
     record = await client.record_info(simulator.add_task("task", script=[step]))
     assert (record.task_id, record.status) == ("task", status)
 
@@ -255,8 +244,8 @@ async def test_a_look_gives_a_record_whatever_the_status(simulator, client, step
         ("gateway_403", ApiError),
     ],
 )
-async def test_a_look_is_not_repeated(simulator, client, step, kind):
-    """One attempt: what it meets is raised, even where a wait would go on."""
+async def test_record_info_does_not_retry(simulator, client, step, kind):
+    """Any error is raised, even one that a wait would retry."""
     error = await error_of(client.record_info(simulator.add_task("task", script=[step])))
     assert type(error) is kind
     assert error.task_id == "task"
@@ -264,21 +253,21 @@ async def test_a_look_is_not_repeated(simulator, client, step, kind):
 
 
 @pytest.mark.parametrize("task_id", ["", " ", "a\nb", "a\x1b[0m", None, 5, b"task"])
-async def test_what_is_no_task_id_is_not_asked_about(simulator, client, task_id):
-    """Blank, unprintable, or no str."""
+async def test_a_task_id_that_is_not_one_is_refused_before_any_request(simulator, client, task_id):
+    """Blank, unprintable, or not a str."""
     await error_of(client.record_info(task_id), ConfigurationError)
     assert not simulator.requests
 
 
 async def pause(simulator, client, seconds, code=429):
-    task_id = simulator.add_task(script=[refusal(code, status=code, retry_after=seconds)])
+    task_id = simulator.add_task(script=[refused(code, status=code, retry_after=seconds)])
     await error_of(client.record_info(task_id), ApiError)
     return len(simulator.requests)
 
 
 @virtual_time
-async def test_a_look_in_a_long_pause_is_refused_here_and_not_sent(simulator, client):
-    """Whoever asked for the pause; the error says how long it will be."""
+async def test_record_info_in_a_long_pause_raises_and_sends_nothing(simulator, client):
+    """Whatever task caused the pause; the error says how long it will last."""
     sent = await pause(simulator, client, 60, code=455)
     await asyncio.sleep(10)
     error = await error_of(client.record_info("task"), RateLimitedError)
@@ -290,8 +279,10 @@ async def test_a_look_in_a_long_pause_is_refused_here_and_not_sent(simulator, cl
 
 
 @virtual_time
-async def test_a_look_waits_out_a_pause_shorter_than_a_request_may_last(simulator, client):
-    """30 s by default."""
+async def test_record_info_waits_for_the_end_of_a_pause_shorter_than_request_timeout(
+    simulator, client
+):
+    """By default of 30 s."""
     await pause(simulator, client, 29)
     record = await client.record_info(simulator.add_task(script=["generating"]))
     assert record.status is TaskStatus.GENERATING
@@ -299,10 +290,10 @@ async def test_a_look_waits_out_a_pause_shorter_than_a_request_may_last(simulato
 
 
 @virtual_time
-async def test_looks_in_a_pause_probe_it_one_at_a_time(simulator):
-    """The first to go meets the same refusal, and the pause has become too long for the others."""
+async def test_polls_in_a_pause_probe_it_one_at_a_time(simulator):
+    """The first one meets the same refusal, and the pause is then too long for the others."""
     async with make_client(simulator, request_timeout=5.0) as client:
-        refuse = refusal(429, status=429, retry_after=4)
+        refuse = refused(429, status=429, retry_after=4)
         task_id = simulator.add_task(script=[refuse, refuse])
         await error_of(client.record_info(task_id), RateLimitedError)
         looks = [client.record_info(task_id) for _ in range(3)]
@@ -314,8 +305,8 @@ async def test_looks_in_a_pause_probe_it_one_at_a_time(simulator):
 
 
 @virtual_time
-async def test_a_look_under_a_full_quota_is_not_sent(simulator):
-    """An explicit rate limit that leaves no place within request_timeout."""
+async def test_record_info_is_not_sent_under_an_exhausted_rate_limit(simulator):
+    """An explicit rate limit has no permit within request_timeout."""
     async with make_client(simulator, rate_limit=RateLimit(1, 100.0)) as client:
         task_id = simulator.add_task(script=["generating"] * 9)
         await client.record_info(task_id)
@@ -327,8 +318,8 @@ async def test_a_look_under_a_full_quota_is_not_sent(simulator):
 
 
 @virtual_time
-async def test_a_look_that_gets_no_slot_is_not_sent(simulator):
-    """As long as a request may last it waits for one."""
+async def test_record_info_is_not_sent_at_max_concurrency(simulator):
+    """It waits for a permit for request_timeout at most."""
     async with make_client(simulator, max_concurrency=1, request_timeout=5.0) as client:
         stalled = simulator.add_task(script=["stall"] * 2)
         looks = []
@@ -343,13 +334,13 @@ async def test_a_look_that_gets_no_slot_is_not_sent(simulator):
     assert len(simulator.requests) == 2
 
 
-async def test_a_look_without_a_turn_is_not_sent(client, monkeypatch):
-    """The transport says with None that none came in time."""
+async def test_a_poll_without_a_permit_is_not_sent(client, monkeypatch):
+    """`acquire` returns None if none came in time."""
 
-    async def no_turn(at, *, seen, until):
+    async def no_permit(at, **options):
         return None
 
-    monkeypatch.setattr(client._transport, "acquire", no_turn)
+    monkeypatch.setattr(client._transport, "acquire", no_permit)
     await error_of(client.record_info("task"), RateLimitedError)
 
 
@@ -363,18 +354,18 @@ async def session():
 
 
 @virtual_time
-async def test_a_borrowed_session_that_is_closed_is_told(simulator, session):
-    """By whoever closed it: looks and waits end at once."""
+async def test_a_borrowed_session_that_is_closed_is_an_error(simulator, session):
+    """Polls and waits end at once."""
     async with make_client(simulator, session=session) as client:
         await session.close()
         await error_of(client.record_info("task"), ClientStateError)
         await error_of(client.wait_for_result("task"), ClientStateError)
 
 
-async def test_a_login_of_the_environment_that_collides_with_the_key_is_told(
+async def test_a_netrc_login_that_collides_with_the_key_is_an_error(
     simulator, tmp_path, monkeypatch
 ):
-    """A netrc file has one for the API's host, and the session reads it."""
+    """The session reads it with trust_env."""
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login user password word")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     async with (
@@ -385,22 +376,8 @@ async def test_a_login_of_the_environment_that_collides_with_the_key_is_told(
         assert "netrc" in str(error)
 
 
-async def test_an_error_of_the_users_own_code_in_a_session_is_left_alone(simulator):
-    """A middleware's ValueError is none of ours."""
-
-    async def broken(request, handler):
-        raise ValueError("mine")
-
-    async with (
-        aiohttp.ClientSession(middlewares=[broken]) as session,
-        make_client(simulator, session=session) as client,
-    ):
-        with pytest.raises(ValueError, match="mine"):
-            await client.record_info("task")
-
-
 async def test_an_id_may_be_of_a_subclass_of_str(simulator, client):
-    """Such as a member of a StrEnum: it is known by its plain value."""
+    """Such as a member of a StrEnum: its plain value is the id."""
     one = simulator.add_task(duration=0.0, outcome="success")
     member = enum.StrEnum("Known", {"ONE": one}).ONE
     assert type((await client.record_info(member)).task_id) is str
@@ -411,7 +388,7 @@ async def test_an_id_may_be_of_a_subclass_of_str(simulator, client):
 
 
 @pytest.mark.parametrize("wrong", [{"rate_limit": (20, 10)}, {"durations": 5}])
-def test_what_is_no_limit_or_model_is_refused(wrong):
+def test_a_limit_or_model_of_another_type_is_refused(wrong):
     """A pair is a likely slip."""
     assert next(iter(wrong)) in refused_with(KEY, **wrong)
 
@@ -429,7 +406,7 @@ async def test_a_borrowed_session_is_left_open(simulator, session):
 
 
 @virtual_time
-async def test_a_session_of_its_own_is_made_late_and_closed(simulator):
+async def test_the_clients_own_session_is_made_at_first_use_and_closed(simulator):
     """A client that is never used opens nothing."""
     client = make_client(simulator)
     assert client._transport._session is None
@@ -439,8 +416,8 @@ async def test_a_session_of_its_own_is_made_late_and_closed(simulator):
 
 
 @virtual_time
-async def test_ours_wins_over_a_sessions_own_headers_and_timeout(simulator):
-    """Authorization, User-Agent and time are the client's; other headers stay."""
+async def test_the_clients_headers_and_timeout_override_the_sessions(simulator):
+    """Authorization, User-Agent and time limit are the client's; other headers stay."""
     headers = {"Authorization": "Basic dGhlaXJz", "User-Agent": "theirs", "X-Theirs": "kept"}
     timeout = aiohttp.ClientTimeout(total=0.01)
     answer = [0.5, http(status=404)]
@@ -460,7 +437,7 @@ async def test_ours_wins_over_a_sessions_own_headers_and_timeout(simulator):
 
 @virtual_time
 async def test_a_sessions_middlewares_and_tracing_see_each_request(simulator):
-    """They are the user's way to watch and to shape what is sent."""
+    """They are the user's way to watch and change requests."""
     seen = []
 
     async def middleware(request, handler):
@@ -503,7 +480,7 @@ async def test_an_exception_of_a_middleware_is_a_transport_error(simulator, exce
 
 @virtual_time
 async def test_a_session_that_raises_for_status_changes_nothing(simulator):
-    """A status of 500 is read as it always is, and an envelope in it too."""
+    """A status of 500 is decoded as always, and an envelope in it too."""
     async with (
         aiohttp.ClientSession(raise_for_status=True, auto_decompress=False) as session,
         make_client(simulator, session=session) as client,
@@ -516,7 +493,7 @@ async def test_a_session_that_raises_for_status_changes_nothing(simulator):
 
 
 @virtual_time
-async def test_a_session_with_another_base_url_asks_ours(simulator):
+async def test_a_sessions_own_base_url_is_ignored(simulator):
     """The client's base_url is absolute."""
     async with (
         aiohttp.ClientSession(base_url="http://elsewhere.invalid/") as session,
@@ -526,8 +503,8 @@ async def test_a_session_with_another_base_url_asks_ours(simulator):
 
 
 @virtual_time
-async def test_a_small_connection_pool_is_kept_to(simulator):
-    """A session's own limit holds below max_concurrency; everybody gets an answer."""
+async def test_a_sessions_connection_limit_holds(simulator):
+    """Below max_concurrency too; every wait has its result."""
     simulator._latency = 0.1
     async with (
         aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=2)) as session,
@@ -543,7 +520,7 @@ async def test_a_small_connection_pool_is_kept_to(simulator):
 
 
 def test_a_client_can_be_made_without_a_loop():
-    """At import time, say; it belongs to the loop of its first use."""
+    """Such as at import time; it belongs to the loop of its first use."""
     client = KontextClient(KEY)
 
     async def use():
@@ -563,8 +540,8 @@ def test_a_client_can_be_made_without_a_loop():
 
 
 @virtual_time
-async def test_a_closed_client_says_so(simulator, client):
-    """To every call but closing it again."""
+async def test_a_closed_client_raises(simulator, client):
+    """At every call except closing it again."""
     await client.aclose()
     await client.aclose()
     assert "closed" in repr(client)
@@ -589,7 +566,7 @@ async def test_a_client_never_used_can_be_closed():
 
 @virtual_time
 async def test_closing_from_another_task_ends_the_wait_inside_the_block(simulator):
-    """The block then ends with that error, and closes once more without harm."""
+    """The block ends with that error; closing again has no effect."""
     client = make_client(simulator)
 
     async def use():
@@ -604,8 +581,8 @@ async def test_closing_from_another_task_ends_the_wait_inside_the_block(simulato
 
 
 @virtual_time
-async def test_an_error_in_the_block_reaches_its_outside(simulator, client):
-    """And the client is closed."""
+async def test_an_error_in_the_block_is_raised_and_the_client_closed(simulator, client):
+    """As with any context manager."""
     with pytest.raises(ZeroDivisionError):
         async with client:
             raise ZeroDivisionError
@@ -613,7 +590,7 @@ async def test_an_error_in_the_block_reaches_its_outside(simulator, client):
 
 
 async def test_an_unclosed_client_is_noticed(simulator):
-    """By aiohttp, whose session warns when it is dropped."""
+    """aiohttp's session warns when it is dropped."""
     reported = []
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: reported.append(context))
     client = make_client(simulator)
@@ -628,8 +605,8 @@ async def test_an_unclosed_client_is_noticed(simulator):
 
 
 @virtual_time
-async def test_stats_count_what_was_done(simulator, client):
-    """Requests, errors by class, refusals, the pause, and who is under way."""
+async def test_stats_count_requests_and_errors(simulator, client):
+    """By class, with refusals, the pause, and what is under way."""
     before = client.stats
     assert (before.requests, before.errors, before.waits, before.in_flight) == (0, {}, 0, 0)
     script = ["http_500", "truncated", "html_503_retry_after", "empty_200", "code_429", "failed"]
@@ -649,8 +626,8 @@ async def test_stats_count_what_was_done(simulator, client):
 
 
 @virtual_time
-async def test_stats_tell_who_is_under_way(simulator):
-    """Waits, those of them with a request in flight, and the seconds of a pause."""
+async def test_stats_count_waits_and_requests_in_flight(simulator):
+    """And the seconds of a pause."""
     async with make_client(simulator, max_concurrency=2, rate_limit=None) as client:
         waits = [
             asyncio.create_task(client.wait_for_result(simulator.add_task(script=["stall"])))
@@ -665,8 +642,8 @@ async def test_stats_tell_who_is_under_way(simulator):
         assert client.stats.pause == pytest.approx(40)
 
 
-def test_a_client_shows_where_it_asks_and_not_its_key():
-    """In its repr."""
+def test_a_clients_repr_has_its_address_and_not_its_key():
+    """The default address is the provider's."""
     client = KontextClient(KEY)
     assert repr(client) == "<KontextClient https://api.apikley.ru>"
     assert client.base_url == "https://api.apikley.ru"
@@ -678,7 +655,7 @@ def test_a_client_shows_where_it_asks_and_not_its_key():
 @virtual_time
 @pytest.mark.parametrize("limit", [1, 7, 64])
 async def test_no_more_requests_are_in_flight_than_allowed(simulator, limit):
-    """And no fewer, where there is work for them."""
+    """And no fewer, if there is work for them."""
     simulator._latency = 0.1
     async with make_client(simulator, max_concurrency=limit) as client:
         tasks = [simulator.add_task(duration=0.0) for _ in range(100)]
@@ -728,7 +705,7 @@ async def test_three_hundred_waits_each_get_their_own(simulator, client):
 
 @virtual_time
 async def test_a_batch_uses_the_same_client(simulator, client):
-    """Its slots, its session and its schedule."""
+    """Its permits, its session and its schedule."""
     tasks = [simulator.add_task(duration=5.0) for _ in range(10)]
     outcomes = await client.wait_for_results(tasks, wait=wait_fixed(1), timeout=60)
     assert [outcome.unwrap().task_id for outcome in outcomes] == tasks
@@ -765,7 +742,7 @@ def replies():
 
 
 async def test_the_providers_own_example_is_a_completed_task(replies):
-    """Asked for where the provider serves it."""
+    """At the provider's address."""
     replies.get(
         url_of("task12345"),
         payload=payload(
@@ -801,8 +778,8 @@ async def test_the_providers_own_example_is_a_completed_task(replies):
     ],
     ids=lambda exception: type(exception).__name__,
 )
-async def test_whatever_the_network_raises_is_ours_and_is_borne(replies, exception):
-    """A transport error, and the next look brings the result."""
+async def test_whatever_the_network_raises_is_translated_and_retried(replies, exception):
+    """It is a `TransportError`, and the next poll has the result."""
     replies.get(url_of("task12345"), exception=exception)
     replies.get(url_of("task12345"), payload=payload(1, response={"resultImageUrl": "https://r"}))
     events = []
@@ -813,8 +790,8 @@ async def test_whatever_the_network_raises_is_ours_and_is_borne(replies, excepti
 
 
 @virtual_time
-async def test_a_time_out_of_aiohttps_own_is_not_taken_for_the_deadline(replies):
-    """A TimeoutError that neither the deadline nor the request's time made is trouble."""
+async def test_a_timeout_of_aiohttps_own_is_not_mistaken_for_the_deadline(replies):
+    """A TimeoutError that neither the deadline nor request_timeout caused is a `TransportError`."""
     replies.get(url_of("task12345"), exception=TimeoutError(), repeat=True)
     async with KontextClient(KEY) as client:
         waiting = client.wait_for_result("task12345", timeout=20, error_grace=0)
@@ -823,7 +800,7 @@ async def test_a_time_out_of_aiohttps_own_is_not_taken_for_the_deadline(replies)
 
 @virtual_time
 async def test_durations_learned_by_one_client_serve_another(simulator):
-    """The model is the user's to keep."""
+    """The model is the user's to save."""
     model = DurationModel()
     async with make_client(simulator, durations=model) as client:
         await asyncio.gather(
@@ -838,7 +815,7 @@ async def test_durations_learned_by_one_client_serve_another(simulator):
 
 @virtual_time
 async def test_errors_survive_pickling_and_copying(simulator, client):
-    """As a client raises them, causes aside."""
+    """As a client raises them, without their causes."""
     script = ["http_500", "empty_200", "truncated", "code_501", "failed", "redirect", "code_455"]
     errors = []
     for step in script:

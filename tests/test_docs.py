@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 from virtual_time import VirtualTimeLoop
 
 import kontext_async
-from kontext_async import KontextClient, errors
+from kontext_async import KontextClient, KontextError, TaskOutcome, errors
 from kontext_async.cli.app import app
-from kontext_async.cli.output import _FIELDS, Exit
+from kontext_async.cli.output import Exit, outcome_line
 from kontext_async.simulator import Failure
 
 CHECKOUT = Path(__file__).parent.parent
@@ -60,8 +60,8 @@ def user(simulator, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("code", [s for s in snippets() if not is_for_pytest(s.values[0])])
-def test_programs_run_as_they_stand(code, user, monkeypatch):
-    """Each program in the pages runs to its end; on virtual time where it brings its simulator."""
+def test_programs_run(code, user, monkeypatch):
+    """Each program in the pages runs to its end, on virtual time if it has its own simulator."""
     if "Simulator(" in code:
         monkeypatch.setattr(asyncio.events, "new_event_loop", VirtualTimeLoop)
     exec(compile(code, "<snippet>", "exec"), {"__name__": "__main__"})
@@ -69,7 +69,7 @@ def test_programs_run_as_they_stand(code, user, monkeypatch):
 
 @pytest.mark.parametrize("code", [s for s in snippets() if is_for_pytest(s.values[0])])
 def test_example_tests_pass(code, tmp_path):
-    """Each example of a test passes, in a project that has nothing else."""
+    """Each example of a test passes, in a project that has nothing more."""
     (tmp_path / "test_example.py").write_text(code)
     (tmp_path / "conftest.py").write_text('pytest_plugins = ["kontext_async.testing"]\n')
     environment = os.environ | {"PYTHONPATH": str(Path(kontext_async.__file__).parent.parent)}
@@ -89,14 +89,14 @@ def test_example_tests_pass(code, tmp_path):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_sessions_give_what_they_show(page):
-    """Each interactive session in the pages answers as it is written."""
+    """Each interactive session in the pages has the output that it shows."""
     text = "\n".join(SESSION.findall(page.read_text(encoding="utf-8")))
     session = doctest.DocTestParser().get_doctest(text, {}, page.name, str(page), 0)
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
     assert runner.run(session).failed == 0
 
 
-def test_the_patterns_find_what_they_look_for():
+def test_the_patterns_match():
     """There are programs, example tests and sessions in the pages."""
     assert len(list(snippets())) > 15
     assert any(is_for_pytest(snippet.values[0]) for snippet in snippets())
@@ -104,14 +104,14 @@ def test_the_patterns_find_what_they_look_for():
 
 
 def test_the_readme_has_the_two_commands():
-    """One line installs and shows, one installs and tests."""
+    """One line installs and shows the client, one installs it and runs the tests."""
     lines = (CHECKOUT / "README.md").read_text(encoding="utf-8").splitlines()
     assert "python -m pip install '.[cli,images,report]' && kontext demo" in lines
     assert sum(bool(re.match("python -m pip install .*python -m pytest", x)) for x in lines) == 1
 
 
 def test_every_error_has_a_row():
-    """The errors' page explains each class that can be raised."""
+    """The errors page explains each class that can be raised."""
     text = (CHECKOUT / "docs" / "errors.md").read_text(encoding="utf-8")
     rows = set(re.findall(r"^\| \{class\}`~kontext_async\.(\w+)`", text, re.MULTILINE))
     assert rows == set(errors.__all__) - {"Handling", "KontextError"}
@@ -121,12 +121,14 @@ def test_every_field_and_exit_code_has_a_row():
     """The command's page lists the fields of a result and the exit codes."""
     text = (CHECKOUT / "docs" / "cli.md").read_text(encoding="utf-8")
     fields = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", text, re.MULTILINE)
-    assert re.findall(r"\w+", " ".join(fields)) == list(_FIELDS)
+    assert re.findall(r"\w+", " ".join(fields)) == list(
+        outcome_line(TaskOutcome(task_id="t", error=KontextError()))
+    )
     assert [int(code) for code in re.findall(r"^\| (\d+) \|", text, re.MULTILINE)] == list(Exit)
 
 
 def test_options_that_pages_name_exist():
-    """No page speaks of an option that the command does not have."""
+    """The pages name only options that the command has."""
     helps = "".join(
         CliRunner().invoke(app, [command.callback.__name__, "--help"]).output
         for command in app.registered_commands

@@ -601,9 +601,13 @@ async def test_the_key_is_in_no_request_and_no_error(step, simulator, client, tm
 # --- cancellation -------------------------------------------------------------------------------
 
 
-@types.coroutine
-def cancelled_at(coroutine, nth, times):
+async def cancelled_at(coroutine, nth, times):
     """Run a coroutine, and cancel it at its nth wait, and at the next ones; returns its waits."""
+    return await _cancelling(coroutine, nth, times)
+
+
+@types.coroutine
+def _cancelling(coroutine, nth, times):
     task, loop = asyncio.current_task(), asyncio.get_running_loop()
     waits, error = 0, None
     while True:

@@ -84,6 +84,11 @@ def same(twin, error):
     )
 
 
+def bare(code, kind=ApiError):
+    """An answer without an envelope, as a gateway gives it."""
+    return kind("No", code=code, http_status=code, from_gateway=True)
+
+
 def test_every_public_error_is_among_the_examples():
     assert {type(error).__name__ for error in EXAMPLES} == set(errors.__all__) - {"Handling"}
 
@@ -207,11 +212,30 @@ def test_the_text_says_what_happened_and_what_to_do(error, text):
         (ServerError("No", code=503), Handling.RETRY),
         (ServerError("No", code=500, retry_after=5.0), Handling.RETRY),
         (ServerError("No", code=505), Handling.RAISE),
+        (ApiError("No", code=399), Handling.RETRY),
+        (ApiError("No", code=400), Handling.RAISE),
         (ApiError("No", code=402), Handling.RAISE),
-        (ApiError("No", code=403), Handling.RETRY),
+        (ApiError("No", code=403), Handling.RAISE),
         (ApiError("No", code=408), Handling.RETRY),
+        (ApiError("No", code=409), Handling.RAISE),
+        (ApiError("No", code=451), Handling.RAISE),
+        (ApiError("No", code=499), Handling.RAISE),
+        (ApiError("No", code=500), Handling.RETRY),
         (ApiError("No", code=1000), Handling.RETRY),
-        (AuthenticationError("No", code=403), Handling.RAISE),
+        (bare(400), Handling.RETRY),
+        (bare(402), Handling.RAISE),
+        (bare(403), Handling.RETRY),
+        (bare(404), Handling.RAISE),
+        (bare(408), Handling.RETRY),
+        (bare(409), Handling.RETRY),
+        (bare(425), Handling.RETRY),
+        (bare(429), Handling.BACK_OFF),
+        (bare(499), Handling.RETRY),
+        (bare(502), Handling.RETRY),
+        (bare(505), Handling.RAISE),
+        (bare(401, AuthenticationError), Handling.RAISE),
+        (bare(422, InvalidRequestError), Handling.RAISE),
+        (AuthenticationError("No", code=401), Handling.RAISE),
         (InvalidRequestError("No", code=422), Handling.RAISE),
         (TaskNotFoundError("No", code=422), Handling.RETRY_NOT_FOUND),
         (TransportError("reset"), Handling.RETRY),
@@ -227,6 +251,37 @@ def test_each_error_says_how_a_wait_handles_it(error, handling):
     assert error.retryable is (handling is not Handling.RAISE)
 
 
+@pytest.mark.parametrize(
+    ("kind", "title"),
+    [
+        (KontextError, ""),
+        (AuthenticationError, "API key refused"),
+        (TaskNotFoundError, "Task unknown"),
+        (InvalidRequestError, "Invalid request"),
+        (RateLimitedError, "Rate limited"),
+        (MaintenanceError, "Maintenance"),
+        (ServerError, "Server error"),
+        (GenerationFailedError, "Generation failed"),
+        (ResponseFormatError, "Unreadable answer"),
+        (TransportError, "Network trouble"),
+        (WaitTimeoutError, "Not finished in time"),
+    ],
+)
+def test_each_kind_of_error_has_a_title(kind, title):
+    assert kind.title == title
+
+
+def test_errors_made_of_keywords_have_their_subject_in_args_and_their_record():
+    failed = GenerationFailedError(
+        task_id="t", status=TaskStatus.GENERATE_FAILED, error_message="flagged", record=RECORD
+    )
+    assert failed.args == ("flagged",)
+    assert failed.record is RECORD
+    late = WaitTimeoutError(task_id="t", elapsed=1.0, polls=1, last_record=RECORD)
+    assert late.args == ("t",)
+    assert late.last_record is RECORD
+
+
 def test_a_timeout_can_be_retried_by_the_caller():
     error = WaitTimeoutError(task_id="t", elapsed=1.0, polls=1)
     assert (error.handling, error.retryable) == (Handling.RAISE, True)
@@ -237,6 +292,19 @@ def test_an_error_can_be_repeated_for_another_task():
     other = error.for_task("b", http_status=None)
     assert (type(other), str(other)) == (ApiError, "task b: code 500: No")
     assert (error.task_id, error.http_status) == ("a", 502)
+
+
+@pytest.mark.parametrize(
+    ("msg", "shown"),
+    [
+        ("x" * 200, "x" * 200),
+        ("x" * 201, "x" * 199 + "…"),
+        ("a" + " " * 398 + "b", "a b"),
+        ("a" + " " * 399 + "b", "a"),
+    ],
+)
+def test_a_message_shows_200_characters_of_the_first_400(msg, shown):
+    assert str(ApiError(msg, code=500)) == f"code 500: {shown}"
 
 
 def test_text_from_outside_is_cut_and_made_harmless():

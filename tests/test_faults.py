@@ -7,7 +7,10 @@ import itertools
 import math
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tenacity import wait_fixed
+from virtual_time import VirtualTimeLoop
 
 from kontext_async import (
     ApiError,
@@ -15,6 +18,9 @@ from kontext_async import (
     ConfigurationError,
     KontextClient,
     RateLimit,
+    ServerError,
+    TransportError,
+    WaitTimeoutError,
 )
 from kontext_async import batch as batch_module
 from kontext_async.simulator import Simulator
@@ -24,6 +30,7 @@ pytestmark = pytest.mark.virtual_time
 
 UNBOUND = RateLimit(1_000_000, 1.0)
 GATEWAY_401 = http(401)
+DEAD = "http://127.0.0.1:9"  # nothing listens there
 
 
 @pytest.fixture
@@ -141,3 +148,83 @@ async def test_a_list_of_results_remembers_all_ids(simulator, client, monkeypatc
     outcomes = await client.wait_for_results([*ids, *ids], max_in_flight=1)
     assert [o.task_id for o in outcomes] == [*ids, *ids]
     assert len(simulator.requests) == 4
+
+
+# Broken tasks and outages
+
+
+@pytest.mark.parametrize("broken", [5, 10, 20, 100])
+@pytest.mark.parametrize("first", [True, False])
+async def test_broken_tasks_do_not_starve_healthy_ones(simulator, client, broken, first):
+    """With all defaults; the healthy ones take 12 s undisturbed, the broken ones their grace."""
+    healthy = [simulator.add_task(duration=12) for _ in range(100)]
+    bad = [simulator.add_task(script=itertools.repeat("http_500")) for _ in range(broken)]
+    ended = {}
+    async with client.as_completed(bad + healthy if first else healthy + bad) as outcomes:
+        async for outcome in outcomes:
+            ended[outcome.task_id] = (simulator.now, outcome)
+    assert all(ended[task_id][1].result for task_id in healthy)
+    assert max(ended[task_id][0] for task_id in healthy) < 3 * 14
+    assert {type(ended[task_id][1].error) for task_id in bad} == {ServerError}
+    assert all(300 <= ended[task_id][0] < 380 for task_id in bad)
+
+
+async def test_a_dead_api_ends_all_waits_by_their_grace_or_timeout():
+    """Each names the cause; a thousand take no longer than one."""
+    async with KontextClient("key", base_url=DEAD) as client:
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        outcomes = await client.wait_for_results([f"t{n}" for n in range(1000)])
+        assert loop.time() - began <= 600
+    assert all("Cannot connect" in str(outcome.error) for outcome in outcomes)
+    assert {type(outcome.error) for outcome in outcomes} == {TransportError, WaitTimeoutError}
+
+
+async def test_an_outage_ends_with_the_first_good_answer(simulator, client):
+    """Tasks that were polled before probe it, and all go on."""
+    ids = [
+        simulator.add_task(script=["generating", *["http_503"] * 2, "success"]) for _ in range(30)
+    ]
+    outcomes = await outcomes_of(client, ids, error_grace=None, timeout=None)
+    assert all(outcome.result for outcome in outcomes.values())
+
+
+async def test_a_wait_blocked_by_an_outage_shows_no_other_tasks_error(simulator, client):
+    ids = [simulator.add_task(script=itertools.repeat("http_500")) for _ in range(8)]
+    outcomes = await outcomes_of(client, ids, timeout=40, error_grace=None)
+    for task_id, outcome in outcomes.items():
+        others = [other for other in ids if other != task_id]
+        assert not any(other in str(outcome.error) for other in others)
+
+
+@given(
+    healthy=st.integers(1, 40),
+    broken=st.integers(0, 200),
+    duration=st.sampled_from([2.0, 12.0, 45.0]),
+    wait=st.sampled_from([None, wait_fixed(0.5), wait_fixed(10)]),
+    order=st.randoms(use_true_random=False),
+)
+@settings(max_examples=12)
+def test_any_share_of_broken_tasks_leaves_the_others_alone(healthy, broken, duration, wait, order):
+    """The others end within three times their undisturbed time, the broken ones by their grace."""
+
+    async def main():
+        async with Simulator() as simulator:
+            good = [simulator.add_task(duration=duration) for _ in range(healthy)]
+            bad = [simulator.add_task(script=itertools.repeat("http_500")) for _ in range(broken)]
+            ids = [*good, *bad]
+            order.shuffle(ids)
+            ended = {}
+            keywords = {"error_grace": 200, "wait": wait}
+            async with (
+                KontextClient("key", base_url=simulator.base_url, rate_limit=UNBOUND) as client,
+                client.as_completed(ids, **keywords) as outcomes,
+            ):
+                async for outcome in outcomes:
+                    ended[outcome.task_id] = (simulator.now, type(outcome.error))
+            assert max(ended[task_id][0] for task_id in good) < 3 * (duration + 10)
+            assert {ended[task_id][1] for task_id in good} == {type(None)}
+            assert {ended[task_id][1] for task_id in bad} <= {ServerError}
+
+    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+        runner.run(main())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import hashlib
 import io
@@ -303,18 +304,23 @@ def test_of_two_who_save_under_a_name_at_once_one_is_told(tmp_path):
 # --- a file system that says no -----------------------------------------------------------------
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def small_files():
-    """The kernel lets no file of this process grow over 64 KiB."""
+    """Let no file of this process grow over 64 KiB: around the code under test alone.
+
+    The limit is the process's, so pytest's own output to a file would end at it too.
+    """
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (65_536, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("pieces", [1, 2, 50])
-def test_a_file_that_cannot_grow_leaves_nothing(pieces, small_files, tmp_path):
+def test_a_file_that_cannot_grow_leaves_nothing(pieces, tmp_path):
     """Whichever write meets the limit, the half file is gone and the error says why."""
     data = make_image('{"prompt": ""}', "png", 100_000)
     step = len(data) // pieces + 1
@@ -327,7 +333,8 @@ def test_a_file_that_cannot_grow_leaves_nothing(pieces, small_files, tmp_path):
             draft.write(piece)
         finished(draft)
 
-    text = refusal_of(save)
+    with small_files():
+        text = refusal_of(save)
     assert "File too large" in text
     assert str(tmp_path)[:20] in text
     assert names(tmp_path) == []

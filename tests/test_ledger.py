@@ -13,6 +13,7 @@ from pathlib import Path
 
 import attrs
 import pytest
+from client_world import KEY, error_of, make_client
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from ledger_world import (
@@ -20,11 +21,9 @@ from ledger_world import (
     assert_nothing_left,
     collected,
     entries,
-    error_of,
     errors,
     fill_disk,
     free_disk,
-    make_client,
     run,
     states,
 )
@@ -40,8 +39,6 @@ from kontext_async.results import DownloadError, ImageSaver, Ledger, LedgerError
 from kontext_async.simulator import Simulator
 from kontext_async.simulator.steps import failed, refused, success
 
-KEY = "marker-key"
-
 
 @pytest.fixture
 def path(tmp_path):
@@ -56,7 +53,7 @@ async def simulator():
 
 @pytest.fixture
 async def client(simulator, path):
-    async with make_client(simulator, KEY) as client:
+    async with make_client(simulator) as client:
         yield client
         await assert_nothing_left(path.parent, client)
 
@@ -81,10 +78,10 @@ def alter(path, sql):
 # One run after another
 
 
-async def test_a_run_goes_on_where_the_last_one_stopped(client, simulator, path):
-    """What is done or has failed has its outcome without a request; the rest is tried again."""
+async def test_a_run_continues_where_the_last_one_stopped(client, simulator, path):
+    """Done and failed tasks have outcomes without a request; the others are polled again."""
     simulator.add_task("done", duration=0)
-    simulator.add_task("bad", script=["failed"])
+    simulator.add_task("bad", script=["failed_flagged"])
     simulator.add_task("shaky", duration=0, script=["http_500"])
     simulator.add_task("slow", duration=0, script=["generating"])
     simulator.add_task("late", duration=0, script=["not_found"])
@@ -99,7 +96,8 @@ async def test_a_run_goes_on_where_the_last_one_stopped(client, simulator, path)
     }
     again = await run(path, client, ids, **AT_ONCE)
     assert again["done"] == first["done"]
-    assert isinstance(again["bad"].error, GenerationFailedError)
+    assert again["bad"].error.__reduce__() == first["bad"].error.__reduce__()
+    assert entries(path)["shaky"].error_type is None
     assert states(path) == {**dict.fromkeys(ids, "done"), "bad": "failed"}
     assert sorted(asked(simulator)) == sorted([*ids, "shaky", "slow", "late"])
     assert {name: entry.attempts for name, entry in entries(path).items()} == {
@@ -111,8 +109,8 @@ async def test_a_run_goes_on_where_the_last_one_stopped(client, simulator, path)
     }
 
 
-async def test_a_failed_generation_is_asked_about_again_only_on_request(client, simulator, path):
-    """What is done is not, even then."""
+async def test_a_failed_generation_is_polled_again_only_on_request(client, simulator, path):
+    """A task that is done is not, even then."""
     simulator.add_task("bad", script=["failed"], duration=0)
     simulator.add_task("done", duration=0)
     await run(path, client, ["bad", "done"])
@@ -124,10 +122,10 @@ async def test_a_failed_generation_is_asked_about_again_only_on_request(client, 
 
 
 @pytest.mark.parametrize("reopened", [False, True])
-async def test_a_failed_generation_that_is_asked_about_again_has_failed_no_longer(
+async def test_a_failed_generation_that_is_polled_again_is_not_failed_any_more(
     client, simulator, path, reopened
 ):
-    """Also in the same session, and if that try comes to no end."""
+    """In the same session too, and if that try does not end."""
     simulator.add_task("bad", script=["failed_flagged", "http_500", "success"])
     async with Ledger(path) as ledger:
         await collected(ledger, client, ["bad"])
@@ -142,7 +140,7 @@ async def test_a_failed_generation_that_is_asked_about_again_has_failed_no_longe
 
 
 async def test_a_ledger_may_be_opened_again(client, simulator, path):
-    """It then knows what is in the file now."""
+    """It then has the present content of the file."""
     simulator.add_task("done", duration=0)
     simulator.add_task("bad", script=["failed", "http_500", "success"])
     ledger = Ledger(path)
@@ -156,8 +154,8 @@ async def test_a_ledger_may_be_opened_again(client, simulator, path):
     assert asked(simulator).count("done") == 1
 
 
-async def test_only_one_may_write(client, path):
-    """The second is told so, and the first goes on."""
+async def test_a_ledger_has_one_writer(client, path):
+    """The second raises, and the first goes on."""
     async with Ledger(path) as ledger:
         error = await error_of(Ledger(path).__aenter__(), LedgerError)
         assert "another process is writing to it: one batch at a time" in str(error)
@@ -168,7 +166,7 @@ async def test_only_one_may_write(client, path):
 # Ids
 
 
-async def test_ids_may_be_put_down_before_they_are_waited_for(client, simulator, path):
+async def test_ids_may_be_added_before_they_are_waited_for(client, simulator, path):
     """In their order; those that are known stay as they are."""
     simulator.add_task("b", duration=0)
     before = datetime.now(UTC)
@@ -185,15 +183,15 @@ async def test_ids_may_be_put_down_before_they_are_waited_for(client, simulator,
 
 
 @pytest.mark.parametrize("task_ids", ["task12345", b"ab", None, ["a", 5], ["a", ""], ["\ud800"]])
-async def test_what_is_no_id_is_not_put_down(path, task_ids):
-    """Nor is what stands beside it."""
+async def test_an_invalid_id_is_not_added(path, task_ids):
+    """Nor are the ids beside it."""
     async with Ledger(path) as ledger:
         await error_of(ledger.add(task_ids), ConfigurationError)
     assert states(path) == {}
 
 
 async def test_ids_and_messages_may_be_anything(client, simulator, path):
-    """They come out as they went in, in the file and for the next run."""
+    """The file and the next run have them unchanged."""
     ids = ["5", "a/b?c=d&e#%25", "'; DROP TABLE tasks; --", '"', "🦊", "ü" * 300, "e\u0301", "\xe9"]
     message = "half \ud800, none \0, bell \x07, 🦊 '; DROP TABLE tasks; --"
     params = json.dumps({"prompt": message})
@@ -218,8 +216,8 @@ async def test_ids_and_messages_may_be_anything(client, simulator, path):
 # Reading
 
 
-async def test_reading_says_what_is_wrong_when_it_comes_to_it(path):
-    """There is no ledger; it is none; somebody wrote what nobody can read."""
+async def test_reading_says_what_is_wrong(path):
+    """There is no ledger, the file is not one, or an entry is unreadable."""
     with pytest.raises(LedgerError, match="it does not exist"):
         next(Ledger.read(path))
     path.write_text("nothing of ours")
@@ -235,8 +233,8 @@ async def test_reading_says_what_is_wrong_when_it_comes_to_it(path):
         next(reading)
 
 
-async def test_a_reader_that_stops_in_the_midst_holds_nothing(path):
-    """Its file is closed with it."""
+async def test_a_reader_that_stops_early_closes_the_file(path):
+    """Closing the iterator is enough."""
     async with Ledger(path) as ledger:
         await ledger.add(["a", "b"])
     reading = Ledger.read(str(path))
@@ -284,7 +282,7 @@ def one(simulator):
 
 
 async def test_a_saved_image_is_recorded_and_not_fetched_again(client, simulator, path, one):
-    """Its path is relative to the ledger's folder; the next run gives the same answer."""
+    """Its path is relative to the ledger's folder; the next run has the same answer."""
     simulator.add_task("bad", script=["failed"])
     first = await save(path, client, [one, "bad"])
     entry = entries(path)[one]
@@ -305,17 +303,15 @@ async def test_the_folder_may_be_moved(client, simulator, path, one):
 
 
 @pytest.mark.parametrize("change", [Path.unlink, lambda file: file.write_bytes(b"other")])
-async def test_an_image_that_is_not_what_it_was_is_fetched_again(
-    client, simulator, path, one, change
-):
-    """A saver that may overwrite mends it."""
+async def test_an_image_that_has_changed_is_fetched_again(client, simulator, path, one, change):
+    """By a saver that may overwrite."""
     first = await save(path, client, [one])
     change(first[one].path)
     assert await save(path, client, [one], overwrite=True) == first
     assert fetched(simulator) == [one, one]
 
 
-async def test_a_changed_image_is_not_overwritten_unasked(client, simulator, path, one):
+async def test_a_changed_image_is_not_overwritten_without_overwrite(client, simulator, path, one):
     """That is an error, which is recorded."""
     first = await save(path, client, [one])
     first[one].path.write_bytes(b"other")
@@ -346,7 +342,7 @@ async def test_an_image_that_could_not_be_saved_is_tried_again(client, path, one
 
 
 async def test_images_may_be_recorded_by_hand(client, path, one):
-    """Saved or not; a failed generation keeps its own reason and remains readable."""
+    """Saved or not."""
     saved = SavedImage(path=path.parent / "sub" / "a.png", size=7, sha256="ab12", kind="png")
     async with Ledger(path) as ledger:
         await collected(ledger, client, [one])
@@ -365,7 +361,7 @@ async def test_images_may_be_recorded_by_hand(client, path, one):
 async def test_a_path_in_the_working_folder_is_relative_to_the_ledger(
     client, path, one, monkeypatch, image, saved_path
 ):
-    """Wherever the image lies, it is found from the ledger."""
+    """Wherever the image is, it is found from the ledger."""
     monkeypatch.chdir(path.parent)
     async with Ledger(path) as ledger:
         await collected(ledger, client, [one])
@@ -376,7 +372,7 @@ async def test_a_path_in_the_working_folder_is_relative_to_the_ledger(
 
 
 async def test_a_failed_generation_has_no_image_to_record(client, simulator, path):
-    """It keeps its own reason, and its outcome."""
+    """Its own reason and its outcome remain."""
     simulator.add_task("bad", script=["failed_flagged"])
     saved = SavedImage(path=path.parent / "a.png", size=7, sha256="ab12", kind="png")
     async with Ledger(path) as ledger:
@@ -388,8 +384,8 @@ async def test_a_failed_generation_has_no_image_to_record(client, simulator, pat
     assert entries(path)["bad"].saved_path is None
 
 
-async def test_an_image_that_cannot_be_recorded_is_no_silent_loss(client, path, simulator):
-    """The next save says so, or the closing of the ledger."""
+async def test_an_image_that_cannot_be_recorded_raises(client, path, simulator):
+    """From the next save, or from the closing of the ledger."""
     ids = [simulator.add_task(f"{n}", duration=0) for n in range(3)]
     async with ImageSaver(client, path.parent / "images") as saver:
         ledger = await Ledger(path).__aenter__()
@@ -413,8 +409,8 @@ async def test_an_image_that_cannot_be_recorded_is_no_silent_loss(client, path, 
 # Disk full, and the key
 
 
-async def test_after_a_full_disk_a_ledger_goes_on(client, simulator, path):
-    """What was recorded is readable all the while."""
+async def test_after_a_full_disk_a_ledger_continues(client, simulator, path):
+    """Entries from before are readable in the meantime."""
     ids = [simulator.add_task(f"{n}", duration=0, params={"prompt": "p" * 9000}) for n in range(9)]
     async with Ledger(path) as ledger:
         await collected(ledger, client, ids[:2])
@@ -429,7 +425,7 @@ async def test_after_a_full_disk_a_ledger_goes_on(client, simulator, path):
 
 
 async def test_the_key_is_in_no_file(client, simulator, path):
-    """Not while it is open, nor afterwards, though every answer echoes it."""
+    """Neither while the ledger is open nor afterwards, though every answer echoes it."""
     prompt = json.dumps({"prompt": f"Bearer {KEY}"})
     simulator.add_task("done", script=[success(paramJson=prompt)])
     simulator.add_task("bad", script=[failed(400, f"no: {KEY}", paramJson=prompt)])
@@ -539,6 +535,6 @@ def ended_by(path):
 @example(Story(sorted(KINDS), [0, 3], 2, None))
 @example(Story(["done"] * 7, [6, 2], 1, 0.0))
 def test_wherever_a_run_stops_the_next_one_has_each_id_once(story):
-    """Each id has one outcome, and what is done or has failed is never asked about again."""
+    """Each id has one outcome, and tasks that are done or have failed are not polled again."""
     with tempfile.TemporaryDirectory() as folder:
         asyncio.run(tell(story, Path(folder) / "ledger.sqlite3"))

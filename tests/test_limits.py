@@ -27,67 +27,72 @@ def test_a_rate_limit_wants_a_positive_period(period):
         RateLimit(10, period)
 
 
-def test_a_window_gives_a_place_back_a_period_after_the_answer():
+def exchange(limit, at, reply="answered"):
+    """Send a request that ends at once."""
+    limit.acquire(at)
+    limit.release(at, sent=at, reply=reply)
+
+
+# --- a known limit ------------------------------------------------------------------------------
+
+
+def test_a_permit_leaves_the_window_a_period_after_the_answer():
     limit = SlidingWindow(RateLimit(2, 10.0))
-    limit.sent(0.0)
-    limit.sent(0.0)
+    limit.acquire(0.0)
+    limit.acquire(0.0)
     assert limit.opens_at(0.0) == math.inf
-    limit.ended(3.0, sent=0.0, answered=True, refused=False)
+    limit.release(3.0, sent=0.0, reply="answered")
     assert limit.opens_at(3.0) == 13.0
     assert limit.opens_at(12.9) == 13.0
     assert limit.opens_at(13.0) == 13.0
 
 
-def test_a_turn_not_used_gives_its_place_back_at_once():
+def test_a_cancelled_permit_leaves_the_window_at_once():
     limit = SlidingWindow(RateLimit(1, 10.0))
-    limit.sent(0.0)
-    limit.unsent()
+    limit.acquire(0.0)
+    limit.cancel()
     assert limit.opens_at(0.0) == 0.0
 
 
-def test_a_window_tells_its_rate():
+def test_a_window_has_its_rate():
     assert SlidingWindow(RateLimit(20, 10.0)).rate() == 2.0
 
 
-def test_a_window_nearly_full_may_be_shut_for_a_period():
+def test_a_half_full_window_may_delay_by_a_period():
     limit = SlidingWindow(RateLimit(4, 10.0))
-    limit.sent(0.0)
-    assert limit.stall() == 0.0
-    limit.ended(1.0, sent=0.0, answered=True, refused=False)
-    limit.sent(1.0)
-    assert limit.stall() == 10.0
-
-
-def test_a_found_rate_may_be_shut_for_the_time_between_two_requests():
-    limit = DiscoveredLimit()
-    assert limit.stall() == 0.0
-    saturate(limit, ServiceWindow(10, 1.0), until=60.0)
-    assert limit.stall() == pytest.approx(1 / limit.rate())
+    limit.acquire(0.0)
+    assert limit.max_delay() == 0.0
+    limit.release(1.0, sent=0.0, reply="answered")
+    limit.acquire(1.0)
+    assert limit.max_delay() == 10.0
 
 
 @given(
     st.integers(1, 5),
     st.lists(st.tuples(st.floats(0, 2), st.floats(0, 3), st.floats(0, 1)), max_size=40),
 )
-def test_no_window_as_the_server_sees_it_ever_has_more_than_the_limit(most, steps):
-    """Whatever the times between requests, the time to the answer and where in it the server is."""
+def test_no_window_of_the_server_has_more_than_the_limit(most, steps):
+    """The server may count a request at any time between its sending and its answer."""
     limit = SlidingWindow(RateLimit(most, 1.0))
     now, seen, answers = 0.0, [], []
     for gap, round_trip, where in steps:
         now += gap
         while True:
             while answers and answers[0] <= now:
-                limit.ended(heapq.heappop(answers), sent=0.0, answered=True, refused=False)
+                limit.release(heapq.heappop(answers), sent=0.0, reply="answered")
             opens_at = limit.opens_at(now)
             if opens_at <= now:
                 break
             now = min(opens_at, answers[0] if answers else math.inf)
-        limit.sent(now)
+        limit.acquire(now)
         heapq.heappush(answers, now + round_trip)
         seen.append(now + round_trip * where)
     seen.sort()
     for first, last in zip(seen, seen[most:], strict=False):
         assert last - first >= 1.0 - 1e-9
+
+
+# --- a limit to discover ------------------------------------------------------------------------
 
 
 class FixedWindow:
@@ -136,7 +141,7 @@ def saturate(limit, server, *, until, round_trip=0.005, began=0.0):
     while now < until:
         opens_at = max(limit.opens_at(now), paused_until)
         if opens_at <= now and not (probing and answers) and len(answers) < 64:
-            limit.sent(now)
+            limit.acquire(now)
             admitted = server.admits(now + round_trip / 2)
             heapq.heappush(answers, (now + round_trip, next(order), now, admitted))
             continue
@@ -145,7 +150,7 @@ def saturate(limit, server, *, until, round_trip=0.005, began=0.0):
         while answers and answers[0][0] <= now:
             at, _, sent, admitted = heapq.heappop(answers)
             log.append((at, admitted))
-            limit.ended(at, sent=sent, answered=admitted, refused=not admitted)
+            limit.release(at, sent=sent, reply="answered" if admitted else "refused")
             if sent >= paused_until:
                 probing, pause = not admitted, 1.0 if admitted else min(2 * pause, 60.0)
                 if not admitted:
@@ -180,71 +185,262 @@ def test_an_unknown_limit_is_found_and_used(kind, most, period, windows, least, 
     assert refusals <= refused
 
 
-def test_nothing_but_the_number_in_flight_holds_before_the_first_refusal():
+def test_before_the_first_refusal_only_the_concurrency_is_limited():
     limit = DiscoveredLimit()
     assert limit.rate() is None
+    assert limit.max_delay() == 0.0
     for _ in range(4):
         assert limit.opens_at(0.0) == 0.0
-        limit.sent(0.0)
+        limit.acquire(0.0)
     assert limit.opens_at(0.0) == math.inf
-    limit.unsent()
+    limit.cancel()
     assert limit.opens_at(0.0) == 0.0
 
 
-def test_the_number_in_flight_grows_with_the_answers():
+def test_eight_answers_raise_the_concurrency_by_one():
     limit = DiscoveredLimit()
-    for _ in range(80):
-        limit.sent(0.0)
-        limit.ended(0.1, sent=0.0, answered=True, refused=False)
-    for _ in range(14):
+    for _ in range(79):
+        exchange(limit, 0.1)
+    for _ in range(13):
         assert limit.opens_at(0.2) == 0.2
-        limit.sent(0.2)
+        limit.acquire(0.2)
     assert limit.opens_at(0.2) == math.inf
+    limit.release(0.2, sent=0.2, reply="answered")
+    limit.acquire(0.2)
+    assert limit.opens_at(0.2) == 0.2
 
 
-def test_a_lost_request_is_neither_answer_nor_refusal():
+def test_a_lost_reply_is_neither_answer_nor_refusal():
     limit = DiscoveredLimit()
     for _ in range(100):
-        limit.sent(0.0)
-        limit.ended(0.1, sent=0.0, answered=False, refused=False)
+        exchange(limit, 0.0, "lost")
     for _ in range(4):
-        limit.sent(0.2)
+        limit.acquire(0.2)
     assert limit.opens_at(0.2) == math.inf
     assert limit.rate() is None
+    exchange(limit, 0.3, "refused")
+    exchange(limit, 1.0, "lost")
+    assert limit.rate() is None
+
+
+def cycle(limit, began, *, gaps, pause=1.0):
+    """Have answers at these gaps, a refusal, and the answer that ends the pause."""
+    now = began
+    for gap in gaps[:-1]:
+        now += gap
+        exchange(limit, now)
+    exchange(limit, now + gaps[-1], "refused")
+    ended = now + gaps[-1] + pause
+    exchange(limit, ended)
+    return ended
+
+
+def first_cycle(gaps=(0.1,) * 41):
+    """Have 40 answers in 5 s by default; return the limit and the time."""
+    limit = DiscoveredLimit()
+    return limit, cycle(limit, 0.0, gaps=gaps)
+
+
+def curve(seconds, *, peak=8.0, decrease=0.07, length=8.0):
+    return pytest.approx(peak * (1 + decrease * (seconds / length - 1) ** 3))
+
+
+def climb(limit, began, seconds):
+    """Use the rate up for this many seconds; return the time."""
+    now = began
+    while now < began + seconds:
+        now = limit.opens_at(now)
+        exchange(limit, now)
+    return now
+
+
+def test_the_first_answer_after_a_refusal_gives_a_rate():
+    limit, now = first_cycle()
+    assert limit.rate() == curve(0.0)
+    assert limit.rate() == pytest.approx(8.0 * 0.93)
+    assert limit.max_delay() == pytest.approx(1 / limit.rate())
+    assert limit.opens_at(now) == pytest.approx(now + 1 / limit.rate())
+    assert limit.opens_at(now + 9.0) == now + 9.0
+
+
+@pytest.mark.parametrize("seconds", [4.0, 8.0, 16.0, 24.0])
+def test_the_rate_follows_a_cubic_curve_while_it_is_used_up(seconds):
+    """It is back after 8 s, and rises beyond."""
+    limit, began = first_cycle()
+    now = climb(limit, began, seconds)
+    assert limit.rate() == curve(now - began)
+    interval, now = 1 / limit.rate(), limit.opens_at(now)
+    limit.acquire(now)
+    assert limit.opens_at(now) == pytest.approx(now + interval)
+
+
+def test_a_curve_takes_forty_requests_at_least():
+    limit = DiscoveredLimit()
+    began = cycle(limit, 0.0, gaps=[1.25] * 32, pause=0.0)
+    peak = 31 / 38.75
+    now = climb(limit, began, 20.0)
+    assert limit.rate() == curve(now - began, peak=peak, length=40 / peak)
+
+
+def test_a_rate_that_is_not_used_up_does_not_rise():
+    limit, began = first_cycle()
+    interval = 1 / limit.rate()
+    exchange(limit, began + 1.6 * interval)
+    assert limit.rate() == curve(0.0)
+    exchange(limit, began + 3.0 * interval)
+    assert limit.rate() == curve(1.4 * interval)
+
+
+def test_an_idle_client_saves_up_no_burst():
+    """A loop that is late may catch up on 0.05 s of permits."""
+    limit, now = first_cycle()
+    interval = 1 / limit.rate()
+    limit.acquire(now + 3600.0)
+    assert limit.rate() == curve(0.0)
+    assert limit.opens_at(now + 3600.0) == pytest.approx(now + 3600.0 - 0.05 + interval)
+
+
+def test_an_answer_to_a_request_sent_before_the_refusal_starts_no_cycle():
+    limit = DiscoveredLimit()
+    limit.acquire(0.5)
+    exchange(limit, 1.0, "refused")
+    limit.release(2.0, sent=0.5, reply="answered")
+    assert limit.rate() is None
+    exchange(limit, 2.0)
+    assert limit.rate() is not None
+
+
+@pytest.mark.parametrize(("sent", "length"), [(4.0, 8.0), (4.1, 4.0), (4.5, 4.0)])
+def test_a_probe_that_was_refused_makes_the_first_curve_short(sent, length):
+    """The pause was long, so that the first estimate is too low."""
+    limit = DiscoveredLimit()
+    for n in range(1, 41):
+        exchange(limit, n / 10)
+    exchange(limit, 4.1, "refused")
+    limit.acquire(sent)
+    limit.release(4.6, sent=sent, reply="refused")
+    exchange(limit, 5.1)
+    exchange(limit, 5.2)
+    assert limit.rate() == curve(0.1, length=length)
+
+
+def test_a_refusal_leaves_the_rate_until_the_next_answer():
+    limit, now = first_cycle()
+    exchange(limit, now + 0.1)
+    exchange(limit, now + 0.2, "refused")
+    assert limit.rate() == curve(0.2)
+    assert limit.opens_at(now + 0.2) < math.inf
+
+
+def test_more_refusals_before_an_answer_are_the_same_refusal():
+    rates = []
+    for more in (0, 3):
+        limit, began = first_cycle()
+        for n in range(1, 81):
+            exchange(limit, began + n / 8)
+        for n in range(1 + more):
+            exchange(limit, began + 10.5 + n, "refused")
+        exchange(limit, began + 15.0)
+        rates.append(limit.rate())
+    assert rates[0] == rates[1] == curve(0.0, peak=8.0 * 1.25 * 10.5 / 15.0)
+
+
+@pytest.mark.parametrize(
+    ("factor", "decrease", "length"),
+    [(0.84, 0.2, 8.0), (0.86, 0.07, 32.0), (1.14, 0.07, 32.0), (1.16, 0.2, 8.0)],
+)
+def test_refusals_that_agree_make_the_curve_longer_and_others_deeper(factor, decrease, length):
+    """They agree if their rates differ by 15 % at most."""
+    limit, now = first_cycle()
+    now = cycle(limit, now, gaps=[0.125 / factor] * 81)
+    exchange(limit, now + 0.1)
+    assert limit.rate() == curve(0.1, peak=8.0 * factor, decrease=decrease, length=length)
+
+
+def test_a_refusal_that_disagrees_makes_a_long_curve_short_again():
+    limit, now = first_cycle()
+    for length in (32.0, 96.0, 96.0):
+        now = cycle(limit, now, gaps=[0.125] * 81) + 0.1
+        exchange(limit, now)
+        assert limit.rate() == curve(0.1, length=length)
+    now = cycle(limit, now, gaps=[0.05] * 201) + 0.02
+    exchange(limit, now)
+    assert limit.rate() == curve(0.02, peak=20.0, decrease=0.2)
+
+
+@pytest.mark.parametrize(
+    ("gaps", "pause", "peak"),
+    [
+        ([0.1] * 81, 0.9, 10.0),
+        ([0.1] * 81, 2.0, 10.0),  # a fifth
+        ([0.1] * 81, 8.1, 10.0 * 1.25 / 2),
+        ([0.05] * 100 + [0.5] * 21, 0.5, 121 / 16.0),  # slow before the refusal
+        ([1.0] + [0.0] * 20, 0.0, 15 / 1e-3),  # finite
+        ([0.0] * 20, 0.0, 20 / 1e-3),
+        ([0.1] * 143 + [0.05] * 18, 0.1, 19 / 1.05),  # the last eighth
+    ],
+)
+def test_a_cycle_shows_the_rate_just_before_its_refusal_unless_the_pause_was_long(
+    gaps, pause, peak
+):
+    limit, now = first_cycle()
+    cycle(limit, now, gaps=gaps, pause=pause)
+    agrees = abs(peak / 8.0 - 1) <= 0.15
+    assert limit.rate() == pytest.approx(peak * (0.93 if agrees else 0.8))
+
+
+def test_answers_of_an_earlier_cycle_do_not_count():
+    limit, now = first_cycle(gaps=[1.25] * 32)
+    cycle(limit, now, gaps=[0.1] * 11)
+    assert limit.rate() == pytest.approx(0.8 * 10.0 * 1.25 * 1.1 / 2.1)
+
+
+def test_a_cycle_with_few_answers_is_judged_together_with_earlier_ones():
+    """With the last 40 answers of them."""
+    limit, now = first_cycle()
+    now = cycle(limit, now, gaps=[0.1] * 4)
+    assert limit.rate() == pytest.approx(0.93 * 44 / 6.4)
+    now = cycle(limit, now, gaps=[0.1] * 4)
+    assert limit.rate() == pytest.approx(0.93 * 44 / (6.4 * 40 / 44 + 1.4))
+    now = cycle(limit, now, gaps=[0.1] * 81)
+    cycle(limit, now, gaps=[0.1] * 4)
+    assert limit.rate() == pytest.approx(0.8 * 44 / (9.1 * 40 / 81 + 1.4))
+
+
+@pytest.mark.parametrize(
+    ("gaps", "expected"),
+    [([0.1] * 7, 0.93 * (40 + 7) / (5.0 + 1.7)), ([0.1] * 8, 0.8 * 10.0 * 1.25 * 0.8 / 1.8)],
+)
+def test_eight_answers_are_enough_to_judge_a_cycle_by(gaps, expected):
+    limit, now = first_cycle()
+    cycle(limit, now, gaps=gaps)
+    assert limit.rate() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("idle", "burst"), [(20, 16), (24, 8)])
+def test_the_first_estimate_is_of_the_busiest_time(idle, burst):
+    """Slow polling says nothing of the limit that a burst then meets."""
+    limit = DiscoveredLimit()
+    cycle(limit, 0.0, gaps=[10.0] * idle + [0.0625] * (burst + 1), pause=0.0)
+    assert limit.rate() == curve(0.0, peak=16.0)
+
+
+@pytest.mark.parametrize(("after", "peak"), [(2.0, 0.5), (0.0, 1000.0)])
+def test_an_answer_after_a_refusal_is_enough_for_an_estimate(after, peak):
+    limit = DiscoveredLimit()
+    exchange(limit, 0.0, "refused")
+    exchange(limit, after)
+    assert limit.rate() == curve(0.0, peak=peak)
 
 
 def test_a_client_refused_before_any_answer_does_not_starve():
     """A hundred refusals over hours, then one answer: the rate to begin with is still usable."""
     limit = DiscoveredLimit()
     for now in range(0, 30_000, 300):
-        limit.sent(now)
-        limit.ended(now + 0.1, sent=now, answered=False, refused=True)
-    limit.sent(30_000.0)
-    limit.ended(30_000.1, sent=30_000.0, answered=True, refused=False)
-    assert limit.rate() >= 0.15
-    assert limit.opens_at(30_000.1) <= 30_000.1 + 7.0
-
-
-def test_refusals_of_requests_already_under_way_are_one_refusal():
-    limit = DiscoveredLimit()
-    log = saturate(limit, ServiceWindow(50, 1.0), until=3.0)
-    before = limit.rate()
-    limit.sent(3.0)
-    limit.sent(3.0)
-    limit.ended(3.1, sent=3.0, answered=False, refused=True)
-    limit.ended(3.2, sent=3.0, answered=False, refused=True)
-    assert limit.rate() == pytest.approx(before, rel=0.01)
-    assert log
-
-
-def test_an_idle_client_keeps_its_rate():
-    """An hour without requests neither raises the rate nor saves up a burst."""
-    limit = DiscoveredLimit()
-    saturate(limit, ServiceWindow(10, 1.0), until=60.0)
-    before = limit.rate()
-    limit.sent(3660.0)
-    assert limit.rate() == pytest.approx(before, rel=0.01)
-    assert limit.opens_at(3660.0) >= 3660.0 + 0.9 / before - 0.05
+        exchange(limit, float(now), "refused")
+    exchange(limit, 30_000.0)
+    assert limit.rate() == curve(0.0, peak=0.2)
+    assert limit.opens_at(30_000.0) == pytest.approx(30_000.0 + 1 / limit.rate())
 
 
 def test_a_limit_that_is_raised_is_found_again():
@@ -262,13 +458,3 @@ def test_a_limit_that_is_lowered_is_found_again():
     share, refusals = shares(log, 10.0)
     assert share >= 0.85
     assert refusals <= 0.05
-
-
-def test_the_busiest_stretch_counts_after_an_idle_time():
-    """Slow polling for ten minutes says nothing of the limit that a burst then meets."""
-    limit, server = DiscoveredLimit(), ServiceWindow(40, 1.0)
-    for now in range(0, 600, 2):
-        limit.sent(now)
-        limit.ended(now + 0.005, sent=now, answered=server.admits(now), refused=False)
-    saturate(limit, server, until=603.0, began=600.0)
-    assert limit.rate() >= 15.0

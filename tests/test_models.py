@@ -1,4 +1,4 @@
-"""The values a task is handed back as."""
+"""The records and completed tasks that a client returns."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class TestEveryModel:
         assert task.params == {"prompt": "a lighthouse in a storm", "aspectRatio": "16:9"}
 
 
-def test_a_success_completes_into_all_that_its_record_says():
+def test_a_completed_task_has_all_of_its_record():
     done = CompletedTask.of(attrs.evolve(FULL[0], status=TaskStatus.SUCCESS))
     assert done == FULL[1]
 
@@ -83,10 +83,18 @@ def test_a_record_without_a_result_cannot_be_completed():
         CompletedTask.of(record(status=TaskStatus.SUCCESS))
 
 
-@pytest.mark.parametrize("kind", [TaskRecord, CompletedTask])
-def test_models_take_keywords_only(kind):
-    with pytest.raises(TypeError):
-        kind("task1", "https://x/r.png")
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        (TaskRecord, {"task_id": "task1", "status": TaskStatus.SUCCESS}),
+        (CompletedTask, {"task_id": "task1", "result_image_url": "https://x/r.png"}),
+    ],
+)
+def test_models_take_keywords_only(kind, fields):
+    for name, value in fields.items():
+        others = {n: v for n, v in fields.items() if n != name}
+        with pytest.raises(TypeError):
+            kind(value, **others)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +124,7 @@ def test_there_are_four_statuses():
     [None, "", "no JSON", '{"prompt": "cut', "[1]", '"text"', "null", "1", "[" * 100_000],
     ids=lambda text: repr(text)[:20],
 )
-def test_parameters_that_are_no_json_object_are_empty(param_json):
+def test_parameters_that_are_not_a_json_object_are_empty(param_json):
     assert record(param_json=param_json).params == {}
 
 
@@ -140,7 +148,7 @@ def test_a_task_that_ends_before_it_begins_has_no_duration():
     assert record(create_time=CREATED, complete_time=CREATED).duration == timedelta(0)
 
 
-def test_a_duration_minds_the_zones():
+def test_a_duration_takes_zones_into_account():
     east = timezone(timedelta(hours=8))
     task = record(create_time=CREATED.astimezone(east), complete_time=COMPLETED)
     assert task.duration == timedelta(seconds=14)
@@ -152,6 +160,6 @@ def test_files_expire_after_14_days_and_10_minutes():
     assert task.origin_expires_at == datetime(2024, 3, 20, 10, 35, 14, tzinfo=UTC)
 
 
-def test_without_a_completion_time_nobody_knows_when_files_expire():
+def test_without_a_completion_time_the_expiry_is_unknown():
     assert completed().expires_at is None
     assert completed().origin_expires_at is None

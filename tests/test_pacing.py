@@ -1,4 +1,4 @@
-"""The request budget by itself: turns, pauses and the queue, on virtual time."""
+"""The request budget by itself: permits, pauses and the queue, on virtual time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from kontext_async.pacing import RequestBudget
 pytestmark = pytest.mark.virtual_time
 
 
-def budget(max_concurrency=64, rate_limit=None):
+def make_budget(max_concurrency=64, rate_limit=None):
     return RequestBudget(max_concurrency=max_concurrency, rate_limit=rate_limit)
 
 
@@ -40,215 +40,279 @@ def broken(task_id):
     return ServerError("boom", code=500, http_status=500, task_id=task_id)
 
 
-async def answered(pace, error=None):
-    """One request that is answered at once."""
-    sent = now() if pace.try_acquire(now(), seen=True) else await pace.acquire(now(), seen=True)
-    pace.release(sent, error)
+async def request(budget, error=None):
+    """Send one request that ends at once."""
+    sent = now() if budget.try_acquire(now(), seen=True) else await budget.acquire(now(), seen=True)
+    budget.release(sent, error)
     return sent
 
 
-async def test_a_free_turn_is_taken_at_once():
-    pace = budget()
-    assert pace.try_acquire(now(), seen=False)
-    assert pace.stats(waits=0, now=now()).in_flight == 1
+def waiter(budget, at=0.0, *, seen=True, deadline=math.inf):
+    """Return a task that waits for a permit."""
+    return asyncio.create_task(budget.acquire(at, seen=seen, deadline=deadline))
 
 
-async def test_slots_bound_the_requests_in_flight():
-    pace = budget(max_concurrency=2)
-    assert pace.try_acquire(now(), seen=True)
-    assert pace.try_acquire(now(), seen=True)
-    assert not pace.try_acquire(now(), seen=True)
-    waiter = asyncio.create_task(pace.acquire(now(), seen=True))
+async def cancel(*waiters):
+    for task in waiters:
+        task.cancel()
+    await asyncio.gather(*waiters, return_exceptions=True)
+
+
+# --- the queue ----------------------------------------------------------------------------------
+
+
+async def test_a_free_permit_is_acquired_at_once():
+    budget = make_budget()
+    assert budget.try_acquire(now(), seen=False)
+    assert budget.stats(waits=0, now=now()).in_flight == 1
+
+
+async def test_the_concurrency_bounds_the_requests_in_flight():
+    budget = make_budget(max_concurrency=2)
+    assert budget.try_acquire(now(), seen=True)
+    assert budget.try_acquire(now(), seen=True)
+    assert not budget.try_acquire(now(), seen=True)
+    third = waiter(budget)
     await asyncio.sleep(5)
-    assert not waiter.done()
-    pace.release(0.0)
-    assert await waiter == 5.0
+    assert not third.done()
+    budget.release(0.0)
+    assert await third == 5.0
 
 
-async def test_a_turn_comes_no_earlier_than_it_is_wanted():
-    assert await budget().acquire(7.5, seen=True) == 7.5
+async def test_a_permit_comes_no_earlier_than_it_is_wanted():
+    assert await make_budget().acquire(7.5, seen=True) == 7.5
 
 
-async def test_turns_come_in_the_order_they_are_wanted_at():
-    pace = budget(max_concurrency=1)
-    pace.try_acquire(now(), seen=True)
+async def test_a_cancelled_permit_goes_to_the_next_waiter_and_is_not_counted():
+    budget = make_budget(max_concurrency=1)
+    budget.try_acquire(now(), seen=True)
+    second = waiter(budget)
+    await asyncio.sleep(1)
+    budget.cancel(0.0)
+    assert await second == 1.0
+    stats = budget.stats(waits=0, now=now())
+    assert (stats.requests, stats.in_flight) == (1, 1)
+
+
+async def order_of_permits(budget, *wanted, ended):
+    """Return the names in the order in which they get permits, after a request that ends then.
+
+    ``wanted`` has a name, when the permit is wanted, whether the task is known, and the deadline.
+    """
+    began = now()
+    assert budget.try_acquire(began, seen=True)
     order = []
 
-    async def want(at):
-        sent = await pace.acquire(at, seen=True)
-        order.append(at)
-        pace.release(sent)
-
-    async with asyncio.TaskGroup() as group:
-        for at in (3.0, 1.0, 2.0, 1.5):
-            group.create_task(want(at))
-        await asyncio.sleep(10)
-        pace.release(0.0)
-    assert order == [1.0, 1.5, 2.0, 3.0]
-
-
-async def order_of_turns(pace, *, until, late):
-    """Two first looks, then two at known tasks, waiting for a slot until ``late``."""
-    pace.try_acquire(now(), seen=True)
-    order = []
-
-    async def want(name, *, seen):
-        sent = await pace.acquire(now(), seen=seen, until=until)
+    async def want(name, at, seen, deadline):
+        sent = await budget.acquire(began + at, seen=seen, deadline=began + deadline)
         order.append(name)
-        pace.release(sent)
+        await asyncio.sleep(0)
+        budget.release(sent)
 
     async with asyncio.TaskGroup() as group:
-        for name in ("first 1", "first 2"):
-            group.create_task(want(name, seen=False))
-        await asyncio.sleep(1)
-        for name in ("seen 1", "seen 2"):
-            group.create_task(want(name, seen=True))
-        await asyncio.sleep(late)
-        pace.release(0.0)
+        for one in wanted:
+            group.create_task(want(*one))
+        await asyncio.sleep(ended)
+        budget.release(began)
     return order
 
 
-@pytest.mark.parametrize(
-    ("until", "late", "first"),
-    [
-        (61.0, 0.1, "seen 1"),
-        (601.0, 13.4, "first 1"),
-        (601.0, 13.6, "seen 1"),
-        (math.inf, 13.4, "first 1"),
-        (math.inf, 13.6, "seen 1"),
-    ],
-)
-async def test_looks_at_known_tasks_go_first_unless_they_have_time(until, late, first):
-    order = await order_of_turns(budget(max_concurrency=1), until=until, late=late)
-    assert order[0] == first
-    assert sorted(order) == ["first 1", "first 2", "seen 1", "seen 2"]
+async def test_permits_come_in_the_order_they_are_wanted_at():
+    wanted = [(str(at), at, True, math.inf) for at in (3.0, 1.0, 2.0, 1.5)]
+    order = await order_of_permits(make_budget(max_concurrency=1), *wanted, ended=10)
+    assert order == ["1.0", "1.5", "2.0", "3.0"]
 
 
-async def test_under_a_quota_looks_at_known_tasks_go_first():
-    pace = budget(max_concurrency=1, rate_limit=RateLimit(1000, 1.0))
-    order = await order_of_turns(pace, until=math.inf, late=1.0)
-    assert order == ["seen 1", "seen 2", "first 1", "first 2"]
-
-
-async def test_a_quota_that_was_found_out_is_one_as_well():
-    pace = budget(max_concurrency=1)
-    pace.try_acquire(now(), seen=True)
-    pace.release(now(), RateLimitedError("slow down", code=429))
-    await asyncio.sleep(2)
-    assert pace.try_acquire(now(), seen=True)  # the probe that ends the pause
-    pace.release(now())
-    await asyncio.sleep(10)
-    order = await order_of_turns(pace, until=math.inf, late=1.0)
-    assert order == ["seen 1", "seen 2", "first 1", "first 2"]
-
-
-async def test_among_tasks_already_seen_the_earlier_deadline_goes_first():
-    pace = budget(max_concurrency=1)
-    pace.try_acquire(now(), seen=True)
-    order = []
-
-    async def want(name, until):
-        sent = await pace.acquire(now(), seen=True, until=until)
-        order.append(name)
-        pace.release(sent)
-
-    async with asyncio.TaskGroup() as group:
-        for name, until in (("none", math.inf), ("late", 100.0), ("soon", 20.0)):
-            group.create_task(want(name, until))
-        await asyncio.sleep(1)
-        pace.release(0.0)
+async def test_among_known_tasks_the_earlier_deadline_goes_first():
+    wanted = [("none", 0, True, math.inf), ("late", 0, True, 100), ("soon", 0, True, 20)]
+    order = await order_of_permits(make_budget(max_concurrency=1), *wanted, ended=1)
     assert order == ["soon", "late", "none"]
 
 
-async def test_more_turns_fall_due_than_are_sorted_in_one_go():
-    """Five thousand that want the same instant are all served, the slots never exceeded."""
-    pace = budget(rate_limit=RateLimit(100_000, 1.0))
+def first_and_known(deadline):
+    """Two first polls from the start, and two polls of known tasks a second later."""
+    first = [("first 1", 0, False, deadline), ("first 2", 0, False, deadline)]
+    return [*first, ("known 1", 1, True, deadline), ("known 2", 1, True, deadline)]
+
+
+@pytest.mark.parametrize(
+    ("deadline", "late", "order"),
+    [
+        (61.0, 0.0, "known known first first"),
+        (601.0, 13.4, "first first known known"),
+        (601.0, 13.5, "known known first first"),
+        (math.inf, 13.4, "first first known known"),
+        (math.inf, 13.6, "known known first first"),
+    ],
+)
+async def test_polls_of_known_tasks_go_first_unless_they_have_time(deadline, late, order):
+    """They have a fortieth of the time until a minute before the deadline."""
+    budget = make_budget(max_concurrency=1)
+    names = await order_of_permits(budget, *first_and_known(deadline), ended=1 + late)
+    assert [name.split()[0] for name in names] == order.split()
+    assert sorted(names) == ["first 1", "first 2", "known 1", "known 2"]
+
+
+async def test_under_a_rate_limit_polls_of_known_tasks_go_first():
+    budget = make_budget(max_concurrency=1, rate_limit=RateLimit(1000, 1.0))
+    order = await order_of_permits(budget, *first_and_known(math.inf), ended=2)
+    assert order == ["known 1", "known 2", "first 1", "first 2"]
+
+
+async def test_a_discovered_rate_limit_counts_as_one():
+    budget = make_budget(max_concurrency=1)
+    await request(budget, refused())
+    await asyncio.sleep(2)
+    await request(budget)  # the probe that ends the pause
+    await asyncio.sleep(10)
+    order = await order_of_permits(budget, *first_and_known(math.inf), ended=2)
+    assert order == ["known 1", "known 2", "first 1", "first 2"]
+
+
+async def test_thousands_of_waiters_for_the_same_instant_are_all_served():
+    budget = make_budget(rate_limit=RateLimit(100_000, 1.0))
 
     async def want():
-        pace.release(await pace.acquire(5.0, seen=True))
+        budget.release(await budget.acquire(5.0, seen=True))
 
     async with asyncio.TaskGroup() as group:
         for _ in range(5000):
             group.create_task(want())
-    assert pace.stats(waits=0, now=now()).requests == 5000
+    assert budget.stats(waits=0, now=now()).requests == 5000
+    assert now() == 5.0
 
 
-async def test_turns_that_came_late_make_later_ones_be_expected_late():
-    pace = budget(max_concurrency=1, rate_limit=RateLimit(100_000, 1.0))
-    assert pace.acquire_delay == 0.0
-    pace.try_acquire(now(), seen=True)
-    waiter = asyncio.create_task(pace.acquire(1.0, seen=True))
-    await asyncio.sleep(3)
-    pace.release(0.0)
-    pace.release(await waiter)
-    assert pace.acquire_delay == 2.0
-    for _ in range(500):
-        await answered(pace)
-    assert pace.acquire_delay < 0.1
-
-
-@pytest.mark.parametrize("seen", [True, False])
-async def test_one_who_asks_now_does_not_overtake_one_who_waits(seen):
-    pace = budget(max_concurrency=2, rate_limit=RateLimit(1, 10.0))
-    pace.try_acquire(now(), seen=True)
-    waiter = asyncio.create_task(pace.acquire(now(), seen=seen))
-    await asyncio.sleep(0)
-    assert not pace.try_acquire(now(), seen=seen)
-    pace.release(0.0)
-    assert await waiter == 10.0
-
-
-async def test_a_cancelled_waiter_costs_nobody_a_turn():
-    pace = budget(rate_limit=RateLimit(1, 10.0))
-    await answered(pace)
-    waiters = [asyncio.create_task(pace.acquire(now(), seen=True)) for _ in range(3)]
+async def test_one_dispatch_sorts_a_thousand_entries_at_most():
+    budget = make_budget(max_concurrency=1)
+    waiters = [waiter(budget, 5.0) for _ in range(1500)]
+    await asyncio.sleep(4)
+    budget.try_acquire(now(), seen=True)
     await asyncio.sleep(1)
-    waiters[0].cancel()
+    assert (len(budget._due), len(budget._waiting)) == (1000, 500)
+    await cancel(*waiters)
+
+
+async def test_permits_that_came_late_make_later_ones_be_expected_late():
+    budget = make_budget(max_concurrency=1, rate_limit=RateLimit(100_000, 1.0))
+    assert budget.acquire_delay == 0.0
+    budget.try_acquire(now(), seen=True)
+    waiters = [waiter(budget, 1.0), waiter(budget, 2.5)]
+    await asyncio.sleep(3)
+    budget.release(0.0)
+    for task in waiters:
+        budget.release(await task)
+    assert budget.acquire_delay == pytest.approx(2.0 * 0.99)
+    for _ in range(100):
+        await request(budget)
+    assert budget.acquire_delay == pytest.approx(2.0 * 0.99**101)
+
+
+async def test_a_limit_that_may_close_adds_to_the_delay_to_expect():
+    budget = make_budget(rate_limit=RateLimit(2, 10.0))
+    budget.try_acquire(now(), seen=True)
+    assert budget.acquire_delay == 10.0
+
+
+@pytest.mark.parametrize(
+    ("wanted_at", "queued", "asking", "overtakes"),
+    [
+        (0.0, True, True, False),
+        (0.0, True, False, False),
+        (10.0, True, True, False),
+        (10.1, True, True, True),
+        (10.1, True, False, True),
+        (0.0, False, True, True),
+        (0.0, False, False, False),
+    ],
+)
+async def test_one_who_asks_now_overtakes_only_waiters_with_less_priority(
+    wanted_at, queued, asking, overtakes
+):
+    """At 10 s the rate limit has a free permit, and the queue has not been served yet."""
+    budget = make_budget(rate_limit=RateLimit(1, 10.0))
+    await request(budget)
+    queue = waiter(budget, wanted_at, seen=queued)
+    await asyncio.sleep(0)
+    assert budget.try_acquire(10.0, seen=asking) is overtakes
+    await cancel(queue)
+
+
+async def test_a_cancelled_waiter_takes_no_permit():
+    budget = make_budget(rate_limit=RateLimit(1, 10.0))
+    await request(budget)
+    waiters = [waiter(budget, seen=seen) for seen in (True, True, False, True)]
+    later = [waiter(budget, 30.0), waiter(budget, 40.0)]
+    await asyncio.sleep(1)
+    await cancel(waiters[0], waiters[2], later[0])
     assert await waiters[1] == 10.0
-    waiters[2].cancel()
-    await asyncio.gather(*waiters, return_exceptions=True)
+    await cancel(waiters[3])
+    assert budget.try_acquire(35.0, seen=True) is False
+    budget.release(10.0)
+    assert budget.try_acquire(35.0, seen=False)
+    await cancel(*later)
 
 
-async def test_a_turn_that_came_as_its_waiter_was_cancelled_goes_to_the_next():
-    pace = budget(rate_limit=RateLimit(1, 10.0))
-    await answered(pace)
-    first, second = (asyncio.create_task(pace.acquire(now(), seen=True)) for _ in range(2))
-    asyncio.get_running_loop().call_at(
-        10.0, lambda: asyncio.get_running_loop().call_soon(first.cancel)
-    )
+async def test_a_permit_issued_as_its_waiter_was_cancelled_goes_to_the_next():
+    budget = make_budget(rate_limit=RateLimit(1, 10.0))
+    await request(budget)
+    first, second = waiter(budget), waiter(budget)
+    loop = asyncio.get_running_loop()
+    loop.call_at(10.0, lambda: loop.call_soon(first.cancel))
     assert await second == 10.0
-    assert (await asyncio.gather(first, return_exceptions=True))[
-        0
-    ].__class__ is asyncio.CancelledError
-    stats = pace.stats(waits=0, now=now())
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    stats = budget.stats(waits=0, now=now())
     assert (stats.requests, stats.in_flight) == (2, 1)
 
 
-async def test_no_timer_is_left_when_nobody_waits():
-    pace = budget()
-    waiters = [asyncio.create_task(pace.acquire(1000.0 + n, seen=True)) for n in range(5)]
+async def test_no_timer_is_left_without_waiters():
+    budget = make_budget()
+    waiters = [waiter(budget, 1000.0 + n) for n in range(5)]
     await asyncio.sleep(1)
-    for waiter in waiters:
-        waiter.cancel()
-    await asyncio.gather(*waiters, return_exceptions=True)
-    scheduled = [
-        handle for handle in asyncio.get_running_loop()._scheduled if not handle.cancelled()
+    await cancel(*waiters)
+    assert all(handle.cancelled() for handle in asyncio.get_running_loop()._scheduled)
+
+
+async def test_one_timer_serves_all_waiters():
+    budget = make_budget()
+    waiters = [waiter(budget, at) for at in (7.0, 9.0, 5.0, 6.0)]
+    await asyncio.sleep(1)
+    timers = [t for t in asyncio.get_running_loop()._scheduled if not t.cancelled()]
+    assert [timer.when() for timer in timers] == [5.0]
+    assert await asyncio.gather(*waiters) == [7.0, 9.0, 5.0, 6.0]
+
+
+async def test_entries_of_cancelled_waiters_are_dropped_in_bulk():
+    """The waiters left are served in their order."""
+    budget = make_budget(max_concurrency=1)
+    budget.try_acquire(now(), seen=True)
+    last = {
+        "first": waiter(budget, seen=False),
+        "due": waiter(budget, deadline=100.0),
+        "later": waiter(budget, 40.0),
+    }
+    others = [
+        waiter(budget, 50.0 * (n % 3 == 0), seen=n % 3 != 1, deadline=90.0) for n in range(3000)
     ]
-    assert not scheduled
-
-
-async def test_ten_thousand_cancelled_waiters_are_not_kept():
-    pace = budget(max_concurrency=1)
-    pace.try_acquire(now(), seen=True)
-    waiters = [asyncio.create_task(pace.acquire(now(), seen=n % 2 == 0)) for n in range(10_000)]
     await asyncio.sleep(1)
-    for waiter in waiters[10:]:
-        waiter.cancel()
-    await asyncio.gather(*waiters[10:], return_exceptions=True)
-    assert len(pace._seen) + len(pace._due) + len(pace._first) < 2000
-    pace.release(0.0)
-    for waiter in asyncio.as_completed(waiters[:10]):
-        pace.release(await waiter)
+
+    def kept():
+        return len(budget._waiting) + len(budget._due) + len(budget._first)
+
+    await cancel(*others[:2001])
+    assert kept() == 3003
+    await cancel(others[2001])
+    assert kept() == 1001
+    await cancel(*others[2002:])
+    assert kept() <= 1006
+    served = []
+    for name, task in last.items():
+        task.add_done_callback(lambda _, name=name: served.append(name))
+    budget.release(0.0)
+    for _ in last:
+        await asyncio.sleep(30)
+        budget.release(now())
+    assert served == ["due", "first", "later"]
 
 
 @given(
@@ -257,30 +321,30 @@ async def test_ten_thousand_cancelled_waiters_are_not_kept():
         st.tuples(st.floats(0, 5), st.floats(0, 2), st.booleans(), st.booleans()), max_size=30
     ),
 )
-def test_whatever_comes_a_budget_ends_empty_and_keeps_its_limits(most, wants):
-    """Waiters that come, are cancelled or are served: no slot is lost, no limit broken."""
+def test_a_budget_keeps_its_limits_and_ends_empty(most, wants):
+    """However waiters come, are cancelled or are served."""
 
     async def main():
-        pace = budget(max_concurrency=3, rate_limit=RateLimit(most, 1.0))
+        budget = make_budget(max_concurrency=3, rate_limit=RateLimit(most, 1.0))
         sent_at, most_in_flight = [], 0
 
         async def want(at, takes, seen, gives_up):
             nonlocal most_in_flight
             try:
                 async with asyncio.timeout(takes if gives_up else None):
-                    sent = await pace.acquire(at, seen=seen)
+                    sent = await budget.acquire(at, seen=seen)
             except TimeoutError:
                 return
             sent_at.append(sent)
-            most_in_flight = max(most_in_flight, pace.stats(waits=0, now=now()).in_flight)
+            most_in_flight = max(most_in_flight, budget.stats(waits=0, now=now()).in_flight)
             await asyncio.sleep(takes)
-            pace.release(sent)
+            budget.release(sent)
 
         async with asyncio.TaskGroup() as group:
             for at, takes, seen, gives_up in wants:
                 group.create_task(want(at, takes, seen, gives_up))
         assert most_in_flight <= 3
-        assert pace.stats(waits=0, now=now()).in_flight == 0
+        assert budget.stats(waits=0, now=now()).in_flight == 0
         sent_at.sort()
         for first, last in zip(sent_at, sent_at[most:], strict=False):
             assert last - first >= 1.0 - 1e-9
@@ -289,17 +353,20 @@ def test_whatever_comes_a_budget_ends_empty_and_keeps_its_limits(most, wants):
         runner.run(main())
 
 
+# --- pauses -------------------------------------------------------------------------------------
+
+
 async def test_a_refusal_pauses_the_whole_client_and_one_request_probes():
-    pace = budget()
-    pace.try_acquire(now(), seen=True)
-    pace.release(0.0, refused())
-    assert pace.pause_remaining(now()) == 1.0
-    probe, other = (asyncio.create_task(pace.acquire(now(), seen=True)) for _ in range(2))
+    budget = make_budget()
+    budget.try_acquire(now(), seen=True)
+    budget.release(0.0, refused())
+    assert budget.pause_remaining(now()) == 1.0
+    probe, other = (waiter(budget) for _ in range(2))
     assert await probe == 1.0
     await asyncio.sleep(5)
     assert not other.done()
-    pace.release(1.0)
-    pace.release(await other)
+    budget.release(1.0)
+    budget.release(await other)
 
 
 @pytest.mark.parametrize(
@@ -313,105 +380,166 @@ async def test_a_refusal_pauses_the_whole_client_and_one_request_probes():
         (ServerError("", code=503, retry_after=7.0), [7.0]),
     ],
 )
-async def test_pauses_double_while_they_last_or_are_as_long_as_asked(error, pauses):
-    pace = budget()
+async def test_pauses_are_as_long_as_asked_or_double_while_they_last(error, pauses):
+    budget = make_budget()
     for pause in pauses:
-        await answered(pace, error)
-        assert pace.pause_remaining(now()) == pytest.approx(pause)
+        await request(budget, error)
+        assert budget.pause_remaining(now()) == pytest.approx(pause)
 
 
 async def test_a_good_answer_to_the_probe_ends_the_doubling():
-    pace = budget()
+    budget = make_budget()
     for _ in range(3):
-        await answered(pace, refused())
-    await answered(pace)
-    await answered(pace, refused())
-    assert pace.pause_remaining(now()) == pytest.approx(1.0)
+        await request(budget, refused())
+    await request(budget)
+    await request(budget, refused())
+    assert budget.pause_remaining(now()) == pytest.approx(1.0)
 
 
-async def test_refusals_of_requests_under_way_do_not_lengthen_the_pause():
-    pace = budget()
+async def test_refusals_of_requests_in_flight_lengthen_the_pause_only_if_they_ask_for_more():
+    budget = make_budget()
     for _ in range(4):
-        pace.try_acquire(now(), seen=True)
-    pace.release(0.0, refused())
+        budget.try_acquire(now(), seen=True)
+    budget.release(0.0, refused())
     await asyncio.sleep(0.5)
-    pace.release(0.0, refused())
-    assert pace.pause_remaining(now()) == 0.5
-    pace.release(0.0, refused(10.0))
-    assert pace.pause_remaining(now()) == 10.0
+    budget.release(0.0, refused())
+    assert budget.pause_remaining(now()) == 0.5
+    budget.release(0.0, refused(10.0))
+    assert budget.pause_remaining(now()) == 10.0
     await asyncio.sleep(11)
-    pace.release(0.0, refused(10.0))
-    assert pace.pause_remaining(now()) == 0.0
+    budget.release(0.0, refused(10.0))
+    assert budget.pause_remaining(now()) == 0.0
 
 
-async def test_a_good_answer_to_a_request_from_before_does_not_end_the_pause():
-    pace = budget()
-    pace.try_acquire(now(), seen=True)
-    pace.try_acquire(now(), seen=True)
-    pace.release(0.0, refused())
-    pace.release(0.0)
-    assert pace.pause_remaining(now()) == 1.0
-    assert isinstance(pace.blocked_by("t", now()), RateLimitedError)
+async def test_a_good_answer_to_an_earlier_request_does_not_end_the_pause():
+    budget = make_budget()
+    budget.try_acquire(now(), seen=True)
+    budget.try_acquire(now(), seen=True)
+    budget.release(0.0, refused())
+    budget.release(0.0)
+    assert budget.pause_remaining(now()) == 1.0
+    assert isinstance(budget.blocked_by("t", now()), RateLimitedError)
 
 
-async def test_a_cancelled_probe_lets_the_next_one_go():
-    pace = budget()
-    await answered(pace, refused())
-    sent = await pace.acquire(now(), seen=True)
-    waiter = asyncio.create_task(pace.acquire(now(), seen=True))
+async def test_a_cancelled_probe_lets_the_next_request_probe():
+    budget = make_budget()
+    await request(budget, refused())
+    sent = await budget.acquire(now(), seen=True)
+    following = waiter(budget)
     await asyncio.sleep(1)
-    pace.release(sent, cancelled=True)
-    assert await waiter == 2.0
+    budget.release(sent, cancelled=True)
+    assert await following == 2.0
 
 
-TROUBLE = [
+async def test_the_end_of_an_earlier_request_does_not_end_the_probe():
+    budget = make_budget()
+    for _ in range(4):
+        budget.try_acquire(now(), seen=True)
+    budget.release(0.0, refused())
+    probe, following = waiter(budget), waiter(budget)
+    assert await probe == 1.0
+    await asyncio.sleep(1)
+    budget.release(0.0, cancelled=True)
+    budget.release(0.0)
+    budget.release(0.0, refused(60.0))
+    await asyncio.sleep(1)
+    assert budget.pause_remaining(now()) == 0.0
+    assert not following.done()
+    budget.release(1.0)
+    budget.release(await following)
+
+
+async def test_a_longer_pause_asked_for_later_is_kept_by_a_shorter_one():
+    budget = make_budget()
+    for _ in range(3):
+        budget.try_acquire(now(), seen=True)
+    budget.release(0.0, refused(20.0))
+    budget.release(0.0, refused(10.0))
+    assert budget.pause_remaining(now()) == 20.0
+    budget.release(0.0, refused(1e6))
+    assert budget.pause_remaining(now()) == 300.0
+
+
+FAILURES = [
     broken("a"),
     TransportError("reset", task_id="a"),
     ResponseFormatError("not JSON", task_id="a"),
 ]
 
 
-@pytest.mark.parametrize("error", TROUBLE)
-async def test_trouble_after_a_pause_that_was_asked_for_is_that_tasks_own(error):
-    pace = budget()
-    await answered(pace, refused())
-    await answered(pace, error)
-    assert pace.pause_remaining(now()) == 0.0
-    await answered(pace, refused())
-    assert pace.pause_remaining(now()) == 1.0
+@pytest.mark.parametrize("error", FAILURES)
+async def test_a_failure_after_a_pause_that_was_asked_for_is_that_tasks_own(error):
+    budget = make_budget()
+    await request(budget, refused())
+    await request(budget, error)
+    assert budget.pause_remaining(now()) == 0.0
+    await request(budget, refused())
+    assert budget.pause_remaining(now()) == 1.0
 
 
-async def test_a_probe_that_is_refused_prolongs_the_pause():
-    pace = budget()
-    await answered(pace, refused())
-    await answered(pace, refused())
-    assert pace.pause_remaining(now()) == pytest.approx(2.0)
+async def test_a_probe_that_is_refused_extends_the_pause():
+    budget = make_budget()
+    await request(budget, refused())
+    await request(budget, refused())
+    assert budget.pause_remaining(now()) == pytest.approx(2.0)
 
 
-@pytest.mark.parametrize("error", TROUBLE)
-async def test_a_probe_that_fails_in_any_way_prolongs_an_outage(error):
-    pace = budget()
+@pytest.mark.parametrize("error", FAILURES)
+async def test_a_probe_that_fails_in_any_way_extends_an_outage(error):
+    budget = make_budget()
     for task_id in "abcde":
-        await answered(pace, broken(task_id))
-    await answered(pace, error)
-    assert pace.pause_remaining(now()) == pytest.approx(2.0)
+        await request(budget, broken(task_id))
+    await request(budget, error)
+    assert budget.pause_remaining(now()) == pytest.approx(2.0)
 
 
-@pytest.mark.parametrize("error", TROUBLE[1:])
-async def test_who_is_blocked_by_an_outage_is_told_of_it_by_its_own_name(error):
-    pace = budget()
+async def test_a_failed_probe_extends_an_outage_though_an_earlier_request_is_answered():
+    budget = make_budget()
+    for _ in range(2):
+        budget.try_acquire(now(), seen=True)
+    await asyncio.sleep(1)
+    for task_id in "abcde":
+        await request(budget, broken(task_id))
+    budget.release(0.0)
+    probe = await budget.acquire(now(), seen=True)
+    budget.release(0.0, broken("f"))
+    budget.release(probe, broken("a"))
+    assert budget.pause_remaining(now()) == pytest.approx(2.0)
+    await request(budget)
+    assert budget.blocked_by("mine", now()) is None
+
+
+async def test_a_refused_probe_turns_an_outage_into_a_pause_that_was_asked_for():
+    budget = make_budget()
+    budget.try_acquire(now(), seen=True)
+    for task_id in "abcde":
+        await request(budget, broken(task_id))
+    await request(budget, refused())
+    budget.release(0.0)
+    await request(budget, broken("a"))
+    assert budget.pause_remaining(now()) == 0.0
+
+
+@pytest.mark.parametrize("error", FAILURES[1:])
+async def test_an_outage_blocks_each_task_with_an_error_that_names_the_cause(error):
+    budget = make_budget()
     for task_id in "bcdef":
-        await answered(pace, broken(task_id))
-    await answered(pace, error)
-    held = pace.blocked_by("mine", now())
-    assert (type(held), held.task_id, error.task_id) == (type(error), "mine", "a")
+        await request(budget, broken(task_id))
+    await request(budget, error)
+    blocked = budget.blocked_by("mine", now())
+    assert (type(blocked), blocked.task_id) == (TransportError, "mine")
+    assert str(blocked).startswith("task mine: the polls of several tasks failed: ")
+    assert "task b" not in str(blocked)
 
 
-async def probed_by(pace, *wanted):
-    """Who probes a pause of a second, of waits that want a turn so late and have such deadlines."""
-    await answered(pace, refused())
+async def probed_by(budget, *wanted):
+    """Return the names of those that probe a pause of a second.
+
+    ``wanted`` has a name, when the permit is wanted, the deadline, and whether the task is known.
+    """
+    await request(budget, refused())
     waits = {
-        name: asyncio.create_task(pace.acquire(now() + late, seen=seen, until=now() + left))
+        name: asyncio.create_task(budget.acquire(now() + late, seen=seen, deadline=now() + left))
         for name, late, left, seen in wanted
     }
     await asyncio.sleep(0.9)
@@ -426,118 +554,118 @@ async def probed_by(pace, *wanted):
     return done
 
 
-async def test_a_pause_is_probed_by_whoever_has_waited_longest():
-    """Not by the earliest deadline: that task may be what fails, and would probe every time."""
+async def test_a_pause_is_probed_by_the_waiter_that_wanted_a_permit_first():
+    """The one with the earliest deadline may be a task that always fails."""
     wanted = [("hurried", 0.5, 20, True), ("cancelled", 0.1, 90, True), ("patient", 0.2, 90, True)]
-    assert await probed_by(budget(), *wanted) == ["patient"]
+    assert await probed_by(make_budget(), *wanted) == ["patient"]
 
 
-async def test_a_pause_is_probed_by_a_first_look_where_there_is_one():
-    """Each is another task, while the known one may be what fails."""
+async def test_a_pause_is_probed_by_a_first_poll_where_there_is_one():
+    """Each is of another task, while the known one may be what fails."""
     wanted = [("known", 0.0, 20, True), ("new", 0.0, 90, False)]
-    assert await probed_by(budget(), *wanted) == ["new"]
+    assert await probed_by(make_budget(), *wanted) == ["new"]
 
 
 async def test_several_tasks_failing_in_a_row_are_an_outage():
-    pace = budget()
+    budget = make_budget()
     for task_id in "abcd":
-        await answered(pace, broken(task_id))
-    assert pace.pause_remaining(now()) == 0.0
-    await answered(pace, TransportError("reset", task_id="e"))
-    assert pace.pause_remaining(now()) == 1.0
+        await request(budget, broken(task_id))
+    assert budget.pause_remaining(now()) == 0.0
+    await request(budget, TransportError("reset", task_id="e"))
+    assert budget.pause_remaining(now()) == 1.0
     for pause in (2.0, 4.0):
-        await answered(pace, broken("a"))
-        assert pace.pause_remaining(now()) == pytest.approx(pause)
-    await answered(pace)
-    await answered(pace, broken("a"))
-    assert pace.pause_remaining(now()) == 0.0
+        await request(budget, broken("a"))
+        assert budget.pause_remaining(now()) == pytest.approx(pause)
+    await request(budget)
+    await request(budget, broken("a"))
+    assert budget.pause_remaining(now()) == 0.0
 
 
-async def test_one_task_failing_again_and_again_is_no_outage():
-    pace = budget()
+async def test_one_task_failing_again_and_again_is_not_an_outage():
+    budget = make_budget()
     for _ in range(50):
-        await answered(pace, broken("a"))
-    assert pace.pause_remaining(now()) == 0.0
+        await request(budget, broken("a"))
+    assert budget.pause_remaining(now()) == 0.0
 
 
 @pytest.mark.parametrize("good", [None, ApiError("credits", code=402)])
-async def test_a_service_that_answers_anybody_is_no_outage(good):
-    pace = budget()
+async def test_failures_with_good_answers_between_are_not_an_outage(good):
+    budget = make_budget()
     for task_id in "abcdefgh":
-        await answered(pace, broken(task_id))
-        await answered(pace, good)
-    assert pace.pause_remaining(now()) == 0.0
+        await request(budget, broken(task_id))
+        await request(budget, good)
+    assert budget.pause_remaining(now()) == 0.0
 
 
 async def test_an_unreadable_answer_is_neither_outage_nor_success():
-    pace = budget()
+    budget = make_budget()
     for task_id in "abcd":
-        await answered(pace, broken(task_id))
-    await answered(pace, ResponseFormatError("not JSON", task_id="x"))
-    await answered(pace, broken("e"))
-    assert pace.pause_remaining(now()) == 1.0
+        await request(budget, broken(task_id))
+    await request(budget, ResponseFormatError("not JSON", task_id="x"))
+    await request(budget, broken("e"))
+    assert budget.pause_remaining(now()) == 1.0
 
 
 async def test_time_spent_in_pauses_is_counted_once():
-    pace = budget()
-    await answered(pace, refused())
-    assert pace.pause_spent(now()) == 0.0
+    budget = make_budget()
+    await request(budget, refused())
+    assert budget.pause_spent(now()) == 0.0
     await asyncio.sleep(0.25)
-    assert pace.pause_spent(now()) == 0.25
+    assert budget.pause_spent(now()) == 0.25
     await asyncio.sleep(10)
-    assert pace.pause_spent(now()) == 1.0
-    await answered(pace, refused())
+    assert budget.pause_spent(now()) == 1.0
+    await request(budget, refused())
     await asyncio.sleep(10)
-    assert pace.pause_spent(now()) == 3.0
+    assert budget.pause_spent(now()) == 3.0
 
 
-async def test_what_holds_the_client_is_told_for_the_task_that_asks():
-    pace = budget()
-    assert pace.blocked_by("mine", now()) is None
-    await answered(pace, MaintenanceError("back soon", code=455, task_id="another"))
-    held = pace.blocked_by("mine", now())
-    assert isinstance(held, MaintenanceError)
-    assert (held.task_id, held.msg, held.retry_after) == ("mine", "back soon", 5.0)
+async def test_a_pause_blocks_a_task_with_the_error_that_caused_it():
+    budget = make_budget()
+    assert budget.blocked_by("mine", now()) is None
+    await request(budget, MaintenanceError("back soon", code=455, task_id="another"))
+    blocked = budget.blocked_by("mine", now())
+    assert isinstance(blocked, MaintenanceError)
+    assert (blocked.task_id, blocked.msg, blocked.retry_after) == ("mine", "back soon", 5.0)
 
 
-async def test_an_outage_that_holds_the_client_is_told():
-    pace = budget()
+async def test_an_outage_blocks_a_task_with_its_error():
+    budget = make_budget()
     for task_id in "abcde":
-        await answered(pace, TransportError("reset", task_id=task_id))
-    assert isinstance(pace.blocked_by("mine", now()), TransportError)
+        await request(budget, TransportError("reset", task_id=task_id))
+    assert isinstance(budget.blocked_by("mine", now()), TransportError)
 
 
-async def test_a_full_quota_that_holds_the_client_is_told():
-    pace = budget(rate_limit=RateLimit(1, 10.0))
-    pace.try_acquire(now(), seen=True)
-    held = pace.blocked_by("mine", now())
-    assert isinstance(held, RateLimitedError)
-    assert held.retry_after is None
-    assert pace.opens_in(now()) == 0.0
-    pace.release(0.0)
-    assert pace.blocked_by("mine", now()).retry_after == 10.0
-    assert pace.opens_in(now()) == 10.0
+async def test_a_full_rate_limit_blocks_a_task():
+    budget = make_budget(rate_limit=RateLimit(1, 10.0))
+    budget.try_acquire(now(), seen=True)
+    blocked = budget.blocked_by("mine", now())
+    assert isinstance(blocked, RateLimitedError)
+    assert blocked.retry_after is None
+    assert budget.opens_in(now()) == 0.0
+    budget.release(0.0)
+    assert budget.blocked_by("mine", now()).retry_after == 10.0
+    assert budget.opens_in(now()) == 10.0
 
 
 async def test_the_round_trip_is_smoothed():
-    pace = budget()
+    budget = make_budget()
     for seconds in (1.0, 2.0):
-        sent = await pace.acquire(now(), seen=True)
+        sent = await budget.acquire(now(), seen=True)
         await asyncio.sleep(seconds)
-        pace.release(sent)
-    assert pace.round_trip == 1.125
-    sent = await pace.acquire(now(), seen=True)
+        budget.release(sent)
+    assert budget.round_trip == 1.125
+    sent = await budget.acquire(now(), seen=True)
     await asyncio.sleep(30)
-    pace.release(sent, TransportError("reset", task_id="a"))
-    assert pace.round_trip == 1.125
+    budget.release(sent, TransportError("reset", task_id="a"))
+    assert budget.round_trip == 1.125
 
 
 async def test_stats_count_requests_and_errors_by_class():
-    pace = budget(rate_limit=RateLimit(20, 10.0))
-    await answered(pace)
-    await answered(pace, broken("a"))
-    await answered(pace, refused(2.0))
-    stats = pace.stats(waits=7, now=now())
+    budget = make_budget(rate_limit=RateLimit(20, 10.0))
+    await request(budget)
+    await request(budget, broken("a"))
+    await request(budget, refused(2.0))
+    stats = budget.stats(waits=7, now=now())
     assert stats.requests == 3
     assert dict(stats.errors) == {"ServerError": 1, "RateLimitedError": 1}
     assert (stats.rate_limited, stats.rate, stats.pause, stats.waits) == (1, 2.0, 2.0, 7)

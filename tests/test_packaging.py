@@ -47,6 +47,7 @@ ALLOWED = {
     "results/report": {"", "results", "results/images", "results/ledger", *CLIENT},
     "results": {"errors", "results/images", "results/ledger", "results/report"},
     "cli": {"", "_version", *CLIENT, "results", "simulator"},
+    "__main__": {"cli"},
 }
 PURE = ["errors.py", "models.py", "pacing/limits.py", "schedule.py", "wire"]
 IMPURE = {"aiohttp", "asyncio", "random", "sqlite3", "time"}

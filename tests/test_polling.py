@@ -12,10 +12,16 @@ from unittest.mock import AsyncMock
 
 import pytest
 import tenacity
+from client_world import (
+    EVERY_SECOND,
+    error_of,
+    make_client,
+    run_on_virtual_time,
+    seconds,
+)
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tenacity import wait_fixed, wait_none
-from virtual_time import VirtualTimeLoop
 
 from kontext_async import (
     ApiError,
@@ -26,7 +32,6 @@ from kontext_async import (
     DurationModel,
     GenerationFailedError,
     InvalidRequestError,
-    KontextClient,
     KontextError,
     MaintenanceError,
     PollEvent,
@@ -42,17 +47,9 @@ from kontext_async import (
 from kontext_async.pacing import RequestBudget
 from kontext_async.polling import TaskWait, WaitPolicy
 from kontext_async.simulator import STEPS, Simulator
-from kontext_async.simulator.replies import refusal
+from kontext_async.simulator.replies import refused
 
 pytestmark = pytest.mark.virtual_time
-
-# A limit that never bites, so that nothing but the wait itself decides when it looks.
-UNBOUND = RateLimit(1_000_000, 1.0)
-EVERY_SECOND = wait_fixed(1)
-
-
-def seconds(value):
-    return pytest.approx(value, abs=1e-6)
 
 
 def gaps(times):
@@ -61,17 +58,6 @@ def gaps(times):
 
 def asked_at(simulator, task_id=None):
     return [r.time for r in simulator.requests if task_id in (None, r.task_id)]
-
-
-def make_client(simulator, **options):
-    options = {"rate_limit": UNBOUND, **options}
-    return KontextClient("marker-key", base_url=simulator.base_url, **options)
-
-
-async def error_of(awaitable):
-    with pytest.raises(KontextError) as caught:
-        await awaitable
-    return caught.value
 
 
 async def outcome_of(awaitable):
@@ -164,7 +150,7 @@ VARIANTS = {
     "data_text": (ResponseFormatError, True),
     "code_401": (AuthenticationError, False),
     "code_402": (ApiError, False),
-    "code_403": (AuthenticationError, False),
+    "code_403": (ApiError, False),
     "code_404": (TaskNotFoundError, True),
     "code_408": (ApiError, True),
     "code_422": (InvalidRequestError, False),
@@ -230,13 +216,13 @@ RESENT = ("reset", "closed")
 
 
 def test_every_variant_that_the_simulator_knows_is_tried():
-    """The table above names each variant of an answer."""
+    """The table above names each step of the simulator."""
     assert VARIANTS.keys() == STEPS.keys()
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-async def test_a_wait_survives_a_variant_that_may_mend_and_ends_with_any_other(wait, name):
-    """Looking again happens exactly where it may help; the result then comes all the same."""
+async def test_a_wait_retries_a_retryable_answer_and_ends_with_any_other(wait, name):
+    """It polls again exactly where that may help, and then has the result."""
     treatment = VARIANTS[name]
     outcome = await wait(name, *([name] if name in RESENT else []))
     if treatment is DONE or treatment in (AGAIN, PATIENCE) or treatment[1]:
@@ -252,7 +238,7 @@ async def test_a_wait_survives_a_variant_that_may_mend_and_ends_with_any_other(w
 
 @pytest.mark.parametrize("name", [n for n, t in VARIANTS.items() if isinstance(t, tuple)])
 async def test_with_no_grace_a_variant_raises_its_own_error_at_once(wait, name):
-    """Each kind of refusal, breakage and unreadable answer comes out as its own class."""
+    """Each kind of refusal, failure and unreadable answer has its own class."""
     outcome = await wait(*[name] * 2, error_grace=0, not_found_grace=0)
     assert type(outcome) is VARIANTS[name][0]
     assert len(wait.events) == 1
@@ -288,7 +274,7 @@ async def test_a_failed_task_says_why(wait, name, code, message, status):
     assert error.record == wait.events[-1].record
 
 
-async def test_a_failure_told_without_a_record_has_none(wait):
+async def test_a_failure_without_a_record_has_none(wait):
     """Envelope code 501 alone ends the wait."""
     error = await wait("code_501")
     assert error.record is None
@@ -296,17 +282,17 @@ async def test_a_failure_told_without_a_record_has_none(wait):
 
 
 async def test_an_envelope_501_with_a_record_of_success_is_a_success(wait):
-    """Where there is a record, its flag decides."""
+    """If there is a record, its flag decides."""
 
     def step(look):
         look.task.end(look.now, None)
-        return refusal(501, data=look.record())
+        return refused(501, data=look.record())
 
     assert isinstance(await wait(step), CompletedTask)
 
 
-async def test_what_a_completed_task_tells_is_the_records(wait):
-    """The result has the record's fields, and times of its own."""
+async def test_a_completed_task_has_the_records_fields(wait):
+    """The result has the times of the record."""
     done = await wait(duration=10.0, age=5.0)
     assert done.task_id == wait.events[-1].task_id
     assert done.duration == timedelta(seconds=10)
@@ -317,8 +303,8 @@ async def test_what_a_completed_task_tells_is_the_records(wait):
 # --- how failures are treated -------------------------------------------------------------------
 
 
-async def test_an_unknown_task_is_looked_for_until_its_grace_is_over(wait):
-    """10 s by default, and the last look is at their very end."""
+async def test_an_unknown_task_is_polled_until_its_grace_is_over(wait):
+    """By default for 10 s, and the last poll is at their end."""
     error = await wait(*["not_found"] * 99, wait=wait_fixed(3))
     assert type(error) is TaskNotFoundError
     assert wait.looks == seconds([0, 3, 6, 9, 10])
@@ -326,43 +312,43 @@ async def test_an_unknown_task_is_looked_for_until_its_grace_is_over(wait):
 
 
 async def test_without_grace_an_unknown_task_raises_at_once(wait):
-    """not_found_grace=0."""
+    """not_found_grace=0 polls once."""
     assert type(await wait("not_visible", not_found_grace=0)) is TaskNotFoundError
     assert wait.looks == [0]
 
 
-async def test_with_endless_grace_an_unknown_task_is_looked_for_until_the_deadline(wait):
-    """not_found_grace=None."""
+async def test_without_a_limit_an_unknown_task_is_polled_until_the_deadline(wait):
+    """not_found_grace=None has no limit of its own."""
     error = await wait(*["not_found"] * 99, not_found_grace=None, wait=wait_fixed(9), timeout=30)
     assert type(error) is WaitTimeoutError
     assert type(error.last_error) is TaskNotFoundError
     assert wait.took == seconds(30)
 
 
-async def test_a_good_record_begins_the_grace_of_an_unknown_task_anew(wait):
-    """The grace counts from the first such look since the last good record."""
+async def test_a_good_record_resets_the_grace_of_an_unknown_task(wait):
+    """The grace counts from the first such poll since the last good record."""
     script = ["not_found"] * 4 + ["generating"] + ["not_found"] * 99
     await wait(*script, not_found_grace=4.5)
     assert wait.looks == seconds([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9.5])
 
 
 @pytest.mark.parametrize("step", ["http_500", "code_408", "gateway_403", "empty_200", "truncated"])
-async def test_trouble_is_borne_until_its_grace_is_over(wait, step):
-    """error_grace counts from the end of the first failed look; then the last error is raised."""
+async def test_failures_are_retried_until_their_grace_is_over(wait, step):
+    """error_grace counts from the end of the first failed poll; then the last error is raised."""
     error = await wait(*[step] * 99, error_grace=4.5)
     assert type(error) is VARIANTS[step][0]
     assert wait.looks == seconds([0, 1, 2, 3, 4, 4.5])
     assert error is wait.events[-1].error
 
 
-async def test_trouble_is_borne_for_two_minutes_by_default(wait):
-    """The default error_grace is 120 s."""
-    assert type(await wait(*["http_500"] * 99, wait=wait_fixed(50))) is ServerError
-    assert wait.looks == seconds([0, 50, 100, 120])
+async def test_failures_are_retried_for_five_minutes_by_default(wait):
+    """The default error_grace is 300 s."""
+    assert type(await wait(*["http_500"] * 99, wait=wait_fixed(120))) is ServerError
+    assert wait.looks == seconds([0, 120, 240, 300])
 
 
-async def test_the_grace_counts_trouble_of_all_kinds_together(wait):
-    """A gateway that fails each time in another way is still one trouble; the last is raised."""
+async def test_the_grace_counts_failures_of_all_kinds_together(wait):
+    """A gateway may fail each time in another way; the last error is raised."""
     script = ["http_500", "truncated", "empty_200", "gateway_403", "code_408", "html_502"]
     error = await wait(*script, error_grace=4.5)
     assert type(error) is ServerError
@@ -370,21 +356,21 @@ async def test_the_grace_counts_trouble_of_all_kinds_together(wait):
     assert wait.looks == seconds([0, 1, 2, 3, 4, 4.5])
 
 
-async def test_a_good_record_ends_the_trouble(wait):
-    """After it, the grace is whole again."""
+async def test_a_good_record_resets_the_grace_of_failures(wait):
+    """Failures after it have the full grace."""
     script = ["http_500"] * 4 + ["generating"] + ["http_500"] * 4
     assert isinstance(await wait(*script, error_grace=4.5), CompletedTask)
 
 
-async def test_with_endless_grace_trouble_is_borne_until_the_deadline(wait):
-    """error_grace=None."""
+async def test_without_a_limit_failures_are_retried_until_the_deadline(wait):
+    """error_grace=None has no limit of its own."""
     error = await wait(*["http_500"] * 99, error_grace=None, wait=wait_fixed(150), timeout=400)
     assert type(error) is WaitTimeoutError
     assert type(error.last_error) is ServerError
 
 
-async def test_a_success_without_a_url_is_waited_for_within_the_grace(wait):
-    """The flag may be set a moment before the URL is there; not for ever."""
+async def test_a_success_without_a_url_is_polled_again_within_the_grace(wait):
+    """The flag may be set a moment before the URL is there."""
     error = await wait(*["success_no_url"] * 99, error_grace=2.5)
     assert type(error) is ResponseFormatError
     assert "resultImageUrl" in str(error)
@@ -392,20 +378,20 @@ async def test_a_success_without_a_url_is_waited_for_within_the_grace(wait):
 
 
 def refused_for(retry_after, code=429):
-    return refusal(code, status=code, retry_after=retry_after)
+    return refused(code, status=code, retry_after=retry_after)
 
 
 @pytest.mark.parametrize("step", ["code_408", "not_found"])
-async def test_time_in_a_pause_does_not_count_as_trouble(wait, step):
-    """After 4 s of trouble and 20 s of pause there is one second of grace left."""
+async def test_time_in_a_pause_does_not_count_against_a_grace(wait, step):
+    """After 4 s of failures and 20 s of pause, one second of a grace of 5 s is left."""
     script = [step, step, refused_for(20), *[step] * 9]
     error = await wait(*script, error_grace=5, not_found_grace=5, wait=wait_fixed(2))
     assert type(error) is VARIANTS[step][0]
     assert wait.looks == seconds([0, 2, 4, 24, 25])
 
 
-async def test_a_refusal_neither_begins_nor_ends_trouble(wait):
-    """429 says nothing of the task: with no grace at all it is borne, and the grace goes on."""
+async def test_a_refusal_neither_begins_nor_resets_a_grace(wait):
+    """It says nothing about the task: it is retried without a grace; a running one continues."""
     outcome = await wait("code_429", "code_455", error_grace=0, not_found_grace=0)
     assert isinstance(outcome, CompletedTask)
     script = ["code_408", "code_429", "code_408", "code_408", "code_408", "success"]
@@ -431,7 +417,7 @@ async def test_a_refusal_neither_begins_nor_ends_trouble(wait):
     ],
 )
 async def test_a_pause_is_as_long_as_the_service_asks(wait, step, pause):
-    """Retry-After as seconds or date, believed up to 300 s; 1 s for 429 and 5 s for 455 else."""
+    """Retry-After is seconds or a date, at most 300 s; without it, 1 s for 429, 5 s for 455."""
     await wait(step, wait=wait_none())
     assert wait.looks == seconds([0, pause])
     assert wait.events[0].next_delay == seconds(pause)
@@ -444,8 +430,8 @@ async def test_a_wait_sleeps_the_longer_of_pause_and_schedule(wait):
     assert wait.events[0].next_delay == seconds(5)
 
 
-async def test_a_pause_doubles_up_to_a_minute_while_it_lasts(wait):
-    """The service goes on refusing: 1, 2, 4, … 60 s; one good answer, and it is 1 s again."""
+async def test_a_pause_doubles_up_to_a_minute(wait):
+    """It begins at 1 s, or 5 s for maintenance; a good answer resets it."""
     await wait(*["code_429"] * 9, "generating", "code_429")
     assert gaps(wait.looks) == seconds([1, 2, 4, 8, 16, 32, 60, 60, 60, 1, 1])
 
@@ -456,15 +442,15 @@ async def test_maintenance_pauses_begin_at_five_seconds(wait):
     assert gaps(wait.looks) == seconds([5, 10, 20, 40, 60, 60])
 
 
-async def test_trouble_after_a_refusal_ends_with_its_grace(wait):
-    """Nobody asks for time any more: it is this task's own trouble."""
+async def test_failures_after_a_refusal_end_with_their_grace(wait):
+    """The pause is over, so they are this task's own failures."""
     error = await wait("code_429", *["http_500"] * 99, error_grace=3, timeout=100)
     assert type(error) is ServerError
     assert wait.looks == seconds([0, 1, 2, 3, 4])
 
 
 async def test_a_pause_holds_all_waits_of_the_client_and_one_request_probes_its_end(simulator):
-    """While the probe is unanswered nobody else looks; a good answer lets all go on."""
+    """While the probe is unanswered no other wait polls; a good answer releases them all."""
     simulator._latency = 0.5
     refused = simulator.add_task(script=[refused_for(10)], duration=30.0)
     others = [simulator.add_task(duration=30.0) for _ in range(5)]
@@ -478,7 +464,7 @@ async def test_a_pause_holds_all_waits_of_the_client_and_one_request_probes_its_
 
 
 async def test_a_task_that_always_fails_does_not_hold_up_another_after_a_refusal(simulator):
-    """It would probe the pause again and again, as it has the earlier deadline."""
+    """Otherwise it would probe the pause again and again, because its poll is due first."""
     broken = simulator.add_task(script=["http_500"] * 99)
     refused = simulator.add_task(script=["code_429"], duration=0.0)
     async with make_client(simulator, max_concurrency=1) as client:
@@ -491,8 +477,8 @@ async def test_a_task_that_always_fails_does_not_hold_up_another_after_a_refusal
         await failing
 
 
-async def test_after_a_turn_that_came_late_the_last_look_is_taken_twice_at_most(wait):
-    """Early enough for a turn that comes late again, and once more shortly before the deadline."""
+async def test_after_a_late_permit_the_last_poll_is_sent_at_most_twice(wait):
+    """Once early enough for another late permit, and once shortly before the deadline."""
     error = await wait(refused_for(5), *["generating"] * 99, wait=wait_fixed(4), timeout=20)
     assert type(error) is WaitTimeoutError
     assert wait.looks[:5] == seconds([0, 5, 9, 13, 17])
@@ -501,7 +487,7 @@ async def test_after_a_turn_that_came_late_the_last_look_is_taken_twice_at_most(
 
 
 async def test_a_cancelled_probe_lets_the_next_one_go(simulator, client):
-    """The pause does not hang on a wait that was given up on."""
+    """The pause does not depend on a wait that was cancelled."""
     probe = simulator.add_task(script=[refused_for(10), "stall"])
     probing = asyncio.create_task(client.wait_for_result(probe, wait=wait_none()))
     await asyncio.sleep(11)
@@ -517,10 +503,11 @@ async def test_a_cancelled_probe_lets_the_next_one_go(simulator, client):
 
 
 async def test_an_outage_is_one_pause_for_all_probed_by_single_requests(simulator, client):
-    """Five tasks in trouble at once are the service's trouble; a success ends it for all."""
-    tasks = [simulator.add_task(script=["http_503"] * 3) for _ in range(6)]
-    await asyncio.gather(*(client.wait_for_result(t, wait=EVERY_SECOND) for t in tasks))
-    later = [t for t in asked_at(simulator) if t > 0]
+    """Five tasks that begin to fail in a row are an outage; a success ends it for all."""
+    tasks = [simulator.add_task(script=["generating", *["http_503"] * 3]) for _ in range(6)]
+    keywords = {"wait": EVERY_SECOND, "error_grace": None, "timeout": None}
+    await asyncio.gather(*(client.wait_for_result(t, **keywords) for t in tasks))
+    later = [t - 1 for t in asked_at(simulator) if t > 1]
     # One probe at a time: after 1 s, 2 s, 4 s …
     assert later[:4] == seconds([1, 3, 7, 15])
     assert len(later) == len(tasks) * 3
@@ -532,7 +519,7 @@ async def test_an_outage_is_one_pause_for_all_probed_by_single_requests(simulato
 
 @pytest.mark.parametrize("timeout", [0.01, 0.04, 0.05, 0.3, 1.0, 7.5, 600])
 async def test_a_wait_ends_exactly_at_its_deadline(wait, timeout):
-    """Not a moment later, and not much earlier: somebody asked for this long."""
+    """Neither later nor much earlier."""
     error = await wait(duration=math.inf, timeout=timeout)
     assert type(error) is WaitTimeoutError
     assert wait.took == seconds(timeout)
@@ -540,15 +527,15 @@ async def test_a_wait_ends_exactly_at_its_deadline(wait, timeout):
     assert error.polls == len(wait.looks) == len(wait.events)
 
 
-async def test_the_last_look_is_50_ms_before_the_deadline(wait):
-    """Sooner than the schedule wanted it, so that a task done by then is not given up on."""
+async def test_the_last_poll_is_50_ms_before_the_deadline(wait):
+    """It is earlier than the schedule asks, so that a task done by then has its result."""
     assert isinstance(await wait(duration=9.9, timeout=10, wait=wait_fixed(6)), CompletedTask)
     assert wait.looks == seconds([0, 6, 9.95])
     assert type(await wait(duration=9.96, timeout=10, wait=wait_fixed(6))) is WaitTimeoutError
     assert wait.looks == seconds([0, 6, 9.95])
 
 
-async def test_the_last_look_leaves_time_for_two_round_trips(simulator, wait):
+async def test_the_last_poll_leaves_time_for_two_round_trips(simulator, wait):
     """With answers that take 0.3 s it is sent 0.6 s before the deadline."""
     simulator._latency = 0.3
     await wait(duration=math.inf, timeout=10, wait=wait_fixed(6))
@@ -556,8 +543,8 @@ async def test_the_last_look_leaves_time_for_two_round_trips(simulator, wait):
     assert wait.took == seconds(10)
 
 
-async def test_no_look_follows_one_that_came_back_too_late_for_another(simulator, wait):
-    """The schedule may want one, but its answer could not come in time."""
+async def test_no_poll_is_sent_whose_answer_would_be_too_late(simulator, wait):
+    """Though the schedule asks for one."""
     simulator._latency = 0.3
     error = await wait(duration=math.inf, timeout=0.8, wait=wait_none())
     assert wait.looks == seconds([0])
@@ -567,15 +554,15 @@ async def test_no_look_follows_one_that_came_back_too_late_for_another(simulator
 
 @pytest.mark.parametrize("step", ["stall", "stall_mid_body"])
 async def test_a_request_is_cut_at_the_deadline(wait, step):
-    """An answer that does not come, or does not end, does not hold the wait."""
+    """A stalled answer, or one that does not end, does not delay the end of the wait."""
     error = await wait(step, timeout=7.3)
     assert (type(error), error.polls, error.last_error) == (WaitTimeoutError, 1, None)
     assert wait.took == seconds(7.3)
     assert wait.client.stats.in_flight == 0
 
 
-async def test_a_request_is_cut_at_the_request_timeout_before_that(simulator, wait):
-    """A stalled answer is trouble, and the next look brings the result."""
+async def test_a_request_is_cut_at_the_request_timeout(simulator, wait):
+    """A stalled answer is a failure, and the next poll has the result."""
     async with make_client(simulator, request_timeout=5.5) as wait.client:
         assert isinstance(await wait("stall", "stall_mid_body"), CompletedTask)
     assert wait.looks == seconds([0, 6.5, 13])
@@ -584,13 +571,13 @@ async def test_a_request_is_cut_at_the_request_timeout_before_that(simulator, wa
 
 
 async def test_a_deadline_that_coincides_with_the_request_timeout_is_the_deadline(wait):
-    """Both at 30 s."""
+    """Both are at 30 s."""
     assert type(await wait("stall", timeout=30)) is WaitTimeoutError
     assert wait.took == seconds(30)
 
 
-async def test_without_a_timeout_a_wait_has_no_end_but_the_tasks(wait):
-    """timeout=None: longer than the default, and longer than an hour."""
+async def test_without_a_timeout_a_wait_lasts_as_long_as_the_task(wait):
+    """timeout=None lasts longer than the default, and longer than an hour."""
     assert isinstance(
         await wait(duration=4000.0, timeout=None, wait=wait_fixed(900)), CompletedTask
     )
@@ -605,8 +592,8 @@ async def test_by_default_a_wait_lasts_ten_minutes(simulator, client):
     assert asyncio.get_running_loop().time() - began == seconds(600)
 
 
-async def test_a_timeout_tells_what_was_seen(wait):
-    """The last good record and the last error, whichever came last."""
+async def test_a_timeout_has_the_last_record_and_the_last_error(wait):
+    """Whichever came last."""
     error = await wait("generating", "http_500", "generating", duration=math.inf, timeout=2.5)
     assert error.last_record == wait.events[-1].record
     assert error.last_record.status is TaskStatus.GENERATING
@@ -616,8 +603,8 @@ async def test_a_timeout_tells_what_was_seen(wait):
     assert error.task_id in str(error)
 
 
-async def test_a_timeout_after_nothing_but_good_looks_has_no_error(wait):
-    """And one that saw no record has none."""
+async def test_a_timeout_after_good_polls_only_has_no_error(wait):
+    """One after failed polls only has no record."""
     error = await wait(duration=math.inf, timeout=3)
     assert error.last_error is None
     error = await wait(*["http_500"] * 9, timeout=3)
@@ -626,7 +613,7 @@ async def test_a_timeout_after_nothing_but_good_looks_has_no_error(wait):
 
 
 async def test_a_wait_that_timed_out_can_be_resumed(wait):
-    """A timeout is no failure: waiting for the same id again brings the result."""
+    """A timeout is not a failure: waiting for the same id again has the result."""
     error = await wait(duration=20.0, timeout=5)
     assert type(error) is WaitTimeoutError
     assert isinstance(await wait.again(error.task_id, timeout=60), CompletedTask)
@@ -634,7 +621,7 @@ async def test_a_wait_that_timed_out_can_be_resumed(wait):
 
 
 async def test_a_timeout_in_a_pause_names_the_pause(wait):
-    """last_error is what holds the client, with what is left of it; the last look is not sent."""
+    """last_error is the pause, with the time that is left of it; the last poll is not sent."""
     error = await wait("generating", refused_for(60), timeout=11)
     assert type(error.last_error) is RateLimitedError
     assert error.last_error.retry_after == seconds(50)
@@ -644,7 +631,7 @@ async def test_a_timeout_in_a_pause_names_the_pause(wait):
 
 
 async def test_a_pause_that_another_task_met_is_named_too(simulator, client, wait):
-    """A wait that was never refused itself says why it did not look."""
+    """A wait that was not refused itself says why it did not poll."""
     await error_of(client.record_info(simulator.add_task(script=[refused_for(60, code=455)])))
     error = await wait(duration=0.0, timeout=5)
     assert type(error.last_error) is MaintenanceError
@@ -653,14 +640,14 @@ async def test_a_pause_that_another_task_met_is_named_too(simulator, client, wai
     assert (error.polls, wait.looks, wait.took) == (0, [], seconds(5))
 
 
-async def test_a_pause_that_ends_before_the_deadline_is_followed_by_a_look(wait):
-    """Even where the moment for the last look has passed."""
+async def test_a_pause_that_ends_before_the_deadline_is_followed_by_a_poll(wait):
+    """Even if the time of the last poll has passed."""
     assert isinstance(await wait(refused_for(10), timeout=10.02), CompletedTask)
     assert wait.looks == seconds([0, 10])
 
 
-async def test_a_timeout_under_a_full_quota_names_the_quota(simulator, wait):
-    """One request in 100 s: the second look cannot be sent."""
+async def test_a_timeout_under_an_exhausted_rate_limit_names_the_limit(simulator, wait):
+    """One request in 100 s: the second poll cannot be sent."""
     async with make_client(simulator, rate_limit=RateLimit(1, 100.0)) as wait.client:
         error = await wait(duration=math.inf, timeout=30)
     assert type(error.last_error) is RateLimitedError
@@ -670,7 +657,7 @@ async def test_a_timeout_under_a_full_quota_names_the_quota(simulator, wait):
     assert (wait.looks, wait.took) == ([0], seconds(30))
 
 
-async def test_a_timeout_while_all_slots_are_taken_says_nothing_of_a_pause(simulator, wait):
+async def test_a_timeout_at_max_concurrency_does_not_name_a_pause(simulator, wait):
     """The service refused nothing; max_concurrency is the user's own choice."""
     async with make_client(simulator, max_concurrency=1) as wait.client:
         stalled = wait.client.wait_for_result(simulator.add_task(script=["stall"]))
@@ -683,8 +670,8 @@ async def test_a_timeout_while_all_slots_are_taken_says_nothing_of_a_pause(simul
             await stalling
 
 
-async def test_with_no_timeout_left_a_wait_is_one_look(wait):
-    """timeout=0 gives the result of a finished task, and else ends at once."""
+async def test_a_timeout_of_0_polls_once(wait):
+    """It has the result of a finished task, and otherwise ends at once."""
     assert isinstance(await wait(duration=0.0, timeout=0), CompletedTask)
     error = await wait(duration=5.0, timeout=0)
     assert (type(error), error.polls, error.last_error) == (WaitTimeoutError, 1, None)
@@ -693,15 +680,15 @@ async def test_with_no_timeout_left_a_wait_is_one_look(wait):
     assert wait.events[-1].next_delay is None
 
 
-async def test_one_look_that_meets_trouble_is_a_timeout_that_tells_of_it(wait):
-    """It would be looked at again, were there time."""
+async def test_a_single_poll_that_fails_is_a_timeout_with_the_error(wait):
+    """With more time it would be retried."""
     error = await wait("http_500", timeout=0)
     assert type(error) is WaitTimeoutError
     assert type(error.last_error) is ServerError
     assert type(await wait("http_500", timeout=0, error_grace=0)) is ServerError
 
 
-async def test_one_look_may_take_as_long_as_a_request(simulator, wait):
+async def test_a_single_poll_may_take_as_long_as_a_request(simulator, wait):
     """timeout=0 is bounded by request_timeout."""
     async with make_client(simulator, request_timeout=4.5) as wait.client:
         error = await wait("stall", timeout=0)
@@ -711,8 +698,8 @@ async def test_one_look_may_take_as_long_as_a_request(simulator, wait):
         assert wait.took == seconds(4)
 
 
-async def test_one_look_in_a_pause_ends_with_the_pause_as_its_reason(simulator, wait):
-    """timeout=0 waits for its turn no longer than for an answer."""
+async def test_a_single_poll_in_a_pause_ends_with_the_pause_as_its_reason(simulator, wait):
+    """timeout=0 waits for its permit no longer than for an answer."""
     async with make_client(simulator, request_timeout=4.5) as wait.client:
         await error_of(wait.client.record_info(simulator.add_task(script=[refused_for(60)])))
         error = await wait(duration=0.0, timeout=0)
@@ -722,8 +709,8 @@ async def test_one_look_in_a_pause_ends_with_the_pause_as_its_reason(simulator, 
 
 @pytest.mark.parametrize("value", [-1, -0.001, math.nan, math.inf, -math.inf, True, "5", b"5", [1]])
 @pytest.mark.parametrize("name", ["timeout", "error_grace", "not_found_grace"])
-async def test_what_is_no_number_of_seconds_is_refused_before_any_request(wait, name, value):
-    """Negative, endless, not a number, a bool, a str: the message names the argument."""
+async def test_a_value_that_is_not_seconds_is_refused_before_any_request(wait, name, value):
+    """The message names the argument."""
     error = await wait(**{name: value})
     assert type(error) is ConfigurationError
     assert name in str(error)
@@ -762,7 +749,7 @@ STRATEGIES = {
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-async def test_any_wait_strategy_decides_when_to_look(wait, name):
+async def test_any_wait_strategy_decides_when_to_poll(wait, name):
     """tenacity's own, sums of them, and plain functions of the retry state."""
     strategy, due = STRATEGIES[name]
     await wait(*["generating"] * 3, wait=strategy)
@@ -782,18 +769,18 @@ async def test_any_wait_strategy_decides_when_to_look(wait, name):
     ],
 )
 async def test_random_strategies_are_accepted(wait, strategy):
-    """Their draws stay within their bounds here too."""
+    """Their delays stay within their bounds."""
     await wait(*["generating"] * 5, wait=strategy)
     assert all(0 <= gap <= 3 for gap in gaps(wait.looks))
 
 
-async def test_a_wait_of_nothing_looks_again_at_once(wait):
-    """wait_none: only the answers take time."""
+async def test_a_delay_of_0_polls_again_at_once(wait):
+    """With wait_none only the answers take time."""
     await wait(*["generating"] * 5, wait=wait_none())
     assert wait.looks == seconds([0] * 6)
 
 
-async def test_a_strategy_that_asks_for_the_error_gets_it(wait):
+async def test_a_strategy_can_read_the_error(wait):
     """tenacity's wait_exception reads it from the state's outcome."""
     by_error = tenacity.wait_exception(lambda error: 4 if error.code == 502 else 2)
     await wait("http_502", "http_500", wait=by_error)
@@ -804,8 +791,8 @@ async def test_a_strategy_that_asks_for_the_error_gets_it(wait):
     "value", [math.nan, math.inf, -math.inf, -1, -1e-9, "1", None, 1j, timedelta(seconds=1)]
 )
 @pytest.mark.parametrize("step", ["generating", "http_500"])
-async def test_what_is_no_delay_is_refused(wait, step, value):
-    """A strategy that returns it ends the wait, and the message shows what it was."""
+async def test_a_delay_that_is_not_a_number_of_seconds_is_refused(wait, step, value):
+    """A strategy that returns one ends the wait, and the message shows the value."""
     error = await wait(step, wait=lambda state: value)
     assert type(error) is ConfigurationError
     assert repr(value) in str(error)
@@ -813,8 +800,8 @@ async def test_what_is_no_delay_is_refused(wait, step, value):
     assert wait.client.stats.in_flight == wait.client.stats.waits == 0
 
 
-async def test_a_strategy_is_not_asked_where_no_look_will_follow(wait):
-    """Neither after the end nor when only the deadline is left."""
+async def test_a_strategy_is_not_called_if_no_poll_will_follow(wait):
+    """Neither after the end nor if only the deadline is left."""
     asked = []
     await wait("success", wait=asked.append)
     await wait("failed", wait=asked.append)
@@ -824,13 +811,13 @@ async def test_a_strategy_is_not_asked_where_no_look_will_follow(wait):
 
 
 async def test_what_a_strategy_raises_reaches_the_caller(wait):
-    """Unchanged."""
+    """The exception is unchanged."""
     with pytest.raises(ZeroDivisionError):
         await wait("generating", wait=lambda state: 1 / 0)
 
 
-async def test_a_strategy_is_told_how_the_wait_stands(simulator, wait):
-    """Times, attempts, the last answer, failures in a row, and all that tenacity's state has."""
+async def test_a_strategy_gets_the_state_of_the_wait(simulator, wait):
+    """Times, attempts, the last answer, failures in a row, and the rest of tenacity's state."""
     simulator._latency = 0.25
     seen = []
 
@@ -862,8 +849,8 @@ async def test_a_strategy_is_told_how_the_wait_stands(simulator, wait):
     ]
 
 
-async def test_a_strategy_is_told_the_tasks_age_by_the_services_clock(wait):
-    """Date minus createTime, which are whole seconds; it then grows with the wait."""
+async def test_a_strategy_gets_the_tasks_age_by_the_services_clock(wait):
+    """Date minus createTime, in whole seconds; it then grows with the wait."""
     ages = []
 
     def strategy(state):
@@ -876,8 +863,8 @@ async def test_a_strategy_is_told_the_tasks_age_by_the_services_clock(wait):
 
 
 @pytest.mark.parametrize("age", [-5.0, 4000.0])
-async def test_an_unbelievable_age_is_the_time_since_the_wait_began(wait, age):
-    """A task from the future, or one more than an hour old."""
+async def test_an_implausible_age_is_replaced_by_the_time_since_the_wait_began(wait, age):
+    """For a task from the future, or one more than an hour old."""
     ages = []
 
     def strategy(state):
@@ -891,7 +878,7 @@ async def test_an_unbelievable_age_is_the_time_since_the_wait_began(wait, age):
 
 
 async def test_without_a_record_the_age_is_the_time_since_the_wait_began(wait):
-    """An error tells no age; the first record does."""
+    """An error has no age; the first record has one."""
     ages = []
 
     def strategy(state):
@@ -903,7 +890,7 @@ async def test_without_a_record_the_age_is_the_time_since_the_wait_began(wait):
 
 
 async def test_the_default_schedule_is_the_learned_one(simulator):
-    """It asks the client's own model when to look."""
+    """It asks the client's own model when to poll."""
 
     class Every(DurationModel):
         def next_age(self, age, step=1.0):
@@ -939,8 +926,8 @@ async def noted(simulator, wait):
         yield model.told
 
 
-async def test_the_model_is_told_of_every_good_look(wait, noted):
-    """While the task runs its age, at the end its exact duration; of failed looks, nothing."""
+async def test_the_model_observes_every_good_poll(wait, noted):
+    """The age while the task runs, the exact duration at its end, and nothing of failed polls."""
     script = ["generating", "http_500", "generating", "code_429", "not_found"]
     await wait(*script, duration=6.0, task_id="a")
     running = [("a", seconds(at), None) for at in (0, 2, 5)]
@@ -948,19 +935,19 @@ async def test_the_model_is_told_of_every_good_look(wait, noted):
 
 
 async def test_the_model_learns_from_a_task_that_failed(wait, noted):
-    """It took its time too."""
+    """Its duration counts too."""
     await wait("generating", "failed", task_id="a")
     assert noted == [("a", 0, None), ("a", seconds(1), 1.0), ("a", "forgotten")]
 
 
-async def test_the_model_is_not_told_of_an_end_without_times(wait, noted):
-    """No createTime, no duration."""
+async def test_the_model_does_not_observe_an_end_without_times(wait, noted):
+    """Without createTime there is no duration."""
     await wait("times_unreadable", task_id="a")
     assert noted == [("a", "forgotten")]
 
 
-async def test_the_model_forgets_a_task_that_is_given_up_on(wait, noted):
-    """After a timeout, an error of the callback, or cancelling."""
+async def test_the_model_forgets_a_task_whose_wait_ends_early(wait, noted):
+    """After a timeout, an error of the callback, or cancellation."""
     await wait(duration=math.inf, timeout=0.5, task_id="a")
     with pytest.raises(ZeroDivisionError):
         await wait(duration=math.inf, task_id="b", on_event=lambda event: 1 / 0)
@@ -975,8 +962,8 @@ async def test_the_model_forgets_a_task_that_is_given_up_on(wait, noted):
 # --- events -------------------------------------------------------------------------------------
 
 
-async def test_each_look_is_one_event(simulator, wait):
-    """In order, each with the record or the error, the time, and when to look next."""
+async def test_each_poll_is_one_event(simulator, wait):
+    """In order, with the record or the error, the time, and the delay until the next poll."""
     simulator._latency = 0.5
     done = await wait("generating", "http_500", "code_429", "generating", wait=wait_fixed(2))
     first, second, third, fourth, last = events = wait.events
@@ -991,8 +978,8 @@ async def test_each_look_is_one_event(simulator, wait):
     assert last.record.result_image_url == done.result_image_url
 
 
-async def test_a_look_cut_by_the_deadline_is_no_event(wait):
-    """There is nothing to tell of it; the error counts it as a look."""
+async def test_a_poll_cut_by_the_deadline_has_no_event(wait):
+    """The error counts it as a poll."""
     error = await wait("generating", "stall", timeout=5)
     assert (len(wait.events), error.polls) == (1, 2)
 
@@ -1023,7 +1010,7 @@ async def test_a_look_cut_by_the_deadline_is_no_event(wait):
     ids=lambda raised: type(raised).__name__,
 )
 async def test_what_a_callback_raises_reaches_the_caller_unchanged(wait, script, count, raised):
-    """It ends the wait, at any look, and is never taken for one of ours."""
+    """It ends the wait at any poll, even if it is an error of this library."""
     events = []
 
     def callback(event):
@@ -1078,7 +1065,7 @@ async def test_a_coroutine_function_is_refused_before_any_request(wait, name, fu
 
 @pytest.mark.parametrize("name", ["on_event", "wait"])
 async def test_what_cannot_be_called_is_refused_before_any_request(wait, name):
-    """A number is no strategy: wait=5 is refused, not taken for five seconds."""
+    """wait=5 is refused, not taken for five seconds."""
     error = await wait(**{name: 5})
     assert type(error) is ConfigurationError
     assert "callable" in str(error)
@@ -1086,12 +1073,12 @@ async def test_what_cannot_be_called_is_refused_before_any_request(wait, name):
 
 
 async def test_what_a_callback_returns_is_ignored(wait):
-    """Even what is true, or an exception."""
+    """Even a true value, or an exception."""
     assert isinstance(await wait("generating", on_event=lambda event: ValueError()), CompletedTask)
 
 
 def test_an_event_shows_no_prompt():
-    """Events are printed and logged; records keep prompts out of their repr."""
+    """Events are printed and logged, so prompts must stay out of their repr."""
     names = {attribute.name for attribute in PollEvent.__attrs_attrs__}
     assert names == {"task_id", "attempt", "elapsed", "record", "error", "next_delay"}
 
@@ -1110,10 +1097,13 @@ class _Scripted:
         self.permits = list(turns)
         self.looks = list(looks)
 
-    async def acquire(self, at, *, seen, until):
-        return self.permits.pop(0)
+    async def acquire(self, at, *, until, **options):
+        permit = self.permits.pop(0)
+        if permit is None:
+            await asyncio.sleep(until - asyncio.get_running_loop().time())
+        return permit
 
-    async def poll(self, task_id, sent, *, until):
+    async def poll(self, task_id, sent, *, until, **options):
         return self.looks.pop(0)
 
 
@@ -1122,20 +1112,20 @@ def policy(**options):
     return WaitPolicy(wait=EVERY_SECOND, **{**keywords, **options})
 
 
-async def test_a_wait_that_never_got_a_turn_has_looked_at_nothing():
-    """The transport says so with None."""
+async def test_a_wait_without_a_permit_has_not_polled():
+    """`acquire` returns None if none came in time."""
     error = (await TaskWait("task", policy(), _Scripted([None])).run()).error
     assert (type(error), error.polls, error.last_error) == (WaitTimeoutError, 0, None)
 
 
-async def test_a_look_that_was_cut_ends_the_wait():
-    """Again the transport says None, and that look counts."""
+async def test_a_poll_that_was_cut_ends_the_wait():
+    """`poll` returns None, and that poll counts."""
     error = (await TaskWait("task", policy(), _Scripted([0.0], [None])).run()).error
     assert (type(error), error.polls) == (WaitTimeoutError, 1)
 
 
-async def test_a_batchs_wait_counts_from_its_first_look(simulator):
-    """However long that had to queue; the latest instant of all holds in any case."""
+async def test_the_timeout_of_a_batchs_wait_counts_from_its_first_poll(simulator):
+    """However long that was in the queue; `latest` ends the wait in any case."""
     loop = asyncio.get_running_loop()
     async with make_client(simulator, rate_limit=RateLimit(1, 10.0)) as client:
         await client.record_info(simulator.add_task(script=["generating"]))
@@ -1155,7 +1145,7 @@ async def test_a_batchs_wait_counts_from_its_first_look(simulator):
 # --- whole lives --------------------------------------------------------------------------------
 
 
-async def test_a_wait_survives_a_hard_life(wait):
+async def test_a_wait_retries_a_long_series_of_failures(wait):
     """Three 500s, an HTML 502, resets, a truncated body, and a 429 that asks for two seconds."""
     script = ["http_500"] * 3 + ["html_502", "reset", "reset", "truncated", "rate_limited"]
     assert isinstance(await wait(*script, "generating"), CompletedTask)
@@ -1167,7 +1157,6 @@ TROUBLED = ("code_408", "http_500", "empty_200", "success_no_url", "truncated")
 FINAL = {
     "success": CompletedTask,
     "failed": GenerationFailedError,
-    "code_401": AuthenticationError,
     "code_402": ApiError,
 }
 
@@ -1180,12 +1169,20 @@ def foretold(script, *, timeout, delay, error_grace, not_found_grace):
     since = {"trouble": None, "missing": None}
     grace = {"trouble": error_grace, "missing": not_found_grace}
     looks = []
+    has_good_answer = False
+    refusals = 0
     while True:
         looks.append(now)
         step = script[len(looks) - 1] if len(looks) <= len(script) else "success"
         left = math.inf
         if step in FINAL:
             return FINAL[step], looks, now
+        if step in {"generating", "success_no_url"}:
+            has_good_answer, refusals = True, 0
+        if step == "code_401":
+            refusals += 1
+            if not has_good_answer or refusals == 3:
+                return AuthenticationError, looks, now
         if step == "generating":
             since = dict.fromkeys(since)
         elif step not in PATIENT:
@@ -1196,6 +1193,7 @@ def foretold(script, *, timeout, delay, error_grace, not_found_grace):
             if left < 1e-6:
                 error = {"not_found": TaskNotFoundError, "code_408": ApiError}
                 error |= {"http_500": ServerError, "truncated": TransportError}
+                error |= {"code_401": AuthenticationError}
                 return error.get(step, ResponseFormatError), looks, now
         if step in PATIENT:
             streak += 1
@@ -1222,7 +1220,8 @@ graces = st.one_of(st.none(), st.sampled_from([0.0, 0.7, 3.3, 12.1]))
 
 @given(
     script=st.lists(
-        st.sampled_from(["generating", "not_found", *PATIENT, *TROUBLED, *FINAL]), max_size=12
+        st.sampled_from(["generating", "not_found", "code_401", *PATIENT, *TROUBLED, *FINAL]),
+        max_size=12,
     ),
     timeout=st.sampled_from([0.37, 4.27, 33.83, 600.0]),
     delay=st.sampled_from([0.31, 1.03, 7.19]),
@@ -1238,8 +1237,8 @@ graces = st.one_of(st.none(), st.sampled_from([0.0, 0.7, 3.3, 12.1]))
     not_found_grace=0.0,
 )
 @settings(max_examples=80)
-def test_any_script_ends_as_the_contract_foretells(script, **policy):
-    """A reference model, written from the contract's words, names the same end and times."""
+def test_any_script_ends_as_the_contract_says(script, **policy):
+    """A reference model, written from the contract's words, predicts the same end and times."""
     outcome, looks, end = foretold(script, **policy)
 
     async def main():
@@ -1250,8 +1249,7 @@ def test_any_script_ends_as_the_contract_foretells(script, **policy):
             assert wait.looks == seconds(looks)
             assert wait.took == seconds(end)
 
-    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
-        runner.run(main())
+    run_on_virtual_time(main)
 
 
 @given(data=st.data(), seed=st.integers(0, 2**32))
@@ -1286,5 +1284,4 @@ def test_no_wait_lasts_longer_than_its_deadline(data, seed):
             await asyncio.gather(*map(one, [client] * len(tasks), tasks, timeouts))
             assert client.stats.in_flight == client.stats.waits == 0
 
-    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
-        runner.run(main())
+    run_on_virtual_time(main)

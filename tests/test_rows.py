@@ -89,7 +89,7 @@ def test_an_outcome_with_a_result_comes_back_equal(task):
 @given(RECORDS, st.booleans(), CODES, TEXTS)
 @example(TaskRecord(task_id="a", status=TaskStatus.GENERATING), False, LONG, HOSTILE)
 def test_a_failed_generation_comes_back_equal(record, has_record, code, message):
-    """With its record, or without one where the API gave none."""
+    """With its record, or without one if the API gave none."""
     error = GenerationFailedError(
         task_id=record.task_id,
         status=TaskStatus.CREATE_TASK_FAILED,
@@ -107,7 +107,7 @@ def test_a_failed_generation_comes_back_equal(record, has_record, code, message)
 
 @given(RECORDS)
 def test_an_entry_has_the_last_record_of_a_wait_that_timed_out(record):
-    """So one sees how far it was."""
+    """It shows the state of the task at the last good poll."""
     error = WaitTimeoutError(task_id=record.task_id, elapsed=1.0, polls=1, last_record=record)
     text, _ = texts(TaskOutcome(task_id=record.task_id, error=error))
     assert entry(record.task_id, text).record == record
@@ -122,13 +122,13 @@ def test_an_entry_has_the_last_record_of_a_wait_that_timed_out(record):
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_an_outcome_may_know_no_record(error):
-    """Then there is none to keep."""
+def test_an_outcome_may_have_no_record(error):
+    """Then the row has none."""
     assert record_text(TaskOutcome(task_id="task", error=error)) is None
 
 
 def test_an_image_is_recalled_with_its_outcome():
-    """Where it is, its checksum, its size and its kind."""
+    """Its path, its checksum, its size and its kind."""
     outcome = TaskOutcome(
         task_id="a", result=CompletedTask(task_id="a", result_image_url="https://example.com/a")
     )
@@ -162,7 +162,7 @@ TIMED_OUT = WaitTimeoutError(task_id="task", elapsed=1.0, polls=3)
     ids=repr,
 )
 def test_the_state_says_what_to_do_about_a_task(error, state):
-    """What passes leaves it unfinished; what somebody must mend is an error."""
+    """A retryable error leaves it unfinished; another one is an error."""
     assert state_of(error) == state
 
 
@@ -199,22 +199,22 @@ def test_the_state_says_what_to_do_about_a_task(error, state):
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_an_entry_tells_an_errors_class_code_and_message(error, kind, code, message):
-    """The message without the id and the times, so that equal troubles can be counted."""
+def test_an_entry_has_an_errors_class_code_and_message(error, kind, code, message):
+    """The message is without the id and the times, so that equal errors can be counted."""
     (text,) = stored(error_text(error))
     found = entry("t", error=text)
     assert (found.error_type, found.error_code, found.error_message) == (kind, code, message)
 
 
 def test_no_error_is_no_text():
-    """Nothing is made up."""
+    """A result has no error text."""
     assert error_text(None) is None
 
 
 # Entries
 
 
-def test_an_entry_has_aware_times_and_where_the_image_is():
+def test_an_entry_has_aware_times_and_the_images_path():
     """In UTC, from the seconds in the file."""
     found = entry(created=1.25, image=("a.png", "ab12", 7))
     assert found.created_at == datetime(1970, 1, 1, 0, 0, 1, 250_000, UTC)
@@ -243,7 +243,7 @@ BAD_RECORDS = {
 
 @pytest.mark.parametrize("record", BAD_RECORDS.values(), ids=BAD_RECORDS)
 def test_an_unreadable_record_is_named_by_its_task(record):
-    """Somebody else wrote it: that is a `LedgerError`, for readers as for a batch."""
+    """It is a `LedgerError`, for readers as for a batch."""
     with pytest.raises(LedgerError, match="task 'mine' is unreadable"):
         entry("mine", record)
     with pytest.raises(LedgerError, match="task 'mine' is unreadable"):
@@ -261,7 +261,7 @@ def test_an_unreadable_error_is_named_by_its_task(error):
 
 @pytest.mark.parametrize("created", ["soon", None, 1e15, 1e300, float("inf")])
 def test_an_unreadable_time_is_an_error(created):
-    """Also one that no calendar has."""
+    """Also one outside the calendar."""
     with pytest.raises(LedgerError, match="unreadable"):
         entry(created=created)
 
@@ -270,7 +270,7 @@ def test_an_unreadable_time_is_an_error(created):
     ("state", "record"),
     [("done", None), ("done", json.dumps({**GOOD, "result_image_url": None})), ("failed", None)],
 )
-def test_a_state_without_what_belongs_to_it_is_an_error(state, record):
-    """What is done has a URL, and what has failed a reason."""
+def test_a_state_without_its_url_or_reason_is_an_error(state, record):
+    """A task that is done has a URL, and one that has failed a reason."""
     with pytest.raises(LedgerError, match="unreadable"):
         recalled(("mine", state, record, None, None, None, None, None))

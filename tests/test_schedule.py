@@ -1,8 +1,9 @@
-"""What wait strategies are told, and the schedule that learns."""
+"""The state that wait strategies read, and the schedule that learns."""
 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 import random
@@ -30,7 +31,7 @@ def state_after(attempt=3, *, age=10.0, error=None, failures=0):
 
 
 def taught(durations, **settings):
-    """A model that has seen tasks of these durations, one after another."""
+    """Return a model that has seen tasks of these durations, one after another."""
     model = DurationModel(**settings)
     for k, duration in enumerate(durations):
         age = model.next_age(0.0)
@@ -62,23 +63,23 @@ class TestPollState:
         ],
     )
     def test_every_strategy_of_tenacity_works_on_it(self, wait, low, high):
-        """It has all that tenacity's strategies read, with the driver's times."""
+        """The state has all that tenacity's strategies read, with the driver's times."""
         assert low <= wait(state_after(error=OSError("9"), failures=1)) <= high
 
-    def test_all_that_tenacitys_own_state_has_is_there(self):
-        """Strategies of users' own find every attribute that they would find in tenacity."""
+    def test_it_has_every_attribute_of_tenacitys_own_state(self):
+        """Strategies of users find every attribute that they would find in tenacity."""
         theirs = tenacity.RetryCallState(tenacity.Retrying(), None, (), {})
         assert set(vars(theirs)) - {"outcome"} <= set(vars(PollState(0.0)))
         assert "none yet" in repr(PollState(0.0))
 
-    def test_the_outcome_of_a_good_look_is_its_record(self):
+    def test_the_outcome_of_a_good_poll_is_its_record(self):
         """A strategy that asks for the outcome gets a future of the last record."""
         outcome = state_after().outcome
         assert not outcome.failed
         assert outcome.result() is RECORD
         assert outcome.attempt_number == 3
 
-    def test_the_outcome_of_a_failed_look_is_its_error(self):
+    def test_the_outcome_of_a_failed_poll_is_its_error(self):
         """A strategy that asks for the outcome gets a future of the last error."""
         error = OSError("broken")
         outcome = state_after(error=error).outcome
@@ -86,15 +87,15 @@ class TestPollState:
         assert outcome.exception() is error
 
     def test_the_outcome_is_made_once_and_only_when_asked_for(self):
-        """No future is built for a look unless a strategy wants one."""
+        """No future is built for a poll unless a strategy reads it."""
         state = state_after()
         assert state._outcome is None
         assert state.outcome is state.outcome
         state.update(now=108.0, attempt=4, age=11.0, error=OSError())
         assert state.outcome.failed
 
-    def test_before_the_first_look_there_is_no_outcome(self):
-        """A new state says that nothing has happened yet."""
+    def test_before_the_first_poll_there_is_no_outcome(self):
+        """A new state has neither an outcome nor a time since the start."""
         assert PollState(0.0).outcome is None
         assert PollState(0.0).seconds_since_start is None
 
@@ -107,34 +108,34 @@ class TestPollState:
 
 
 class TestLearning:
-    def test_a_fresh_model_first_looks_where_most_tasks_may_have_ended(self):
-        """Before anything is known, a general guess of 8 to 30 seconds serves."""
+    def test_a_fresh_model_first_polls_where_most_tasks_may_have_ended(self):
+        """Before anything is known, the prior expects most tasks to take 8 to 30 seconds."""
         assert 6.0 < DurationModel().next_age(0.0) < 11.0
 
     @pytest.mark.parametrize("duration", [3.0, 12.0, 40.0])
-    def test_the_first_look_comes_when_the_first_tasks_end(self, duration):
-        """Tasks that all take about the same are first looked at about then."""
+    def test_the_first_poll_comes_when_the_first_tasks_end(self, duration):
+        """Tasks of about the same duration are first polled at about that age."""
         rng = random.Random(1)
         model = taught(duration * rng.uniform(0.9, 1.1) for _ in range(200))
         assert duration * 0.85 < model.next_age(0.0) < duration * 1.15
 
     def test_tasks_still_running_count(self):
-        """That many tasks run for long is learned before any of them ends."""
+        """The model learns that many tasks run for long before any of them ends."""
         model = DurationModel()
         for k in range(100):
             model.observe(str(k), 25.0)
         assert model.next_age(0.0) > 25.0
 
-    def test_the_first_to_finish_do_not_mislead(self):
-        """Of many tasks that began together the first ends are the shortest, and known to be."""
+    def test_the_first_tasks_to_finish_do_not_mislead(self):
+        """Of tasks that began together the shortest end first; those still running count too."""
         model = DurationModel()
         for k in range(1000):
             model.observe(str(k), 10.0, 9.5) if k % 50 == 0 else model.observe(str(k), 10.0)
         alone = taught([9.5] * 20)
         assert model.next_age(0.0) > alone.next_age(0.0) + 1.0
 
-    def test_dearer_requests_are_fewer(self):
-        """`cost_per_request` decides between lag and requests."""
+    def test_expensive_requests_are_fewer(self):
+        """`cost_per_request` sets the balance between lag and requests."""
         durations = [random.Random(k).lognormvariate(2.5, 0.5) for k in range(200)]
         gaps = []
         for cost in (0.3, 1.0, 3.0):
@@ -142,22 +143,22 @@ class TestLearning:
             gaps.append(model.next_age(12.0) - 12.0)
         assert gaps[0] < gaps[1] < gaps[2]
 
-    def test_where_nothing_is_known_it_looks_every_15_seconds(self):
-        """A task older than all that were seen is looked at steadily."""
+    def test_where_nothing_is_known_it_polls_every_15_seconds(self):
+        """A task older than all known ones is polled at a steady rate."""
         model = taught([12.0] * 50)
         assert model.next_age(1000.0) == 1015.0
         assert model.next_age(5000.0) == pytest.approx(5015.0)
 
     def test_the_curve_reaches_to_the_longest_task_and_back(self):
-        """It grows with tasks that take long, and shrinks when they are long past."""
+        """The curve grows with tasks that take long, and shrinks when they are forgotten."""
         model = taught([400.0] * 40)
         assert 385.0 < model.next_age(350.0) < 415.0
         for k in range(2000):
             model.observe(str(k), 12.0, 10.0)
         assert model.next_age(350.0) == pytest.approx(365.0)
 
-    def test_what_is_forgotten_leaves_no_trace_of_the_task(self):
-        """A wait that gives up frees what was kept of its task."""
+    def test_a_forgotten_task_leaves_no_trace(self):
+        """A wait that gives up frees the memory of its task."""
         model = DurationModel()
         model.observe("a", 5.0)
         assert "running=1" in repr(model)
@@ -166,12 +167,12 @@ class TestLearning:
         assert repr(model) == "<DurationModel cost_per_request=1 finished=0 running=0>"
 
     def test_a_finished_task_is_no_longer_kept(self):
-        """Memory is for running tasks only."""
+        """Only running tasks take memory."""
         model = taught([5.0] * 30)
         assert repr(model) == "<DurationModel cost_per_request=1 finished=30 running=0>"
 
     def test_two_waits_for_one_task_count_its_time_once(self):
-        """Looks at an age already known, and ages that go back, add nothing."""
+        """Polls at an age already known, and ages that go back, add nothing."""
         once, twice = DurationModel(), DurationModel()
         for age in (3.0, 8.0, 13.0):
             once.observe("a", age)
@@ -180,16 +181,16 @@ class TestLearning:
         assert once.to_json() == twice.to_json()
 
     @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf, -1.0])
-    def test_what_is_no_time_is_passed_over(self, number):
-        """Nonsense from a broken clock changes nothing."""
+    def test_a_number_that_is_not_a_time_is_ignored(self, number):
+        """A value from a broken clock changes nothing."""
         model, untouched = DurationModel(), DurationModel().to_json()
         model.observe("a", number)
         model.observe("a", 5.0, number)
         assert model.to_json() == untouched
 
     @pytest.mark.parametrize("duration", [0.0, 3600.0, 1e9])
-    def test_durations_at_the_ends_of_the_scale_are_taken(self, duration):
-        """Tasks that take no time, or longer than the curve can show, break nothing."""
+    def test_durations_at_the_ends_of_the_scale_are_accepted(self, duration):
+        """Tasks may take no time, or longer than the curve covers."""
         model = DurationModel()
         for k in range(300):
             model.observe(str(k), duration)
@@ -197,44 +198,153 @@ class TestLearning:
         assert 0.25 <= model.next_age(0.0) <= 60.0
 
     @pytest.mark.parametrize("cost", [0.0, -1.0, math.nan, math.inf])
-    def test_a_cost_that_is_no_cost_is_refused(self, cost):
-        """`cost_per_request` must be positive and finite."""
+    def test_a_cost_that_is_not_positive_and_finite_is_refused(self, cost):
+        """The error names the argument."""
         with pytest.raises(ConfigurationError, match="cost_per_request must be a positive"):
             DurationModel(cost_per_request=cost)
 
 
+EDGES = [5.0 * (1.05**k - 1.0) for k in range(136)]
+WIDTHS = [b - a for a, b in itertools.pairwise(EDGES)]
+
+
+def saved(ended, at_risk):
+    """Return the saved text of a model with these counts in its bins."""
+    return json.dumps({"version": 1, "finished": 0, "ended": ended, "at_risk": at_risk})
+
+
+def bins(model):
+    state = json.loads(model.to_json())
+    return state["ended"], state["at_risk"]
+
+
+def polled(model, until=200.0):
+    """Return the ages up to ``until`` at which the model polls a task."""
+    ages = [0.0]
+    while ages[-1] < until:
+        ages.append(model.next_age(ages[-1]))
+    return ages[1:]
+
+
+class TestCounts:
+    def test_a_task_that_ends_counts_in_its_bin_and_its_time_in_all_bins_before(self):
+        """One task of 1.1 s: its end is in the fifth bin, and everything fades by 1/300."""
+        model = DurationModel()
+        model.observe("a", 1.5, 1.1)
+        ended, at_risk = bins(model)
+        fade = 299 / 300
+        assert ended[:6] == pytest.approx([0, 0, 0, 0, fade, 0], rel=1e-5)
+        assert at_risk[:4] == pytest.approx([width * fade for width in WIDTHS[:4]], rel=1e-5)
+        assert at_risk[4] == pytest.approx((1.1 - EDGES[4]) * fade, rel=1e-5)
+        assert not any(at_risk[5:])
+
+    def test_a_running_task_counts_from_the_age_at_which_it_was_last_seen(self):
+        """Two polls of a running task add up to its time, and no end."""
+        model = DurationModel()
+        model.observe("a", 0.4)
+        model.observe("a", 1.1)
+        ended, at_risk = bins(model)
+        assert not any(ended)
+        assert at_risk[0] == pytest.approx(WIDTHS[0])
+        assert at_risk[1] == pytest.approx(
+            0.15 * (1 - (0.1125 / WIDTHS[1]) / 100) + 0.1125, rel=1e-5
+        )
+        assert at_risk[2:4] == pytest.approx(WIDTHS[2:4], rel=1e-5)
+        assert at_risk[4] == pytest.approx(1.1 - EDGES[4], rel=1e-5)
+
+    def test_a_bin_forgets_a_hundredth_with_each_task_that_passes_through(self):
+        """Passing tasks scale both counts; at risk they level off at 100 tasks."""
+        model = DurationModel.from_json(saved([1.0] * 135, [0.0] * 135))
+        for k in range(50):
+            model.observe(str(k), EDGES[20] + 0.001)
+        ended, at_risk = bins(model)
+        left = 0.99**50
+        assert ended[5:20] == pytest.approx([left] * 15, rel=1e-5)
+        assert at_risk[5:20] == pytest.approx(
+            [100 * w * (1 - left) for w in WIDTHS[5:20]], rel=1e-5
+        )
+        assert ended[21:] == pytest.approx([1.0] * 114)
+
+    def test_all_bins_fade_with_each_task_that_ends(self):
+        """Bins that tasks no longer reach forget as well, by 1/300 a task."""
+        model = DurationModel.from_json(saved([1.0] * 135, [5.0] * 135))
+        for k in range(30):
+            model.observe(str(k), 1.0, 0.1)
+        ended, at_risk = bins(model)
+        fade = (299 / 300) ** 30
+        assert ended[1:] == pytest.approx([fade] * 134, rel=1e-5)
+        assert at_risk[1:] == pytest.approx([5.0 * fade] * 134, rel=1e-5)
+
+    def test_the_longest_duration_counts_only_as_time(self):
+        """A task beyond the last bin passes through all of them and ends in none."""
+        model = DurationModel()
+        model.observe("a", 9000.0, EDGES[-1])
+        ended, at_risk = bins(model)
+        assert not any(ended)
+        assert at_risk == pytest.approx(WIDTHS, rel=1e-5)
+
+
+class TestCurve:
+    @pytest.mark.parametrize("cost", [0.5, 1.0, 2.0])
+    @pytest.mark.parametrize("rate", [0.01, 0.03, 0.1])
+    def test_at_a_constant_rate_the_steps_are_kellers(self, cost, rate):
+        """A step is the square root of two costs over the rate, where the prior has gone."""
+        at_risk = [20.0 * width for width in WIDTHS]
+        text = saved([rate * seconds for seconds in at_risk], at_risk)
+        model = DurationModel.from_json(text, cost_per_request=cost)
+        step = math.sqrt(2.0 * cost / rate)
+        assert model.next_age(0.0) == pytest.approx(step)
+        assert model.next_age(30.0) == pytest.approx(30.0 + step)
+        assert model.next_age(30.0, 0.5) == pytest.approx(30.0 + step / 2)
+
+    def test_the_polls_of_a_fresh_model_are_those_of_the_prior(self):
+        """They are pinned, so that the prior does not change unnoticed."""
+        expected = [8.394, 13.632, 18.380, 23.830, 29.708, 35.886, 42.439, 49.219, 56.126, 63.196]
+        expected += [70.453, 77.815, 85.419, 93.237, 101.314, 109.479, 120.528, 135.528, 150.528]
+        assert polled(DurationModel(), 150.0) == pytest.approx(expected, abs=0.001)
+
+    def test_the_polls_after_a_few_tasks_are_those_of_prior_and_counts_together(self):
+        """They are pinned as well: some tasks have ended, others still run."""
+        model = DurationModel()
+        for k in range(60):
+            model.observe(str(k), 30.0 + k, None if k % 3 else 5.0 + k / 2)
+            model.observe(f"running{k}", 4.0 + k / 10)
+        expected = [18.319, 30.645, 59.244, 87.231, 96.749, 105.690, 114.787, 129.787]
+        assert polled(model, 120.0) == pytest.approx(expected, abs=0.001)
+
+
 times = st.floats(0.0, 4000.0)
 numbers = st.floats()
-looks = st.lists(
+observations = st.lists(
     st.tuples(st.sampled_from("abc"), times | numbers, st.none() | times | numbers), max_size=60
 )
 costs = st.floats(min_value=0.0, exclude_min=True, allow_infinity=False, allow_nan=False)
 
 
 class TestProperties:
-    @given(looks, costs, times, numbers)
-    def test_the_next_look_is_within_the_bounds(self, seen, cost, age, step):
-        """Whatever was learned, and whatever the jitter: 0.25 s to 60 s on."""
+    @given(observations, costs, times, numbers)
+    def test_the_next_poll_is_within_the_bounds(self, seen, cost, age, step):
+        """The next poll is 0.25 s to 60 s away, whatever was learned and whatever the jitter."""
         model = DurationModel(cost_per_request=cost)
-        for look in seen:
-            model.observe(*look)
+        for observation in seen:
+            model.observe(*observation)
         assert 0.25 - 1e-9 <= model.next_age(age, step) - age <= 60.0 + 1e-9
 
-    @given(looks, times, times, st.floats(0.0, 5.0))
-    def test_an_older_task_is_not_looked_at_earlier(self, seen, one, other, step):
+    @given(observations, times, times, st.floats(0.0, 5.0))
+    def test_an_older_task_is_not_polled_earlier(self, seen, one, other, step):
         """The next age grows with the age."""
         model = DurationModel()
-        for look in seen:
-            model.observe(*look)
+        for observation in seen:
+            model.observe(*observation)
         first, second = sorted([one, other])
         assert model.next_age(first, step) <= model.next_age(second, step) + 1e-6
 
-    @given(looks)
+    @given(observations)
     def test_saving_and_loading_keeps_all_that_was_learned(self, seen):
-        """A loaded model saves the same text, and looks at the same ages."""
+        """A loaded model saves the same text and polls at the same ages."""
         model = DurationModel()
-        for look in seen:
-            model.observe(*look)
+        for observation in seen:
+            model.observe(*observation)
         loaded = DurationModel.from_json(model.to_json())
         again = DurationModel.from_json(loaded.to_json())
         assert loaded.to_json() == model.to_json()
@@ -249,7 +359,7 @@ class TestProperties:
 
 class TestSaving:
     def test_a_new_process_starts_where_the_last_one_ended(self):
-        """What was learned is there at once, at a cost of the new process's own."""
+        """A loaded model knows all durations at once; the cost is the new process's own."""
         rng = random.Random(2)
         model = taught(rng.gauss(40.0, 4.0) for _ in range(200))
         loaded = DurationModel.from_json(model.to_json(), cost_per_request=2.0)
@@ -260,8 +370,8 @@ class TestSaving:
         return json.dumps(json.loads(DurationModel().to_json()) | parts)
 
     def test_the_text_is_bounded(self):
-        """What grew beyond any saved model is not even parsed."""
-        with pytest.raises(ConfigurationError, match="no JSON object of its size"):
+        """A text longer than any saved model is not parsed."""
+        with pytest.raises(ConfigurationError, match="not a JSON object, or too long"):
             DurationModel.from_json(self.change(more="x" * 100_000))
 
     @pytest.mark.parametrize("version", [0, 2, "1", None, [1]])
@@ -274,13 +384,13 @@ class TestSaving:
     @pytest.mark.parametrize("bins", [None, {}, "text", [], [0.0] * 134])
     def test_missing_numbers_are_refused(self, name, bins):
         """Each list has a number for each bin."""
-        with pytest.raises(ConfigurationError, match=f"'{name}' has a wrong length"):
+        with pytest.raises(ConfigurationError, match=f"'{name}' has the wrong length"):
             DurationModel.from_json(self.change(**{name: bins}))
 
     @pytest.mark.parametrize("number", [-1, 1e300, math.nan, math.inf, "1", None, True, [1]])
     @pytest.mark.parametrize("name", ["ended", "at_risk", "finished"])
     def test_numbers_out_of_range_are_refused(self, name, number):
-        """No number is taken that the model itself would not have saved."""
+        """A number that no model saves is refused."""
         value = number if name == "finished" else [number] * 135
         with pytest.raises(ConfigurationError, match=f"'{name}' is out of range"):
             DurationModel.from_json(self.change(**{name: value}))
@@ -293,7 +403,7 @@ class TestWaitLearned:
         return wait_learned(model or DurationModel(), jitter=self.exact, spread=self.exact)
 
     def test_it_waits_until_the_models_next_age(self):
-        """The delay leads from the task's age to the age of the next look."""
+        """The delay leads from the task's age to the age of the next poll."""
         model = DurationModel()
         assert self.strategy(model)(state_after(age=10.0)) == model.next_age(10.0) - 10.0
 
@@ -303,12 +413,12 @@ class TestWaitLearned:
         assert (wait + wait_fixed(2.0))(state_after()) == pytest.approx(wait(state_after()) + 2.0)
 
     def test_the_jitter_multiplies_the_step(self):
-        """Half a step is an earlier look, by the curve."""
+        """Half a step along the curve is an earlier poll."""
         model = DurationModel()
         wait = wait_learned(model, jitter=wait_fixed(0.5))
         assert wait(state_after(age=10.0)) == model.next_age(10.0, 0.5) - 10.0
 
-    def test_tasks_do_not_march_in_step(self):
+    def test_tasks_begun_together_are_not_polled_together(self):
         """By default the step varies by ten per cent."""
         model = DurationModel()
         wait = wait_learned(model)
@@ -317,8 +427,8 @@ class TestWaitLearned:
         assert min(delays) >= model.next_age(10.0, 0.9) - 10.0
         assert max(delays) <= model.next_age(10.0, 1.1) - 10.0
 
-    def test_after_a_failed_look_it_backs_off_from_one_second(self):
-        """The look that failed may have been the one; so it is soon made up for."""
+    def test_after_a_failed_poll_it_backs_off_from_one_second(self):
+        """The failed poll may have missed the task's end, so the next one comes soon."""
         model = taught([55.0] * 100)
         delays = [
             self.strategy(model)(state_after(age=1.0, error=OSError(), failures=n))
@@ -326,8 +436,8 @@ class TestWaitLearned:
         ]
         assert delays == pytest.approx([1.0, 1.4, 1.96, 8.0, 8.0])
 
-    def test_a_failed_look_never_makes_the_wait_longer(self):
-        """Where the curve is quicker than the backoff, it stays so."""
+    def test_a_failed_poll_never_makes_the_delay_longer(self):
+        """Where the curve polls earlier than the backoff, the curve decides."""
         model = taught([12.0 + k / 100 for k in range(200)], cost_per_request=0.05)
         calm = self.strategy(model)(state_after(age=12.0))
         assert calm < 8.0
@@ -341,7 +451,7 @@ class TestWaitLearned:
         assert 0.8 <= min(delays) <= max(delays) <= 1.2
 
     def test_in_a_plain_tenacity_loop_the_age_is_the_time_since_its_start(self):
-        """It serves retrying of other kinds too."""
+        """The strategy also serves retries of other things."""
         slept = []
         model = DurationModel()
         retrying = tenacity.Retrying(
@@ -356,12 +466,12 @@ class TestWaitLearned:
 
 
 class TestEfficiency:
-    """A reduced form of the benchmark `schedule_efficiency`, which has the whole figures."""
+    """A reduced form of the benchmark `schedule_efficiency`."""
 
     @staticmethod
     @functools.cache
     def plan(*shape):
-        """The optimum for one of the benchmark's shapes, or a median and a sigma."""
+        """Return durations and their optimum, by a shape of the benchmark or a median and sigma."""
         draw = bench.SHAPES[shape[0]][-1] if len(shape) == 1 else bench.lognormal(*shape)
         return draw, bench.Planned(bench.optimum(draw, sample=4000))
 
@@ -397,7 +507,7 @@ class TestEfficiency:
     @pytest.mark.parametrize("sigma", [0.2, 0.8])
     @pytest.mark.parametrize(("at_once", "bar"), [(False, 1.12), (True, 1.6)])
     def test_it_comes_near_the_optimum_for_other_durations(self, median, sigma, at_once, bar):
-        """What it begins with fits no duration in particular, and is soon overcome."""
+        """The prior fits no duration in particular, and soon gives way to what is learned."""
         assert self.ratio(median, sigma, at_once=at_once, tasks=1500, seeds=[7]) <= bar
 
     @pytest.mark.parametrize("shape", ["shift up", "shift down"])
@@ -410,8 +520,8 @@ class TestEfficiency:
         late = [k for k in order if k >= 800][bench.SETTLED :]
         assert bench.mean_cost(spent, late) <= 1.12 * bench.mean_cost(best, late)
 
-    def test_the_benchmark_tells_the_whole_story(self):
-        """Each shape and arrival has its rows, the learned schedule's better than the backoff's."""
+    def test_the_benchmark_compares_all_schedules(self):
+        """The learned schedule's row is better than the backoff's."""
         rows = bench.compare("tight", "one a second", tasks=300, seeds=(7,))
         by_name = {row["schedule"]: row for row in rows}
         assert by_name["learned"]["ratio"] < by_name["exponential"]["ratio"]

@@ -124,7 +124,7 @@ async def errors_of(client, task_id, outlet):
 
 @virtual_time
 @pytest.mark.parametrize("name", STEPS)
-async def test_no_answer_of_any_kind_brings_the_key_out(outlet, name):
+async def test_no_answer_reveals_the_key(outlet, name):
     """In errors, their pickles and tracebacks, in events, records, stats and the log."""
     async with (
         Simulator() as simulator,
@@ -174,8 +174,8 @@ ECHOES = {
 @virtual_time
 @pytest.mark.parametrize("name", ECHOES)
 @pytest.mark.parametrize("at_once", [True, False])
-async def test_a_server_that_echoes_the_key_does_not_bring_it_out(outlet, name, at_once):
-    """In body, headers, or where no key has any business, in one piece or cut in the middle."""
+async def test_a_server_that_echoes_the_key_does_not_reveal_it(outlet, name, at_once):
+    """In the body, in headers or elsewhere, in one piece or cut in the middle."""
     answer = ECHOES[name]
     middle = answer.find(ECHO) + 20
     pieces = [answer, None] if at_once else [answer[:middle], 0.05, answer[middle:], None]
@@ -187,8 +187,8 @@ async def test_a_server_that_echoes_the_key_does_not_bring_it_out(outlet, name, 
         assert server.heads
 
 
-async def test_a_connection_that_fails_does_not_bring_the_key_out(outlet):
-    """Refused, no TLS, a certificate that does not verify, a name that does not resolve."""
+async def test_a_connection_that_fails_does_not_reveal_the_key(outlet):
+    """Refused, without TLS, a certificate that does not verify, a name that does not resolve."""
 
     class Resolver(aiohttp.abc.AbstractResolver):
         async def resolve(self, host, port=0, family=0):
@@ -213,8 +213,8 @@ async def test_a_connection_that_fails_does_not_bring_the_key_out(outlet):
 
 
 @virtual_time
-async def test_what_aiohttp_raises_with_the_request_in_it_is_not_chained():
-    """A response error holds the request's headers; only its words are passed on."""
+async def test_an_error_of_aiohttp_that_holds_the_request_is_not_chained():
+    """A response error holds the request's headers; only its text is passed on."""
 
     async def middleware(request, handler):
         response = await handler(request)
@@ -234,8 +234,10 @@ async def test_what_aiohttp_raises_with_the_request_in_it_is_not_chained():
 
 @pytest.mark.parametrize("key", [f"Bearer {KEY}", f"{KEY}\n{KEY}", f"{KEY}é"])
 @pytest.mark.parametrize("from_environment", [False, True])
-async def test_a_bad_key_is_not_repeated(outlet, monkeypatch, key, from_environment):
-    """Not by the message that refuses it."""
+async def test_an_invalid_key_is_not_in_the_message_that_refuses_it(
+    outlet, monkeypatch, key, from_environment
+):
+    """Whether it is an argument or a variable."""
     monkeypatch.setenv("APIKLEY_API_KEY", key)
     with pytest.raises(ConfigurationError) as caught:
         KontextClient(None if from_environment else key)
@@ -244,8 +246,8 @@ async def test_a_bad_key_is_not_repeated(outlet, monkeypatch, key, from_environm
 
 
 @virtual_time
-async def test_a_batch_does_not_bring_the_key_out(outlet):
-    """Its outcomes, its events, and the model that learned from it."""
+async def test_a_batch_does_not_reveal_the_key(outlet):
+    """In its outcomes, its events, and the model that learned from it."""
     async with (
         Simulator(fault_rate=0.3) as simulator,
         KontextClient(KEY, base_url=simulator.base_url, request_timeout=1.0) as client,
@@ -255,8 +257,8 @@ async def test_a_batch_does_not_bring_the_key_out(outlet):
         outlet.texts.append(client._transport.durations.to_json())
 
 
-async def test_a_client_that_is_dropped_does_not_bring_the_key_out(outlet):
-    """Its warning, and what the loop is told."""
+async def test_a_client_that_is_dropped_does_not_reveal_the_key(outlet):
+    """In its warning, and in what the loop reports."""
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(lambda _, context: outlet.texts.append(repr(context)))
     async with Simulator() as simulator:
@@ -271,8 +273,8 @@ async def test_a_client_that_is_dropped_does_not_bring_the_key_out(outlet):
 
 
 @virtual_time
-async def test_a_wait_that_is_cancelled_or_times_out_does_not_bring_the_key_out(outlet):
-    """Nor does a pause, a full quota, or a callback's own error."""
+async def test_a_wait_that_is_cancelled_or_times_out_does_not_reveal_the_key(outlet):
+    """Nor does a pause, an exhausted rate limit, or a callback's own error."""
     async with (
         Simulator() as simulator,
         KontextClient(KEY, base_url=simulator.base_url, rate_limit=RateLimit(2, 60.0)) as client,
@@ -294,8 +296,8 @@ async def test_a_wait_that_is_cancelled_or_times_out_does_not_bring_the_key_out(
 
 
 @virtual_time
-async def test_the_log_tells_neither_prompt_nor_answer(caplog):
-    """Nor does an event, an error or a record's repr tell the prompt."""
+async def test_the_log_has_neither_prompt_nor_answer(caplog):
+    """Nor does an event, an error or a record's repr have the prompt."""
     caplog.set_level(logging.DEBUG, "kontext_async")
     outlet = Outlet(caplog)
     async with (

@@ -1,4 +1,4 @@
-"""The simulator, request by request over the loopback."""
+"""The simulator, request by request over loopback."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import re
 import statistics
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
+from types import SimpleNamespace
 
 import aiohttp
 import pytest
 from yarl import URL
 
-from kontext_async.simulator import Failure, Reply, Simulator, WindowLimit, lognormal
+from kontext_async.simulator import Failure, FixedWindow, Reply, Simulator, lognormal
 
 pytestmark = pytest.mark.virtual_time
 
@@ -23,18 +24,28 @@ RECORD_INFO = "/api/v1/flux/kontext/record-info"
 KEY = {"Authorization": "Bearer some-key"}
 
 
-async def ask(simulator, task_id, headers=KEY):
-    """One look, as the envelope."""
+async def poll(simulator, task_id="t", headers=KEY):
+    """Poll once; return the response with its body."""
     params = {} if task_id is None else {"taskId": task_id}
     async with (
         aiohttp.ClientSession(simulator.base_url, headers=headers) as session,
         session.get(RECORD_INFO, params=params) as response,
     ):
-        return await response.json()
+        return SimpleNamespace(
+            status=response.status,
+            reason=response.reason,
+            headers=response.headers,
+            body=await response.read(),
+        )
 
 
-async def look(simulator, task_id):
-    """One look, as the record."""
+async def ask(simulator, task_id="t", headers=KEY):
+    """Poll once; return the envelope."""
+    return json.loads((await poll(simulator, task_id, headers)).body)
+
+
+async def record_of(simulator, task_id="t"):
+    """Poll once; return the record."""
     return (await ask(simulator, task_id))["data"]
 
 
@@ -85,9 +96,9 @@ async def test_a_task_succeeds_when_its_duration_is_over():
     async with Simulator() as simulator:
         task_id = simulator.add_task(duration=10, outcome="success")
         await asyncio.sleep(9.9)
-        assert (await look(simulator, task_id))["successFlag"] == 0
+        assert (await record_of(simulator, task_id))["successFlag"] == 0
         await asyncio.sleep(0.2)
-        record = await look(simulator, task_id)
+        record = await record_of(simulator, task_id)
     assert record["successFlag"] == 1
     assert record["errorCode"] is None
     assert record["errorMessage"] == ""
@@ -99,10 +110,10 @@ async def test_a_task_succeeds_when_its_duration_is_over():
     assert times[1] - times[0] == timedelta(seconds=10)
 
 
-async def test_a_failed_task_tells_why_in_an_envelope_that_says_success():
+async def test_a_failed_task_gives_its_reason_in_an_envelope_with_code_200():
     async with Simulator() as simulator:
         simulator.add_task("t", duration=0, outcome=Failure(400, "flagged"))
-        answer = await ask(simulator, "t")
+        answer = await ask(simulator)
     assert (answer["code"], answer["msg"]) == (200, "success")
     assert answer["data"]["successFlag"] == 3
     assert (answer["data"]["errorCode"], answer["data"]["errorMessage"]) == (400, "flagged")
@@ -114,7 +125,7 @@ async def test_a_failure_can_be_one_of_the_documented_ones():
     async with Simulator() as simulator:
         for n in range(20):
             simulator.add_task(f"t{n}", duration=0, outcome="failure")
-        records = [await look(simulator, f"t{n}") for n in range(20)]
+        records = [await record_of(simulator, f"t{n}") for n in range(20)]
     assert {record["successFlag"] for record in records} == {2, 3}
     assert {record["errorCode"] for record in records} == {400, 500, 501}
     assert all(record["errorMessage"] for record in records)
@@ -124,7 +135,7 @@ async def test_a_task_may_never_end():
     async with Simulator() as simulator:
         simulator.add_task("t", duration=math.inf)
         await asyncio.sleep(1e6)
-        assert (await look(simulator, "t"))["successFlag"] == 0
+        assert (await record_of(simulator))["successFlag"] == 0
 
 
 async def test_an_id_is_taken_once():
@@ -139,24 +150,24 @@ async def test_tasks_can_be_added_before_it_serves_and_begin_with_it():
     simulator.add_task("t", duration=5)
     await asyncio.sleep(100)
     async with simulator:
-        assert (await look(simulator, "t"))["successFlag"] == 0
+        assert (await record_of(simulator))["successFlag"] == 0
 
 
 async def test_an_age_puts_the_creation_of_a_task_into_the_past():
     async with Simulator() as simulator:
         simulator.add_task("t", duration=10, age=3600)
-        record = await look(simulator, "t")
+        record = await record_of(simulator)
     created = datetime.fromisoformat(record["createTime"])
     assert 3599 <= (datetime.now(UTC) - created).total_seconds() <= 3602
     assert record["successFlag"] == 1
 
 
 async def test_dates_move_with_the_loops_clock():
-    async with Simulator() as simulator, aiohttp.ClientSession(headers=KEY) as session:
+    async with Simulator() as simulator:
         dates = []
         for _ in range(2):
-            async with session.get(simulator.base_url + RECORD_INFO) as response:
-                dates.append(parsedate_to_datetime(response.headers["Date"]))
+            response = await poll(simulator)
+            dates.append(parsedate_to_datetime(response.headers["Date"]))
             await asyncio.sleep(86400)
         assert timedelta(days=1) <= dates[1] - dates[0] <= timedelta(days=1, seconds=1)
         assert simulator.now == pytest.approx(2 * 86400, abs=1)
@@ -168,7 +179,7 @@ async def test_an_unknown_id_is_refused_as_the_api_does():
     assert answer == {"code": 422, "msg": "The record does not exist", "data": None}
 
 
-async def test_a_look_needs_an_id():
+async def test_a_poll_needs_an_id():
     async with Simulator() as simulator:
         assert (await ask(simulator, None))["code"] == 422
         assert (await ask(simulator, ""))["code"] == 422
@@ -178,18 +189,18 @@ async def test_a_look_needs_an_id():
 async def test_any_id_can_be_asked_about(task_id):
     async with Simulator() as simulator:
         simulator.add_task(task_id, duration=0)
-        record = await look(simulator, task_id)
+        record = await record_of(simulator, task_id)
         async with aiohttp.request("GET", record["response"]["resultImageUrl"]) as response:
             assert response.status == 200
     assert record["taskId"] == task_id
     assert simulator.requests[-1].task_id == task_id
 
 
-async def test_unknown_ids_can_be_taken_for_new_tasks():
+async def test_unknown_ids_can_become_new_tasks():
     async with Simulator(auto_create=True, durations=5.0) as simulator:
-        assert (await look(simulator, "anything"))["successFlag"] == 0
+        assert (await record_of(simulator, "anything"))["successFlag"] == 0
         await asyncio.sleep(5)
-        assert (await look(simulator, "anything"))["successFlag"] == 1
+        assert (await record_of(simulator, "anything"))["successFlag"] == 1
         assert simulator.polls("anything") == 2
 
 
@@ -197,9 +208,9 @@ async def test_the_same_seed_gives_an_id_the_same_fate_in_any_order():
     async def fates(names, seed):
         async with Simulator(failure_rate=0.5, auto_create=True, seed=seed) as simulator:
             for name in names:
-                await look(simulator, name)
+                await record_of(simulator, name)
             await asyncio.sleep(120)
-            records = [await look(simulator, name) for name in sorted(names)]
+            records = [await record_of(simulator, name) for name in sorted(names)]
             times = [datetime.fromisoformat(record["completeTime"]) for record in records]
             return [
                 (record["successFlag"], record["errorCode"], time - times[0])
@@ -219,9 +230,9 @@ async def test_durations_may_be_drawn_by_a_function_of_ones_own():
     async with Simulator(durations=lambda draw: 20 + draw.random()) as simulator:
         simulator.add_task("t")
         await asyncio.sleep(19.9)
-        assert (await look(simulator, "t"))["successFlag"] == 0
+        assert (await record_of(simulator))["successFlag"] == 0
         await asyncio.sleep(1.2)
-        assert (await look(simulator, "t"))["successFlag"] == 1
+        assert (await record_of(simulator))["successFlag"] == 1
 
 
 def test_lognormal_durations_lie_around_their_median():
@@ -234,9 +245,9 @@ def test_lognormal_durations_lie_around_their_median():
     assert within / 2000 == pytest.approx(0.68, abs=0.04)
 
 
-async def test_the_failure_rate_is_the_share_that_fails():
+async def test_the_failure_rate_is_the_fraction_that_fails():
     async with Simulator(failure_rate=0.25, durations=0.0, auto_create=True) as simulator:
-        flags = [(await look(simulator, f"t{n}"))["successFlag"] for n in range(200)]
+        flags = [(await record_of(simulator, f"t{n}"))["successFlag"] for n in range(200)]
     assert sum(flag != 1 for flag in flags) == pytest.approx(50, abs=20)
 
 
@@ -262,10 +273,10 @@ async def test_the_wrong_key_is_refused_in_an_envelope_with_http_200(header, acc
     assert (logged.status, logged.code) == (200, answer["code"])
 
 
-async def test_any_key_will_do_unless_one_is_named_but_there_must_be_one():
+async def test_any_key_is_accepted_by_default_and_a_missing_one_is_not():
     async with Simulator() as simulator:
         simulator.add_task("t")
-        assert (await ask(simulator, "t"))["code"] == 200
+        assert (await ask(simulator))["code"] == 200
         assert (await ask(simulator, "t", {}))["code"] == 401
         assert (await ask(simulator, "t", {"Authorization": "Bearer "}))["code"] == 401
 
@@ -276,15 +287,11 @@ async def test_the_log_never_holds_a_key():
     assert "marker-key" not in repr(simulator.requests) + repr(vars(simulator))
 
 
-async def test_the_log_tells_what_was_asked_and_answered():
+async def test_the_log_holds_the_request_and_the_status_of_its_reply():
     async with Simulator() as simulator:
         simulator.add_task("t", script=["http_502"])
         await asyncio.sleep(3)
-        async with (
-            aiohttp.ClientSession(headers={**KEY, "User-Agent": "me/1"}) as session,
-            session.get(simulator.base_url + RECORD_INFO, params={"taskId": "t"}),
-        ):
-            pass
+        await poll(simulator, headers={**KEY, "User-Agent": "me/1"})
     (logged,) = simulator.requests
     assert logged.time == pytest.approx(3, abs=0.1)
     assert (logged.method, logged.path, logged.task_id) == ("GET", RECORD_INFO, "t")
@@ -301,7 +308,7 @@ async def test_the_log_keeps_as_many_requests_as_it_may(limit, kept):
     ]
 
 
-async def test_it_counts_looks_by_task():
+async def test_it_counts_polls_by_task():
     async with Simulator() as simulator:
         simulator.add_task("a")
         simulator.add_task("b")
@@ -315,47 +322,42 @@ async def test_it_counts_looks_by_task():
 async def test_latency_comes_before_each_answer_and_shows_in_the_requests_in_flight():
     async with Simulator(latency=2.0) as simulator:
         simulator.add_task("t", duration=1.0)
-        records = await asyncio.gather(*(look(simulator, "t") for _ in range(5)))
+        records = await asyncio.gather(*(record_of(simulator) for _ in range(5)))
         assert simulator.now == pytest.approx(2, abs=0.1)
     assert [record["successFlag"] for record in records] == [1] * 5
     assert simulator.max_in_flight == 5
 
 
 async def test_over_the_rate_limit_it_refuses_and_counts():
-    async with Simulator(rate_limit=WindowLimit(2, 10.0)) as simulator:
+    async with Simulator(rate_limit=FixedWindow(2, 10.0)) as simulator:
         simulator.add_task("t")
-        async with aiohttp.ClientSession(headers=KEY) as session:
-            answers = []
-            for _ in range(4):
-                async with session.get(
-                    simulator.base_url + RECORD_INFO, params={"taskId": "t"}
-                ) as r:
-                    answers.append((r.status, (await r.json())["code"], "Retry-After" in r.headers))
-    assert answers == [(200, 200, False)] * 2 + [(429, 429, False)] * 2
+        responses = [await poll(simulator) for _ in range(4)]
+    assert [(r.status, "Retry-After" in r.headers) for r in responses] == [
+        *[(200, False)] * 2,
+        *[(429, False)] * 2,
+    ]
+    assert [json.loads(r.body)["code"] for r in responses] == [200, 200, 429, 429]
     assert (simulator.answered, simulator.refused, simulator.polls("t")) == (2, 2, 2)
 
 
-async def test_a_refusal_can_say_when_to_come_back():
-    async with Simulator(rate_limit=WindowLimit(1, 10.0), retry_after=True) as simulator:
+async def test_a_refusal_can_have_a_retry_after_header():
+    async with Simulator(rate_limit=FixedWindow(1, 10.0), retry_after=True) as simulator:
         await asyncio.sleep(2.5)
-        async with aiohttp.ClientSession(headers=KEY) as session:
-            for _ in range(2):
-                async with session.get(simulator.base_url + RECORD_INFO) as response:
-                    waits = response.headers.get("Retry-After")
-    assert waits == "8"
+        waits = [(await poll(simulator)).headers.get("Retry-After") for _ in range(2)]
+    assert waits == [None, "8"]
 
 
 async def test_a_limit_given_to_two_simulators_is_one_for_each():
-    limit = WindowLimit(1, 1000.0)
+    limit = FixedWindow(1, 1000.0)
     for _ in range(2):
         async with Simulator(rate_limit=limit) as simulator:
-            await ask(simulator, "t")
+            await ask(simulator)
         assert simulator.refused == 0
 
 
-async def test_a_wrong_key_costs_nothing_of_the_rate_limit():
-    async with Simulator(rate_limit=WindowLimit(1, 1000.0), api_key="right") as simulator:
-        assert (await ask(simulator, "t"))["code"] == 401
+async def test_a_wrong_key_does_not_count_towards_the_rate_limit():
+    async with Simulator(rate_limit=FixedWindow(1, 1000.0), api_key="right") as simulator:
+        assert (await ask(simulator))["code"] == 401
         assert (await ask(simulator, "t", {"Authorization": "Bearer right"}))["code"] == 422
 
 
@@ -364,6 +366,7 @@ async def test_a_wrong_key_costs_nothing_of_the_rate_limit():
     [
         ("GET", "/"),
         ("GET", "/nowhere"),
+        ("GET", "/record-info"),
         ("POST", RECORD_INFO),
         ("OPTIONS", "*"),
         ("HEAD", "/images/t.png"),
@@ -410,7 +413,7 @@ async def test_closing_ends_the_requests_that_are_still_open(step):
     simulator = Simulator()
     async with simulator, asyncio.TaskGroup() as group:
         simulator.add_task("t", script=[step])
-        request = group.create_task(_error_of(look(simulator, "t")))
+        request = group.create_task(_error_of(record_of(simulator)))
         await asyncio.sleep(0.5)
         await simulator.aclose()
         assert simulator.now < 1
@@ -429,36 +432,29 @@ async def test_a_client_that_leaves_ends_its_request():
         for _ in range(2):
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(5):
-                    await look(simulator, "t")
+                    await record_of(simulator)
         await asyncio.sleep(1)
         assert simulator.max_in_flight == 1
 
 
 async def test_a_step_that_raises_is_a_500_and_in_the_servers_log(caplog):
-    def broken(look):
+    def broken(request):
         raise RuntimeError("in my step")
 
     async with Simulator() as simulator:
         simulator.add_task("t", script=[broken])
-        async with (
-            aiohttp.ClientSession(headers=KEY) as session,
-            session.get(simulator.base_url + RECORD_INFO, params={"taskId": "t"}) as response,
-        ):
-            assert response.status == 500
+        assert (await poll(simulator)).status == 500
     assert "in my step" in caplog.text
 
 
 async def test_replies_may_be_given_raw():
     async with Simulator() as simulator:
         simulator.add_task("t", script=[Reply(201, {"X-A": "b"}, b"c"), (299, {}, b"d")])
-        got = []
-        async with aiohttp.ClientSession(headers=KEY) as session:
-            for _ in range(2):
-                async with session.get(
-                    simulator.base_url + RECORD_INFO, params={"taskId": "t"}
-                ) as r:
-                    got.append((r.status, r.reason, r.headers.get("X-A"), await r.read()))
-    assert got == [(201, "Created", "b", b"c"), (299, "Unknown", None, b"d")]
+        got = [await poll(simulator) for _ in range(2)]
+    assert [(r.status, r.reason, r.headers.get("X-A"), r.body) for r in got] == [
+        (201, "Created", "b", b"c"),
+        (299, "Unknown", None, b"d"),
+    ]
 
 
 async def test_a_hundred_thousand_tasks_are_cheap():
@@ -474,13 +470,13 @@ async def test_a_hundred_thousand_tasks_are_cheap():
     assert per_task < 600  # bytes
 
 
-async def test_sprinkled_faults_come_at_their_rate_and_are_the_same_each_time():
+async def test_random_faults_come_at_their_rate_and_are_the_same_each_time():
     async def codes():
         async with Simulator(
             durations=math.inf, fault_rate=0.3, faults=["code_500", "http_502"], seed=3
         ) as simulator:
             simulator.add_task("t")
-            return [(await ask(simulator, "t"))["code"] for _ in range(100)]
+            return [(await ask(simulator))["code"] for _ in range(100)]
 
     first = await codes()
     assert set(first) == {200, 500, 502}
@@ -489,25 +485,25 @@ async def test_sprinkled_faults_come_at_their_rate_and_are_the_same_each_time():
 
 
 @pytest.mark.parametrize("rate", ["failure_rate", "fault_rate"])
-@pytest.mark.parametrize("share", [-0.1, 1.1, math.nan])
-def test_a_rate_is_a_share(rate, share):
+@pytest.mark.parametrize("value", [-0.1, 1.1, math.nan])
+def test_a_rate_is_a_fraction(rate, value):
     with pytest.raises(ValueError, match="from 0 to 1"):
-        Simulator(**{rate: share})
+        Simulator(**{rate: value})
 
 
-async def test_there_may_be_no_faults_to_sprinkle():
+async def test_there_may_be_no_faults_to_draw_from():
     async with Simulator(fault_rate=1.0, faults=[]) as simulator:
         simulator.add_task("t")
-        assert (await ask(simulator, "t"))["code"] == 200
+        assert (await ask(simulator))["code"] == 200
 
 
-async def test_scripted_looks_meet_no_sprinkled_faults():
+async def test_scripted_polls_meet_no_random_faults():
     async with Simulator(fault_rate=1.0, faults=["code_500"]) as simulator:
         simulator.add_task("t", script=["generating"])
-        assert [(await ask(simulator, "t"))["code"] for _ in range(2)] == [200, 500]
+        assert [(await ask(simulator))["code"] for _ in range(2)] == [200, 500]
 
 
-def test_sprinkled_faults_are_known_by_name():
+def test_random_faults_are_known_by_name():
     with pytest.raises(ValueError, match="http_500"):
         Simulator(faults=["http_5000"])
 
@@ -515,5 +511,5 @@ def test_sprinkled_faults_are_known_by_name():
 async def test_params_are_the_records_own_json():
     async with Simulator() as simulator:
         simulator.add_task("t", params={"prompt": "<script>", "aspectRatio": "1:1"})
-        record = await look(simulator, "t")
+        record = await record_of(simulator)
     assert json.loads(record["paramJson"]) == {"prompt": "<script>", "aspectRatio": "1:1"}

@@ -1,4 +1,4 @@
-"""The simulator's page says what the simulator does."""
+"""The simulator's page agrees with the simulator."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kontext_async.simulator import FAULTS, IMAGE_STEPS, STEPS, Look, Simulator
+from kontext_async.simulator import FAULTS, IMAGE_STEPS, STEPS, Simulator, StepRequest
 from kontext_async.simulator.clock import Clock
 from kontext_async.simulator.replies import Reply
 from kontext_async.simulator.tasks import Task
@@ -34,7 +34,7 @@ def test_the_faults_are_marked():
 @pytest.mark.parametrize("name", STEPS)
 def test_the_steps_that_end_a_task_are_marked(name):
     task = Task("t", 0.0, None, None, "{}", "png")
-    STEPS[name](Look(task, 5.0, Clock(), "http://x", "http://x/", Reply))
+    STEPS[name](StepRequest(task, 5.0, Clock(), "http://x", "http://x/", Reply))
     assert task.has_ended(5.0) is rows(RECORDS)[name][0]
 
 

@@ -8,7 +8,7 @@ import json
 import aiohttp
 import pytest
 
-from kontext_async.simulator import Simulator, WindowLimit
+from kontext_async.simulator import FixedWindow, Simulator
 
 pytestmark = pytest.mark.virtual_time
 
@@ -107,12 +107,12 @@ async def test_a_bad_parameter_is_refused_by_name(simulator, params, named):
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b'"a"', b"null", b"{}", b"\xff"], ids=str)
-async def test_a_body_that_is_no_request_is_refused(simulator, body):
+async def test_a_body_that_is_not_a_request_is_refused(simulator, body):
     assert (await post(simulator, body))[1]["code"] == 422
 
 
-async def test_the_key_and_the_rate_limit_hold_here_too():
-    async with Simulator(api_key="right", rate_limit=WindowLimit(1, 1000)) as simulator:
+async def test_the_key_and_the_rate_limit_apply_here_too():
+    async with Simulator(api_key="right", rate_limit=FixedWindow(1, 1000)) as simulator:
         codes = [
             (await post(simulator, {"prompt": "a"}, key))[1]["code"]
             for key in ("wrong", "right", "right")
@@ -120,7 +120,7 @@ async def test_the_key_and_the_rate_limit_hold_here_too():
     assert codes == [401, 200, 429]
 
 
-async def test_a_script_says_what_the_first_requests_meet():
+async def test_a_script_answers_the_first_requests():
     script = ["code_402", "code_505", "http_500"]
     async with Simulator(generate_script=script) as simulator:
         answers = [await post(simulator, {"prompt": "a"}) for _ in range(4)]
@@ -132,12 +132,12 @@ async def test_a_script_says_what_the_first_requests_meet():
     ]
 
 
-async def test_an_account_can_be_out_of_credits_for_good():
+async def test_a_script_may_refuse_every_request():
     async with Simulator(generate_script=itertools.repeat("code_402")) as simulator:
         assert [(await post(simulator, {"prompt": "a"}))[1]["code"] for _ in range(5)] == [402] * 5
 
 
-async def test_a_task_is_made_and_paid_for_although_its_answer_is_lost():
+async def test_a_task_exists_although_the_reply_is_lost():
     async with Simulator(generate_script=["truncated"]) as simulator:
         with pytest.raises(aiohttp.ClientPayloadError):
             await post(simulator, {"prompt": "a"})

@@ -1,4 +1,4 @@
-"""The images a simulator makes, and what a download of them can run into."""
+"""The images that a simulator makes, and the ways their download can fail."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ async def simulator():
 
 @pytest.fixture
 def no_pillow(monkeypatch):
-    """As if the extra were not installed."""
+    """Pretend that the extra is not installed."""
     monkeypatch.setattr(images, "_HAS_PILLOW", False)
     images._drawn.cache_clear()
     yield
@@ -49,7 +49,7 @@ async def fetch(session, path="/images/t.png", **headers):
 
 
 def decoded(body):
-    """The image, read whole: a broken one raises."""
+    """Decode the whole image; a broken one raises."""
     image = Image.open(io.BytesIO(body))
     image.load()
     return image
@@ -57,7 +57,7 @@ def decoded(body):
 
 @pytest.mark.parametrize("size", [0, 100, 50_000, 300_000])
 @pytest.mark.parametrize("kind", ["png", "jpeg"])
-async def test_an_image_is_of_the_kind_and_size_asked_for(kind, size):
+async def test_an_image_has_the_format_and_size_requested(kind, size):
     async with Simulator(image_bytes=size) as simulator, aiohttp.ClientSession() as session:
         params = {"prompt": "a boat", "outputFormat": kind, "aspectRatio": "3:4"}
         simulator.add_task("t", duration=0, params=params)
@@ -95,7 +95,7 @@ async def test_without_pillow_every_image_is_a_plain_png(no_pillow):
     assert len(got.body) >= 5000
 
 
-async def test_a_jpeg_is_what_the_api_makes_unless_told_otherwise(simulator, session):
+async def test_the_default_format_is_jpeg(simulator, session):
     simulator.add_task("t", duration=0, params={"prompt": "a"})
     assert (await fetch(session)).headers["Content-Type"] == "image/jpeg"
 
@@ -117,7 +117,7 @@ async def test_there_is_an_image_once_a_task_has_succeeded(
     assert (await fetch(session, f"/{folder}/t.png")).status == status
 
 
-async def test_nobodys_image_is_not_found(session):
+async def test_the_image_of_an_unknown_task_is_not_found(session):
     for path in ("/images/nobody.png", "/images/", "/images", "/origins/t"):
         assert (await fetch(session, path)).status == 404
 
@@ -131,7 +131,7 @@ async def test_images_expire(simulator, session, folder, lifetime):
     assert (await fetch(session, f"/{folder}/t.png")).status == 404
 
 
-async def test_a_task_may_have_been_made_so_long_ago_that_its_image_is_gone(simulator, session):
+async def test_the_image_of_an_old_task_has_expired(simulator, session):
     simulator.add_task("t", duration=20.0, age=15 * DAY)
     assert (await fetch(session)).status == 404
 
@@ -161,7 +161,7 @@ def test_a_misspelt_image_step_is_refused():
         Simulator().add_task(image_script=["generating"])
 
 
-ANSWERS = {
+REPLIES = {
     "image": (200, "image/png", b"\x89PNG"),
     "empty": (200, "image/png", b""),
     "html_as_image": (200, "image/png", b"<!doctype html>"),
@@ -178,11 +178,11 @@ ANSWERS = {
 }
 
 
-@pytest.mark.parametrize("name", ANSWERS)
-async def test_an_image_step_answers_as_its_name_says(simulator, session, name):
+@pytest.mark.parametrize("name", REPLIES)
+async def test_an_image_step_replies_as_its_name_says(simulator, session, name):
     simulator.add_task("t", duration=0, outcome="success", image_script=[name])
     got = await fetch(session)
-    status, kind, begins = ANSWERS[name]
+    status, kind, begins = REPLIES[name]
     assert (got.status, got.headers.get("Content-Type")) == (status, kind)
     assert got.body.startswith(begins)
     assert bool(got.body) is bool(begins)
@@ -201,7 +201,7 @@ async def test_a_file_cut_short_is_whole_for_http_and_broken_for_a_decoder(
         decoded(cut)
 
 
-async def test_an_image_may_be_compressed_on_the_way(simulator, session):
+async def test_an_image_may_be_compressed_in_transit(simulator, session):
     simulator.add_task("t", duration=0, image_script=["gzip"])
     got = await fetch(session)
     assert got.headers["Content-Encoding"] == "gzip"
@@ -241,9 +241,7 @@ async def test_a_download_may_break(simulator, session, name):
         ("redirect_private", "http://169.254.169.254/latest/meta-data"),
     ],
 )
-async def test_an_image_may_redirect_to_where_nobody_should_follow(
-    simulator, session, name, location
-):
+async def test_an_image_may_redirect_to_a_forbidden_address(simulator, session, name, location):
     simulator.add_task("t", duration=0, image_script=[name])
     got = await fetch(session)
     assert (got.status, got.headers["Location"]) == (302, location)
@@ -264,7 +262,7 @@ async def test_an_image_may_redirect_to_itself_once_or_for_ever(simulator, sessi
         await session.get("/images/ever.png")
 
 
-async def test_sprinkled_faults_meet_downloads_too():
+async def test_downloads_meet_random_faults_too():
     faults = ["html_503", "not_visible"]
     async with Simulator(fault_rate=0.5, faults=faults) as simulator:
         simulator.add_task("t", duration=0)

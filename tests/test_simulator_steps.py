@@ -1,4 +1,4 @@
-"""Scripts and their steps: what each name puts on the wire."""
+"""Scripts, and the reply that each step's name stands for."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ import pytest
 
 from kontext_async.models import TaskStatus
 from kontext_async.simulator import FAULTS, IMAGE_STEPS, STEPS, Simulator, steps
-from kontext_async.simulator.replies import Wire
+from kontext_async.simulator.replies import Connection
 
 pytestmark = pytest.mark.virtual_time
 
 RECORD_INFO = "/api/v1/flux/kontext/record-info"
 MIB = 1024 * 1024
-RAW_LOOK = (
+RAW_POLL = (
     f"GET {RECORD_INFO}?taskId=t HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer k\r\n\r\n"
 ).encode()
 
@@ -41,7 +41,7 @@ async def session(simulator):
         yield session
 
 
-async def look(session, task_id="t"):
+async def poll(session, task_id="t"):
     async with session.get(
         RECORD_INFO, params={"taskId": task_id}, allow_redirects=False
     ) as response:
@@ -51,7 +51,7 @@ async def look(session, task_id="t"):
 
 
 async def answer(session, task_id="t"):
-    return json.loads((await look(session, task_id)).body)
+    return json.loads((await poll(session, task_id)).body)
 
 
 async def record(session, task_id="t"):
@@ -93,7 +93,7 @@ RECORDS = {
 
 
 @pytest.mark.parametrize("name", RECORDS)
-async def test_a_record_variant_differs_in_what_its_name_says(simulator, session, name):
+async def test_a_record_variant_differs_as_its_name_says(simulator, session, name):
     simulator.add_task("t", script=[name])
     got = await answer(session)
     assert (got["code"], got["msg"]) == (200, "success")
@@ -142,7 +142,7 @@ async def test_urls_may_be_missing_or_hidden_in_a_string(simulator, session):
         ),
     ],
 )
-async def test_times_written_otherwise_are_the_same_times(simulator, session, name, read):
+async def test_times_in_another_format_are_the_same_times(simulator, session, name, read):
     simulator.add_task("t", age=60, duration=12, script=[name])
     odd, plain = await record(session), await record(session)
     assert type(odd["createTime"]) is (int if name == "times_ms" else str)
@@ -159,7 +159,7 @@ CODES = [401, 402, 403, 404, 408, 422, 429, 451, 455, 500, 501, 502, 503, 504, 5
 @pytest.mark.parametrize("code", CODES)
 async def test_a_code_comes_in_an_envelope_with_http_200(simulator, session, code):
     simulator.add_task("t", script=[f"code_{code}"])
-    got = await look(session)
+    got = await poll(session)
     assert got.status == 200
     envelope = json.loads(got.body)
     assert (envelope["code"], envelope["data"]) == (code, None)
@@ -170,7 +170,7 @@ async def test_a_code_comes_in_an_envelope_with_http_200(simulator, session, cod
 @pytest.mark.parametrize("kind", ["http", "html", "empty"])
 async def test_an_http_status_comes_with_json_html_or_nothing(simulator, session, status, kind):
     simulator.add_task("t", script=[f"{kind}_{status}"])
-    got = await look(session)
+    got = await poll(session)
     assert got.status == status
     if kind == "http":
         assert json.loads(got.body)["code"] == status
@@ -198,9 +198,9 @@ async def test_an_http_status_comes_with_json_html_or_nothing(simulator, session
         ("code_501_record", 200, b'{"code": 501, "msg": "Image generation failed", "data": {"t'),
     ],
 )
-async def test_other_answers(simulator, session, name, status, body):
+async def test_other_replies(simulator, session, name, status, body):
     simulator.add_task("t", script=[name])
-    got = await look(session)
+    got = await poll(session)
     assert got.status == status
     assert got.body.startswith(body)
     assert bool(got.body) is bool(body)
@@ -212,31 +212,31 @@ async def test_other_answers(simulator, session, name, status, body):
 )
 async def test_retry_after_may_be_seconds(simulator, session, name, status, code):
     simulator.add_task("t", script=[name])
-    got = await look(session)
+    got = await poll(session)
     assert (got.status, got.headers["Retry-After"]) == (status, "2")
     assert simulator.requests[-1].code == code
 
 
 async def test_retry_after_may_be_a_date(simulator, session):
     simulator.add_task("t", script=["rate_limited_until"])
-    headers = (await look(session)).headers
+    headers = (await poll(session)).headers
     until, now = (parsedate_to_datetime(headers[name]) for name in ("Retry-After", "Date"))
     assert until - now == timedelta(seconds=2)
 
 
-async def test_a_rate_limit_may_speak_in_the_body_alone(simulator, session):
+async def test_a_rate_limit_may_be_in_the_body_alone(simulator, session):
     simulator.add_task("t", script=["rate_limited_in_body"])
-    got = await look(session)
+    got = await poll(session)
     assert (got.status, json.loads(got.body)["code"]) == (200, 429)
     assert "Retry-After" not in got.headers
 
 
 @pytest.mark.parametrize(("name", "times"), [("reset", 2), ("closed", 2), ("not_http", 1)])
-async def test_there_may_be_no_http_answer(simulator, session, name, times):
-    # Twice where aiohttp asks again by itself: a connection lost before an answer.
+async def test_there_may_be_no_http_reply(simulator, session, name, times):
+    # Twice, as aiohttp itself retries when a connection is lost before the reply.
     simulator.add_task("t", script=[name] * times)
     with pytest.raises(aiohttp.ClientError):
-        await look(session)
+        await poll(session)
     assert simulator.requests[-1].status == 0
     assert (await record(session))["successFlag"] == 1
 
@@ -245,7 +245,7 @@ async def test_a_reset_is_a_reset(simulator):
     simulator.add_task("t", script=["reset"])
     host, port = simulator.base_url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
-    writer.write(RAW_LOOK)
+    writer.write(RAW_POLL)
     with pytest.raises(ConnectionResetError):
         await reader.read()
     writer.close()
@@ -257,7 +257,7 @@ async def test_a_reset_is_a_reset(simulator):
 async def test_a_body_may_end_too_early(simulator, session, name):
     simulator.add_task("t", script=[name])
     with pytest.raises(aiohttp.ClientPayloadError):
-        await look(session)
+        await poll(session)
     assert simulator.requests[-1].status == 200
 
 
@@ -266,7 +266,7 @@ async def test_a_stall_lasts_until_the_client_leaves(simulator, session, name):
     simulator.add_task("t", script=[name])
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(3600):
-            await look(session)
+            await poll(session)
 
 
 async def test_a_slow_body_takes_a_second(simulator, session):
@@ -279,14 +279,14 @@ async def test_a_slow_body_takes_a_second(simulator, session):
 async def test_a_slow_body_may_be_empty(simulator, session):
     slow = steps.sent(steps.replies.slow(1.0), steps.http(200, ""))
     simulator.add_task("t", script=[slow])
-    assert (await look(session)).body == b""
+    assert (await poll(session)).body == b""
 
 
 async def test_a_body_may_go_on_after_its_announced_end(simulator):
     simulator.add_task("t", script=["overrun"])
     host, port = simulator.base_url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
-    writer.write(RAW_LOOK)
+    writer.write(RAW_POLL)
     head, _, body = (await reader.read()).partition(b"\r\n\r\n")
     announced = int(re.search(rb"Content-Length: (\d+)", head)[1])
     assert json.loads(body[:announced])["code"] == 200
@@ -295,30 +295,30 @@ async def test_a_body_may_go_on_after_its_announced_end(simulator):
     await writer.wait_closed()
 
 
-async def test_a_good_answer_may_be_the_last_on_its_connection(simulator, session):
+async def test_a_good_reply_may_be_the_last_on_its_connection(simulator, session):
     simulator.add_task("t", script=["closed_after"])
-    got = await look(session)
+    got = await poll(session)
     assert json.loads(got.body)["code"] == 200
     assert "Connection" not in got.headers
 
 
 async def test_a_body_may_come_in_chunks(simulator, session):
     simulator.add_task("t", script=["chunked"])
-    got = await look(session)
+    got = await poll(session)
     assert got.headers["Transfer-Encoding"] == "chunked"
     assert json.loads(got.body)["data"]["taskId"] == "t"
 
 
 async def test_a_body_may_be_compressed(simulator, session):
     simulator.add_task("t", script=["gzip"])
-    got = await look(session)
+    got = await poll(session)
     assert got.headers["Content-Encoding"] == "gzip"
     assert json.loads(gzip.decompress(got.body))["data"]["taskId"] == "t"
 
 
 async def test_a_body_may_be_far_too_large(simulator, session):
     simulator.add_task("t", script=["oversized", "oversized_chunked", "oversized_gzip"])
-    announced, chunked, packed = [await look(session) for _ in range(3)]
+    announced, chunked, packed = [await poll(session) for _ in range(3)]
     assert int(announced.headers["Content-Length"]) == len(announced.body) > 2 * MIB
     assert "Content-Length" not in chunked.headers
     assert len(chunked.body) > 2 * MIB
@@ -327,33 +327,33 @@ async def test_a_body_may_be_far_too_large(simulator, session):
     assert json.loads(announced.body)["data"]["taskId"] == "t"
 
 
-async def test_who_follows_the_redirect_is_seen(simulator, session):
+async def test_a_redirect_leads_to_this_server_under_another_name(simulator, session):
     simulator.add_task("t", script=["redirect"])
-    got = await look(session)
+    got = await poll(session)
     assert got.status == 302
     port = simulator.base_url.rpartition(":")[2]
     assert got.headers["Location"] == f"http://localhost:{port}{RECORD_INFO}?taskId=t"
 
 
-async def test_the_reset_of_a_connection_that_is_gone_does_nothing():
-    Wire(SimpleNamespace(transport=None), "").reset()
+async def test_resetting_a_closed_connection_does_nothing():
+    Connection(SimpleNamespace(transport=None), "").reset()
 
 
-async def test_a_script_gives_each_look_its_step(simulator, session):
+async def test_a_script_gives_each_poll_its_step(simulator, session):
     simulator.add_task("t", script=["not_found", "http_500", "html_502", "generating", "success"])
-    statuses = [(await look(session)).status for _ in range(5)]
+    statuses = [(await poll(session)).status for _ in range(5)]
     assert statuses == [200, 500, 502, 200, 200]
     assert [logged.code for logged in simulator.requests] == [422, 500, None, 200, 200]
 
 
-async def test_after_its_script_a_task_without_a_duration_ends_at_the_next_look(simulator, session):
+async def test_after_its_script_a_task_without_a_duration_ends_at_the_next_poll(simulator, session):
     simulator.add_task("t", script=["generating", "generating"])
     assert [(await record(session))["successFlag"] for _ in range(4)] == [0, 0, 1, 1]
 
 
-async def test_after_its_script_a_task_with_a_duration_goes_by_it(simulator, session):
+async def test_after_its_script_a_task_with_a_duration_lasts_that_long(simulator, session):
     simulator.add_task("t", script=["http_500"], duration=10.0)
-    await look(session)
+    await poll(session)
     assert (await record(session))["successFlag"] == 0
     await asyncio.sleep(10)
     assert (await record(session))["successFlag"] == 1
@@ -369,7 +369,7 @@ async def test_a_step_that_ends_the_task_ends_it_for_good(simulator, session):
     assert timedelta(seconds=4) <= ended - begun <= timedelta(seconds=6)
 
 
-async def test_a_step_that_ends_an_ended_task_leaves_its_time(simulator, session):
+async def test_a_step_that_ends_an_ended_task_keeps_its_time(simulator, session):
     simulator.add_task("t", script=["success"], duration=2.0, age=60)
     got = await record(session)
     begun, ended = (datetime.fromisoformat(got[f"{what}Time"]) for what in ("create", "complete"))
@@ -378,17 +378,17 @@ async def test_a_step_that_ends_an_ended_task_leaves_its_time(simulator, session
 
 async def test_a_script_may_be_endless(simulator, session):
     simulator.add_task("t", script=itertools.repeat("http_503"))
-    assert [(await look(session)).status for _ in range(20)] == [503] * 20
+    assert [(await poll(session)).status for _ in range(20)] == [503] * 20
 
 
-def test_a_misspelt_step_is_refused_at_once_with_a_guess():
-    with pytest.raises(ValueError, match=r"'sucess'; is it 'success'\?"):
+def test_a_misspelt_step_is_refused_at_once_with_a_suggestion():
+    with pytest.raises(ValueError, match=r"'sucess'; did you mean 'success'\?"):
         Simulator().add_task(script=["sucess"])
     with pytest.raises(ValueError, match=r"'qqq'$"):
         Simulator().add_task(script=["qqq"])
 
 
-async def test_steps_can_be_made_to_measure(simulator, session):
+async def test_steps_can_be_customised(simulator, session):
     made = [
         steps.generating(progress="0.5"),
         steps.failed(400, "flagged", TaskStatus.CREATE_TASK_FAILED),
@@ -397,10 +397,10 @@ async def test_steps_can_be_made_to_measure(simulator, session):
         steps.refused(419),
         steps.rate_limited(),
         steps.http(599, "no", content_type="text/plain"),
-        lambda look: look.answer(taskId=look.task.task_id.upper()),
+        lambda request: request.record_reply(taskId=request.task.task_id.upper()),
     ]
     simulator.add_task("t", script=made)
-    got = [await look(session) for _ in made]
+    got = [await poll(session) for _ in made]
     assert json.loads(got[0].body)["data"]["progress"] == "0.5"
     failed = json.loads(got[1].body)["data"]
     assert (failed["successFlag"], failed["errorCode"], failed["errorMessage"]) == (
@@ -428,7 +428,7 @@ async def test_a_fault_leaves_a_running_task_running(simulator, session, name):
     simulator.add_task("t", duration=1000.0, script=[name])
     try:
         async with asyncio.timeout(10):
-            await look(session)
+            await poll(session)
     except (aiohttp.ClientError, TimeoutError):
         pass
     assert (await record(session))["successFlag"] == 0

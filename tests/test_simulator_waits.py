@@ -1,4 +1,4 @@
-"""Every named step, met by a live wait of the real client."""
+"""Every named step, met by a wait of the real client."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ENDS_BADLY = {
     **{name: GenerationFailedError for name in STEPS if name.startswith("failed")},
     "code_401": AuthenticationError,
     "code_402": ApiError,
-    "code_403": AuthenticationError,
+    "code_403": ApiError,
     "code_422": InvalidRequestError,
     "code_451": ApiError,
     "code_501": GenerationFailedError,
@@ -33,8 +33,8 @@ ENDS_BADLY = {
 }
 
 
-async def ending(*script, timeout=600.0):
-    """How a wait ends, as what it returns or raises."""
+async def end_of_wait(*script, timeout=600.0):
+    """Wait for a scripted task; return the result or the error."""
     async with Simulator() as simulator:
         task_id = simulator.add_task(script=script)
         async with KontextClient("k", base_url=simulator.base_url) as client:
@@ -46,11 +46,11 @@ async def ending(*script, timeout=600.0):
 
 @pytest.mark.virtual_time
 @pytest.mark.parametrize("name", STEPS)
-async def test_a_wait_ends_as_the_step_it_meets_deserves(name):
-    assert type(await ending(name)) is ENDS_BADLY.get(name, CompletedTask)
+async def test_a_step_ends_a_wait_as_expected(name):
+    assert type(await end_of_wait(name)) is ENDS_BADLY.get(name, CompletedTask)
 
 
 @pytest.mark.virtual_time
-async def test_a_wait_survives_every_fault_in_one_life():
+async def test_one_wait_survives_every_fault():
     script = [name for fault in FAULTS for name in (fault, "generating")]
-    assert isinstance(await ending(*script, timeout=None), CompletedTask)
+    assert isinstance(await end_of_wait(*script, timeout=None), CompletedTask)

@@ -7,13 +7,14 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import threading
 from contextlib import closing, suppress
 
 import pytest
+from client_world import error_of
 from ledger_world import (
     assert_nothing_left,
     busy_disk,
-    error_of,
     fill_disk,
     free_disk,
     open_files,
@@ -94,7 +95,7 @@ def transactions(store):
 # A file
 
 
-async def test_a_new_ledger_outlives_a_power_cut_and_is_told_from_other_files(store):
+async def test_a_new_ledger_survives_a_power_cut_and_is_distinct_from_other_files(store):
     """A write-ahead log that is synced, and an id and a version of its own."""
     connection = store._connections[0]
     found = {
@@ -120,7 +121,7 @@ async def test_closing_leaves_one_file_and_the_empty_one_for_the_lock(path):
 
 @pytest.mark.parametrize("name", ["a?mode=ro#b%20c", "ü 🦊", "-", "x" * 200])
 async def test_a_file_may_have_any_name(tmp_path, name):
-    """What means something in a URI is taken as it is."""
+    """Characters with a meaning in a URI are taken literally."""
     await make(tmp_path / name, "a")
     assert (tmp_path / name).exists()
     assert read(tmp_path / name) == ["a"]
@@ -133,8 +134,8 @@ async def test_a_relative_path_is_one_from_the_working_folder(tmp_path, monkeypa
     assert read(tmp_path / "here") == ["a"]
 
 
-async def test_what_a_crash_left_of_a_new_ledger_is_replaced(path):
-    """A ledger is there whole or not at all."""
+async def test_the_draft_of_a_new_ledger_that_a_crash_left_is_replaced(path):
+    """A ledger is complete or not there."""
     draft = path.with_name(path.name + "-new")
     draft.write_bytes(b"half a ledger")
     await make(path, "a")
@@ -142,8 +143,8 @@ async def test_what_a_crash_left_of_a_new_ledger_is_replaced(path):
     assert read(path) == ["a"]
 
 
-async def test_what_is_in_a_killed_ones_log_is_there_again(path):
-    """For readers, and for the next writer."""
+async def test_the_log_of_a_killed_process_is_read(path):
+    """By readers, and by the next writer."""
     await leave_log(path, "a", "b")
     assert read(path) == ["a", "b"]
     await make(path, "c")
@@ -153,16 +154,16 @@ async def test_what_is_in_a_killed_ones_log_is_there_again(path):
 # Statements
 
 
-async def test_what_is_asked_together_is_one_transaction(store):
-    """One sync of the disk for all; each gets its own rows, in order."""
+async def test_statements_submitted_together_are_one_transaction(store):
+    """One sync of the disk for all; each has its own rows, in order."""
     begun = transactions(store)
     answers = await asyncio.gather(*(store.run("SELECT ?", (n,)) for n in range(100)))
     assert answers == [[(n,)] for n in range(100)]
     assert len(begun) == 1
 
 
-async def test_what_is_asked_while_the_disk_is_busy_is_the_next_transaction(store):
-    """However much comes meanwhile."""
+async def test_statements_submitted_while_the_disk_is_busy_are_the_next_transaction(store):
+    """However many there are."""
     begun = transactions(store)
     with busy_disk(store):
         asking = [asyncio.create_task(store.run("SELECT 0"))]
@@ -174,14 +175,14 @@ async def test_what_is_asked_while_the_disk_is_busy_is_the_next_transaction(stor
     assert len(begun) == 2
 
 
-async def test_what_has_been_run_is_on_disk(store, path):
+async def test_a_statement_that_has_run_is_on_disk(store, path):
     """Another connection sees it."""
     await store.run(ADD, ("a",))
     assert read(path) == ["a"]
 
 
-async def test_one_who_waits_no_longer_takes_nothing_from_the_others(store, path):
-    """The statement is run all the same, well or badly."""
+async def test_a_cancelled_statement_does_not_affect_the_others(store, path):
+    """It runs all the same, whether its transaction succeeds or fails."""
     waiting = [asyncio.create_task(store.run(ADD, (name,))) for name in "ab"]
     await asyncio.sleep(0)
     waiting[0].cancel()
@@ -191,8 +192,8 @@ async def test_one_who_waits_no_longer_takes_nothing_from_the_others(store, path
     assert read(path) == ["a", "b"]
 
 
-async def test_a_transaction_that_fails_is_undone_and_fails_for_all_of_it(store, path):
-    """What comes after it is not concerned."""
+async def test_a_transaction_that_fails_is_undone_and_fails_for_all_its_statements(store, path):
+    """Later statements are not affected."""
     await store.run(ADD, ("a",))
     answers = await asyncio.gather(
         store.run(ADD, ("b",)), store.run(ADD, ("a",)), return_exceptions=True
@@ -204,7 +205,7 @@ async def test_a_transaction_that_fails_is_undone_and_fails_for_all_of_it(store,
 
 
 async def test_a_full_disk_is_a_clear_error_and_harms_nothing(store, path):
-    """What was written is readable meanwhile; with room again, writing goes on."""
+    """Earlier entries are readable in the meantime; with space again, writing continues."""
     await store.run(ADD, ("a",))
     fill_disk(store)
     error = await error_of(store.run(ADD, (LARGE,)), LedgerError)
@@ -218,8 +219,8 @@ async def test_a_full_disk_is_a_clear_error_and_harms_nothing(store, path):
 # Opening and closing
 
 
-async def test_closing_writes_what_waits_to_be_written(path):
-    """Whoever waits for it has it; and twice is once."""
+async def test_closing_writes_what_is_waiting(path):
+    """Its future is done then; closing is idempotent."""
     store = Store(path)
     await store.open()
     answer = store.submit(ADD, ("a",), list)
@@ -245,8 +246,8 @@ async def test_closing_waits_for_what_is_being_written(path):
     assert read(path) == ["a", "b"]
 
 
-async def test_closing_tells_what_could_not_be_written(path):
-    """Also where nobody waits for it; then it is closed all the same."""
+async def test_closing_raises_the_error_of_a_write(path):
+    """Even if no caller waits for the write; then the store is closed all the same."""
     store = Store(path)
     await store.open()
     fill_disk(store)
@@ -257,8 +258,8 @@ async def test_closing_tells_what_could_not_be_written(path):
     await assert_nothing_left(path.parent)
 
 
-async def test_one_that_is_not_open_says_so(path):
-    """Before, and after."""
+async def test_a_store_that_is_not_open_raises(path):
+    """Before it is opened, and after it is closed."""
     store = Store(path)
     assert "it is closed" in str(await error_of(store.run("SELECT 1"), ClientStateError))
     await store.aclose()
@@ -267,8 +268,8 @@ async def test_one_that_is_not_open_says_so(path):
     assert "it is closed" in str(await error_of(store.run("SELECT 1"), ClientStateError))
 
 
-async def test_one_may_be_opened_again_but_not_twice(store):
-    """The second time harms the first no more than another writer would."""
+async def test_a_store_may_be_opened_again_but_not_twice(store):
+    """The second opening does not affect the first."""
     assert "it is open already" in str(await error_of(store.open(), ClientStateError))
     await store.run(ADD, ("a",))
     await store.aclose()
@@ -276,25 +277,37 @@ async def test_one_may_be_opened_again_but_not_twice(store):
     assert await store.run(ALL) == [("a",)]
 
 
-async def test_opening_may_be_cancelled(path):
-    """When that is through, nothing is left, and the ledger is free."""
+async def test_opening_may_be_cancelled(path, monkeypatch):
+    """Then nothing is left open, and the ledger has no writer."""
+    cancelled = threading.Event()
+
+    def open_once_cancelled(path):
+        cancelled.wait(10)
+        return open_writer(path)
+
+    monkeypatch.setattr(store_module, "open_writer", open_once_cancelled)
     for _ in range(5):
+        cancelled.clear()
         opening = asyncio.create_task(Store(path).open())
         await asyncio.sleep(0)
         opening.cancel()
+        cancelled.set()
         await error_of(opening, asyncio.CancelledError)
         assert open_files(path.parent) == []
     await make(path)
 
 
 async def test_closing_may_be_cancelled(path):
-    """It is closed by then."""
+    """The file is closed by then."""
     store = Store(path)
     await store.open()
     store.submit(ADD, ("a",), list)
+    cancelled = threading.Event()
+    store._thread.submit(cancelled.wait, 10)
     closing_it = asyncio.create_task(store.aclose())
     await asyncio.sleep(0)
     closing_it.cancel()
+    cancelled.set()
     await error_of(closing_it, asyncio.CancelledError)
     assert open_files(path.parent) == []
     assert read(path) == ["a"]
@@ -303,8 +316,8 @@ async def test_closing_may_be_cancelled(path):
 # Writers and readers
 
 
-async def test_a_second_writer_is_refused_and_a_reader_welcome(store, path):
-    """In the same process; when the first is gone it is the second's turn."""
+async def test_a_second_writer_is_refused_and_a_reader_is_not(store, path):
+    """In the same process; the second may write when the first has closed."""
     await store.run(ADD, ("a",))
     error = await error_of(Store(path).open(), LedgerError)
     assert "another process is writing to it: one batch at a time" in str(error)
@@ -330,7 +343,7 @@ asyncio.run(main())
 
 
 async def test_another_process_is_a_second_writer_too(path):
-    """Its lock goes with it, however it ends; what it wrote stays."""
+    """The system releases its lock, however it ends; what it wrote stays."""
     command = [sys.executable, "-c", HOLD, str(path), ADD]
     with subprocess.Popen(  # noqa: ASYNC220  # waited for on purpose
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -343,7 +356,7 @@ async def test_another_process_is_a_second_writer_too(path):
     assert read(path) == ["theirs", "ours"]
 
 
-async def test_a_reader_sees_one_moment(store, path):
+async def test_a_reader_sees_a_snapshot(store, path):
     """Whatever is written while it reads."""
     await asyncio.gather(*(store.run(ADD, (f"{n}",)) for n in range(10)))
     with closing(open_reader(path)) as connection:
@@ -355,8 +368,8 @@ async def test_a_reader_sees_one_moment(store, path):
     assert read(path) == []
 
 
-async def test_a_reader_may_come_while_the_log_goes_into_the_file(path):
-    """The first page of a file that grows is written before its last: that is no damage."""
+async def test_a_reader_may_open_the_file_during_a_checkpoint(path):
+    """The first page of a growing file is written before its last: that is not damage."""
     await make(path)
     store = Store(path)
     await store.open()
@@ -372,7 +385,7 @@ async def test_a_reader_may_come_while_the_log_goes_into_the_file(path):
 
 
 async def test_a_ledger_in_a_read_only_folder_is_readable(path):
-    """The files that SQLite would make beside it are not needed where there is no log."""
+    """Without a log, SQLite's files beside it are not needed."""
     await make(path, "a")
     with read_only_folder(lambda folder: shutil.copy(path, folder)) as folder:
         assert read(folder / path.name) == ["a"]
@@ -425,8 +438,8 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
-async def test_a_foreign_file_is_refused_untouched(path, kind):
-    """By writers and readers; nor is anything made beside it."""
+async def test_a_foreign_file_is_refused_and_not_changed(path, kind):
+    """By writers and readers; no file is made beside it."""
     FOREIGN[kind](path)
     before = bytes_of(path), sorted(path.parent.iterdir())
     for refused in (open_writer, open_reader):
@@ -450,8 +463,8 @@ def overwrite(path):
 
 @pytest.mark.parametrize("damage", [cut, overwrite])
 @pytest.mark.parametrize("with_log", [False, True])
-async def test_a_damaged_ledger_is_refused_untouched(path, damage, with_log):
-    """With the log beside it, where there is one."""
+async def test_a_damaged_ledger_is_refused_and_not_changed(path, damage, with_log):
+    """With the log beside it, if there is one."""
     await make(path, *(f"{n}" * 3000 for n in range(5)))
     if with_log:
         await leave_log(path, "a")
@@ -464,8 +477,8 @@ async def test_a_damaged_ledger_is_refused_untouched(path, damage, with_log):
     assert bytes_of(path) == before
 
 
-async def test_a_reader_says_what_is_damaged_too(path):
-    """When it comes to it."""
+async def test_a_reader_reports_damage(path):
+    """When it reaches the damaged page."""
     await make(path, "a" * 10_000)
     overwrite(path)
     with (
@@ -476,23 +489,31 @@ async def test_a_reader_says_what_is_damaged_too(path):
         connection.execute(ALL).fetchall()
 
 
-async def test_there_is_nothing_to_read_where_there_is_no_ledger(path):
-    """And reading makes none."""
+async def test_reading_a_ledger_that_does_not_exist_is_an_error(path):
+    """And makes no file."""
     with pytest.raises(LedgerError, match="it does not exist"):
         open_reader(path)
     assert not list(path.parent.iterdir())
 
 
 @pytest.mark.parametrize("name", [".", "missing/ledger", "x" * 300])
-async def test_a_place_that_cannot_be_a_ledger_is_refused(tmp_path, name):
-    """A folder, one in a folder that is missing, a name too long: each by its path."""
+async def test_a_path_that_cannot_be_a_ledger_is_refused(tmp_path, name):
+    """A folder, a path in a folder that is missing, a name too long: the error names the path."""
     error = await error_of(Store(tmp_path / name).open(), LedgerError)
     assert str(error).startswith(f"ledger {tmp_path / name}: ")
     assert not list(tmp_path.iterdir())
 
 
-async def test_a_foreign_file_in_the_locks_place_is_left_alone(path):
-    """Then there can be no writer."""
+async def test_what_the_file_system_refuses_is_an_error_of_the_ledger(path):
+    """Here a folder has the name of a ledger that is being made."""
+    path.with_name(path.name + "-new").mkdir()
+    error = await error_of(Store(path).open(), LedgerError)
+    assert str(error) == f"ledger {path}: Is a directory"
+    assert not path.exists()
+
+
+async def test_a_foreign_file_at_the_locks_path_is_not_changed(path):
+    """Then the ledger cannot be opened."""
     lock = path.with_name(path.name + "-lock")
     lock.write_text("not a lock\n" * 100)
     await error_of(Store(path).open(), LedgerError)
@@ -508,8 +529,8 @@ COLOURS = "SELECT task_id, colour FROM tasks"
 
 
 @pytest.mark.parametrize("prepare", [make, leave_log])
-async def test_a_ledger_of_an_older_release_is_brought_up_to_date(path, monkeypatch, prepare):
-    """Step by step, each once; also one that was killed."""
+async def test_a_ledger_of_an_older_release_is_migrated(path, monkeypatch, prepare):
+    """Step by step, each once; also one whose process was killed."""
     await prepare(path, "a")
     known = store_module._MIGRATIONS
     for count in (1, 2, 2):
@@ -521,7 +542,7 @@ async def test_a_ledger_of_an_older_release_is_brought_up_to_date(path, monkeypa
 
 
 async def test_a_step_that_fails_undoes_those_before_it(path, monkeypatch):
-    """The ledger stays what it was."""
+    """The ledger is not changed."""
     await make(path, "a")
     known = store_module._MIGRATIONS
     monkeypatch.setattr(
@@ -536,8 +557,8 @@ async def test_a_step_that_fails_undoes_those_before_it(path, monkeypatch):
 
 
 @pytest.mark.parametrize("prepare", [make, leave_log])
-async def test_a_ledger_of_a_newer_release_is_refused_untouched(path, monkeypatch, prepare):
-    """By writers and readers; the older release says which version it knows."""
+async def test_a_ledger_of_a_newer_release_is_refused_and_not_changed(path, monkeypatch, prepare):
+    """By writers and readers; the error has the version that this release knows."""
     known = store_module._MIGRATIONS
     monkeypatch.setattr(store_module, "_MIGRATIONS", (*known, STEPS[0]))
     await prepare(path, "a")

@@ -1,4 +1,4 @@
-"""The fixtures for users, as users load them."""
+"""The fixtures for users, loaded as users do."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_users_test_gets_a_client_on_a_simulator(project, mode):
     result.assert_outcomes(passed=2)
 
 
-def test_every_test_has_a_simulator_of_its_own(project):
+def test_every_test_has_its_own_simulator(project):
     result = run(
         project,
         "auto",
@@ -73,7 +73,7 @@ def test_every_test_has_a_simulator_of_its_own(project):
     result.assert_outcomes(passed=2)
 
 
-def test_a_test_is_quick_though_its_task_is_looked_at_often(project):
+def test_a_short_task_is_polled_often(project):
     result = run(
         project,
         "auto",

@@ -13,6 +13,7 @@ import tracemalloc
 import aiohttp
 import pytest
 import trustme
+from client_world import KEY, error_of, turns
 from raw_server import http, raw_server
 from tenacity import wait_fixed
 
@@ -20,7 +21,6 @@ from kontext_async import (
     ClientStateError,
     CompletedTask,
     KontextClient,
-    KontextError,
     RateLimit,
     ResponseFormatError,
     TaskStatus,
@@ -31,7 +31,6 @@ from kontext_async import (
 from kontext_async.simulator import Simulator
 
 virtual_time = pytest.mark.virtual_time
-KEY = "marker-key"
 MEBIBYTE = 1024 * 1024
 
 
@@ -44,22 +43,11 @@ def body_of(**fields):
     return json.dumps({"code": 200, "msg": "success", "data": record}).encode()
 
 
-async def error_of(awaitable, kind=KontextError):
-    with pytest.raises(kind) as caught:
-        await awaitable
-    return caught.value
-
-
-async def turns(count=20):
-    for _ in range(count):
-        await asyncio.sleep(0)
-
-
 # --- the request --------------------------------------------------------------------------------
 
 
-async def test_a_request_carries_the_key_and_says_who_asks():
-    """Authorization, an explicit User-Agent, and what is accepted; the path of the API."""
+async def test_a_request_has_the_key_and_a_user_agent():
+    """It accepts JSON without compression, at the path of the API."""
     async with raw_server(http(body_of())) as server, make_client(server.base_url) as client:
         await client.record_info("task")
     line, *headers = server.heads[0].strip().split("\r\n")
@@ -74,7 +62,7 @@ async def test_a_request_carries_the_key_and_says_who_asks():
 
 
 async def test_a_task_id_is_percent_encoded():
-    """Whatever is in it, the service reads back the same id."""
+    """The service decodes the same id, whatever is in it."""
     task_id = "a b/ü?&=%2F#+"
     async with Simulator() as simulator, make_client(simulator.base_url) as client:
         simulator.add_task(task_id, script=["generating"])
@@ -89,7 +77,7 @@ async def test_a_path_in_the_base_url_goes_before_the_apis_own():
         assert server.heads[0].startswith("GET /gate%20way/api/v1/flux/kontext/record-info?")
 
 
-async def test_cookies_are_not_kept():
+async def test_cookies_are_not_stored():
     """A gateway's affinity cookie would tie all waits to one of its backends."""
     answer = http(body_of(), "Set-Cookie: gateway=1; Path=/")
     async with raw_server(answer) as server, make_client(server.base_url) as client:
@@ -99,7 +87,7 @@ async def test_cookies_are_not_kept():
 
 
 async def test_a_connection_serves_many_requests():
-    """One after the other they share it; side by side there are as many as requests in flight."""
+    """One after the other they share it; in parallel there are as many as requests in flight."""
     async with raw_server(http(body_of())) as server, make_client(server.base_url) as client:
         for _ in range(5):
             await client.record_info("task")
@@ -125,7 +113,7 @@ async def test_a_connection_serves_many_requests():
     ids=["whole", "in_two", "until_close", "processing", "gzip", "mebibyte"],
 )
 @virtual_time
-async def test_a_good_answer_is_read_however_it_comes(answer):
+async def test_a_good_answer_is_read_in_any_form(answer):
     """In pieces, without a length, after an interim answer, compressed, of 1 MiB."""
     async with raw_server(answer) as server, make_client(server.base_url) as client:
         assert (await client.record_info("task")).status is TaskStatus.GENERATING
@@ -149,7 +137,7 @@ async def test_an_answer_of_more_than_a_mebibyte_is_refused(answer):
 
 @pytest.mark.parametrize("head", [b"", b"Content-Length: 99999999999\r\n"])
 async def test_reading_stops_at_a_mebibyte(head):
-    """An endless body: the client hangs up, and what it took stays in proportion."""
+    """The client closes the connection of an endless body, and what it read is bounded."""
     answer = [b"HTTP/1.1 200 OK\r\n" + head + b"\r\n"] + [b" " * 65536] * 2000
     async with raw_server(answer) as server, make_client(server.base_url) as client:
         await error_of(client.record_info("task"), ResponseFormatError)
@@ -159,7 +147,7 @@ async def test_reading_stops_at_a_mebibyte(head):
 
 
 async def test_a_small_body_that_inflates_without_end_is_not_inflated():
-    """64 MiB of nothing in 64 KB: memory stays in proportion to what may be read."""
+    """64 MiB of zeros in 64 KB: memory is bounded by what may be read."""
     bomb = http(gzip.compress(bytes(64 * MEBIBYTE), 9), "Content-Encoding: gzip")
     async with raw_server(bomb) as server, make_client(server.base_url) as client:
         tracemalloc.start()
@@ -184,7 +172,7 @@ async def test_a_small_body_that_inflates_without_end_is_not_inflated():
     ],
 )
 async def test_a_broken_answer_is_a_transport_error(answer, says):
-    """It says what was wrong, in one line, and that asking again may help."""
+    """It says what was wrong, in one line, and is retryable."""
     async with raw_server([answer, None]) as server, make_client(server.base_url) as client:
         error = await error_of(client.record_info("task"))
         assert type(error) is TransportError
@@ -200,7 +188,7 @@ async def test_a_broken_answer_is_a_transport_error(answer, says):
 @pytest.mark.parametrize("status", [300, 301, 302, 303, 304, 307, 308])
 @pytest.mark.parametrize("wait", [False, True])
 async def test_a_redirect_is_not_followed_and_ends_a_wait(status, wait):
-    """The key goes to the API alone: the other host is asked nothing."""
+    """The key goes to the API alone: the other host gets no request."""
     async with raw_server(http(body_of())) as elsewhere:
         answer = http(b"", f"Location: {elsewhere.base_url}/?taskId=task", status=status)
         async with raw_server(answer) as server, make_client(server.base_url) as client:
@@ -230,7 +218,7 @@ async def test_a_redirect_is_not_followed_and_ends_a_wait(status, wait):
 @pytest.mark.parametrize("request_timeout", [0.7, 5.3])
 @virtual_time
 async def test_the_request_timeout_covers_the_whole_answer(answer, request_timeout):
-    """Headers and body, however busily they drip, and to the moment."""
+    """Headers and body, however slowly they come, and to the moment."""
     loop = asyncio.get_running_loop()
     async with (
         raw_server(answer) as server,
@@ -258,7 +246,7 @@ async def test_a_deadline_is_met_within_50_ms_in_real_time():
             assert -0.001 < loop.time() - began - 0.2 < 0.05
 
 
-async def test_a_refused_connection_is_trouble_and_says_where():
+async def test_a_refused_connection_is_retryable_and_names_the_address():
     """Its cause is the operating system's error, without the frames that held the headers."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound, and not listening
@@ -271,8 +259,8 @@ async def test_a_refused_connection_is_trouble_and_says_where():
     assert error.__cause__.__traceback__ is None
 
 
-async def test_an_unknown_host_is_trouble(monkeypatch):
-    """Names may resolve again a moment later."""
+async def test_an_unknown_host_is_retryable(monkeypatch):
+    """Its name may resolve again a moment later."""
 
     async def unknown(*args, **options):
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
@@ -286,7 +274,7 @@ async def test_an_unknown_host_is_trouble(monkeypatch):
 
 @virtual_time
 async def test_a_connection_that_is_not_made_in_ten_seconds_is_given_up(monkeypatch):
-    """Sooner than the request's own time is up: a dead address is known as such earlier."""
+    """Before the request's own time is up, so that a dead address is known earlier."""
     loop = asyncio.get_running_loop()
     monkeypatch.setattr(loop, "sock_connect", lambda *args: loop.create_future())
     async with make_client("http://127.0.0.1:9") as client:
@@ -308,7 +296,7 @@ def tls_server(authority, *names, **options):
 
 @pytest.mark.parametrize("names", [["127.0.0.1"], ["elsewhere.example"]])
 async def test_a_certificate_that_does_not_verify_ends_a_wait_at_once(authority, names):
-    """Nobody's authority, or another host's name: asking again cannot help."""
+    """An unknown authority, or another host's name: polling again cannot help."""
     async with tls_server(authority, *names) as server, make_client(server.base_url) as client:
         error = await error_of(client.wait_for_result("task"), TransportError)
         assert not error.retryable
@@ -317,7 +305,7 @@ async def test_a_certificate_that_does_not_verify_ends_a_wait_at_once(authority,
         assert isinstance(error.__cause__, ssl.SSLCertVerificationError | aiohttp.ClientSSLError)
 
 
-async def test_a_private_authority_comes_with_a_session(authority):
+async def test_a_session_may_trust_a_private_authority(authority):
     """Its connector's TLS context is used."""
     context = ssl.create_default_context()
     authority.configure_trust(context)
@@ -330,7 +318,7 @@ async def test_a_private_authority_comes_with_a_session(authority):
         assert isinstance(await client.wait_for_result("task"), CompletedTask)
 
 
-async def test_a_pinned_certificate_that_is_another_ends_a_wait_at_once(authority):
+async def test_a_certificate_that_is_not_the_pinned_one_ends_a_wait_at_once(authority):
     """A session may pin the server's certificate by its fingerprint."""
     connector = aiohttp.TCPConnector(ssl=aiohttp.Fingerprint(b"\0" * 32))
     async with (
@@ -342,8 +330,8 @@ async def test_a_pinned_certificate_that_is_another_ends_a_wait_at_once(authorit
         assert client.stats.requests == 1
 
 
-async def test_a_server_that_speaks_no_tls_is_trouble():
-    """It may be a gateway in the middle of a restart."""
+async def test_a_server_without_tls_is_retryable():
+    """It may be a gateway that is restarting."""
 
     async def refuse(reader, writer):
         await reader.read(1)
@@ -357,8 +345,8 @@ async def test_a_server_that_speaks_no_tls_is_trouble():
     assert error.retryable
 
 
-async def test_a_request_that_was_cut_gives_its_slot_back(monkeypatch):
-    """It was no look at all: no error is counted, and the next may go."""
+async def test_a_request_that_was_cut_releases_its_permit(monkeypatch):
+    """It counts as no error, and the next request may go."""
 
     async def cut(task_id, sent, until):
         return None
@@ -367,14 +355,14 @@ async def test_a_request_that_was_cut_gives_its_slot_back(monkeypatch):
     monkeypatch.setattr(client._transport, "_get", cut)
     client._transport.check_open()
     for _ in range(3):
-        sent = await client._transport.acquire(0.0, seen=True, until=1.0)
+        sent = await client._transport.acquire(0.0, until=1.0, seen=True, deadline=1.0)
         assert await client._transport.poll("task", sent, until=1.0) is None
     assert (client.stats.in_flight, client.stats.errors) == (0, {})
     await client.aclose()
 
 
-async def test_a_dead_kept_connection_is_replaced_unseen():
-    """aiohttp asks once more where the server closed a connection between two requests."""
+async def test_a_dead_idle_connection_is_replaced():
+    """aiohttp sends the request again if the server closed the connection in between."""
     async with Simulator() as simulator, make_client(simulator.base_url) as client:
         task_id = simulator.add_task(script=["closed_after", "generating"])
         await client.record_info(task_id)
@@ -384,7 +372,7 @@ async def test_a_dead_kept_connection_is_replaced_unseen():
 # --- logging ------------------------------------------------------------------------------------
 
 
-async def test_each_look_is_one_line_in_the_log(caplog):
+async def test_each_poll_is_one_line_in_the_log(caplog):
     """At DEBUG, in the library's logger, with the id and the outcome and nothing of the answer."""
     caplog.set_level(logging.DEBUG)
     async with Simulator() as simulator, make_client(simulator.base_url) as client:
@@ -433,7 +421,7 @@ def ours_scheduled():
     ],
 )
 async def test_closing_ends_what_is_pending(session, moment, kind):
-    """With a clear error, at once, wherever it is; nothing is left of it."""
+    """With `ClientStateError`, at once, in any state; nothing is left of it."""
     script = {"in_flight": ["stall"], "in_body": ["stall_mid_body"], "slot": ["stall"]}
     options = {"request_timeout": 200.0}
     if moment == "slot":
@@ -476,7 +464,7 @@ def simulator_tasks(simulator):
 @virtual_time
 @pytest.mark.parametrize("moment", range(60))
 async def test_closing_in_any_turn_of_the_loop_ends_a_wait_cleanly(session, moment):
-    """Also in the very turn in which its turn comes, its answer, its deadline or its next look."""
+    """Also in the very turn of its permit, its answer, its deadline or its next poll."""
     script = ["generating", "http_500"]
     async with Simulator(latency=0.0) as simulator:
         client = make_client(simulator.base_url, session=session, max_concurrency=1)
@@ -498,8 +486,8 @@ async def test_closing_in_any_turn_of_the_loop_ends_a_wait_cleanly(session, mome
 
 @virtual_time
 @pytest.mark.parametrize("shift", [-1e-10, 1e-10])
-async def test_closing_while_a_deadline_passes_is_no_error(session, shift):
-    """The wait has timed out in the same turn of the loop, and just has not been told yet."""
+async def test_closing_while_a_deadline_passes_raises_nothing_unexpected(session, shift):
+    """The wait has timed out in the same turn of the loop, and does not know it yet."""
     loop = asyncio.get_running_loop()
     async with Simulator() as simulator:
         client = make_client(simulator.base_url, session=session)
@@ -527,8 +515,8 @@ async def test_closing_while_a_deadline_passes_is_no_error(session, shift):
 
 @virtual_time
 @pytest.mark.parametrize("delay", [0, 99])
-async def test_a_wait_whose_answer_comes_as_the_client_closes_does_not_go_on(session, delay):
-    """It neither sends its next look nor sleeps for it."""
+async def test_a_wait_whose_answer_comes_as_the_client_closes_ends(session, delay):
+    """It neither sends its next poll nor sleeps until it."""
     async with Simulator() as simulator:
         client = make_client(simulator.base_url, session=session)
         closing = client.aclose()
@@ -546,8 +534,8 @@ async def test_a_wait_whose_answer_comes_as_the_client_closes_does_not_go_on(ses
 
 
 @virtual_time
-async def test_a_turn_that_comes_as_the_client_closes_is_not_used(session):
-    """The slot of the one that just ended was handed on a moment before."""
+async def test_a_permit_acquired_as_the_client_closes_is_not_used(session):
+    """The wait that just ended released it a moment before."""
     async with Simulator() as simulator:
         client = make_client(simulator.base_url, session=session, max_concurrency=1)
         closing = client.aclose()
@@ -563,8 +551,8 @@ async def test_a_turn_that_comes_as_the_client_closes_is_not_used(session):
 
 
 @virtual_time
-async def test_many_waits_are_ended_in_pieces(session):
-    """The loop gets air in between; all of them end."""
+async def test_many_waits_are_ended_in_portions(session):
+    """The loop runs in between, and all of them end."""
     async with Simulator() as simulator:
         client = make_client(simulator.base_url, session=session, rate_limit=RateLimit(1, 100.0))
         task_id = simulator.add_task(script=["generating"] * 9)
@@ -578,8 +566,8 @@ async def test_many_waits_are_ended_in_pieces(session):
 
 
 @virtual_time
-async def test_a_session_of_ones_own_is_closed_even_if_closing_is_cancelled():
-    """Nothing may be left open by a shutdown that is in a hurry."""
+async def test_the_clients_own_session_is_closed_even_if_closing_is_cancelled():
+    """A hasty shutdown leaves nothing open."""
     async with Simulator() as simulator:
         client = make_client(simulator.base_url)
         waiting = asyncio.create_task(client.wait_for_result(simulator.add_task(script=["stall"])))

@@ -1,4 +1,4 @@
-"""The ``kontext`` command. Its libraries come with the extra ``cli`` and load when it runs."""
+"""The ``kontext`` command; its libraries come with the extra ``cli`` and load when it runs."""
 
 from __future__ import annotations
 

@@ -1,25 +1,24 @@
-"""The commands and their options."""
+"""Commands and options of ``kontext``."""
 
 from __future__ import annotations
 
 import errno
 import math
 import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from kontext_async._version import __version__
 from kontext_async.cli.batch import (
-    BatchTally,
     batch_ids,
-    keep_all,
     make_folder,
     make_report,
-    print_kept,
     require_report,
-    say_how_to_go_on,
+    run_batch,
+    say_how_to_continue,
     show_status,
 )
 from kontext_async.cli.input import distinct_ids, read_key
@@ -27,21 +26,28 @@ from kontext_async.cli.local import demonstrate, serve
 from kontext_async.cli.output import (
     Exit,
     error_console,
+    exit_code,
     fail,
-    gravest,
-    kind,
+    outcome_line,
     print_outcome,
     record_line,
     say,
     write_line,
 )
 from kontext_async.cli.running import run
-from kontext_async.cli.tally import Tally
+from kontext_async.cli.tally import BatchTally, Tally
 from kontext_async.cli.waiting import say_how_to_resume, wait_for_all
-from kontext_async.client import KontextClient
+from kontext_async.client import DEFAULT_BASE_URL, KontextClient
 from kontext_async.errors import KontextError
-from kontext_async.polling import TaskOutcome
-from kontext_async.simulator import Simulator, SlidingLimit, lognormal
+from kontext_async.polling import DEFAULT_TIMEOUT, TaskOutcome
+from kontext_async.simulator import (
+    FixedWindow,
+    Limit,
+    Simulator,
+    SlidingWindow,
+    TokenBucket,
+    lognormal,
+)
 
 app = typer.Typer(
     add_completion=False,
@@ -51,17 +57,28 @@ app = typer.Typer(
     help="Wait for Flux Kontext image-generation tasks.",
     epilog=(
         "Exit codes: 0 all done; 1 a generation failed; 2 wrong usage; 3 a deadline passed; "
-        "4 the API or the network failed; 130 ended by Ctrl-C; 141 the reader of the results went "
-        "away. Where tasks end differently the gravest counts: 2, 4, 3, 1."
+        "4 the API or the network failed; 130 interrupted by Ctrl-C; 141 the reader of the output "
+        "closed it. Where tasks end differently, the highest code counts."
     ),
 )
 
-BaseUrl = Annotated[str, typer.Option(metavar="URL", help="Where the API is.")]
+
+def _limit(seconds: float) -> float | None:
+    """Return a time limit as the client takes it: None for no limit."""
+    return None if math.isinf(seconds) else seconds
+
+
+def _seconds(help_text: str) -> Any:
+    """Return an option that takes a time limit."""
+    return typer.Option(min=0, callback=_limit, metavar="SECONDS", help=help_text)
+
+
+BaseUrl = Annotated[str, typer.Option(metavar="URL", help="Address of the API.")]
 KeyFile = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="File with the API key. Without it the environment's APIKLEY_API_KEY is used.",
+        help="File with the API key; the default is the environment variable APIKLEY_API_KEY.",
     ),
 ]
 Source = Annotated[
@@ -69,31 +86,18 @@ Source = Annotated[
     typer.Option(
         "--from",
         metavar="FILE|-",
-        help="Read ids from a file, or from standard input: one a line, or JSON objects with "
-        "taskId. Blank lines and those that begin with # are skipped.",
+        help="File with task ids, or - for standard input. A line holds an id, or a JSON object "
+        "with taskId. Blank lines and lines that begin with # are skipped.",
     ),
 ]
 Timeout = Annotated[
-    float,
-    typer.Option(
-        min=0,
-        metavar="SECONDS",
-        help="How long to wait for each task from the first look at it; 0 looks once, "
-        "inf waits without limit.",
-    ),
+    float | None,
+    _seconds("Time limit of each task, from its first poll; 0 polls once, inf is no limit."),
 ]
 BatchTimeout = Annotated[
-    float,
-    typer.Option(
-        min=0, metavar="SECONDS", help="How long to wait for all of them; inf: as long as it takes."
-    ),
+    float | None, _seconds("Time limit of all tasks together; inf is no limit.")
 ]
-Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="What a batch was saved into.")]
-_BASE_URL = "https://api.apikley.ru"
-
-
-def _limit(timeout: float) -> float | None:
-    return None if math.isinf(timeout) else timeout
+Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of a batch.")]
 
 
 def _show_version(wanted: bool) -> None:  # noqa: FBT001 - typer's way of calling it
@@ -107,7 +111,9 @@ def _kontext(
     *,
     version: Annotated[
         bool,
-        typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version."),
+        typer.Option(
+            "--version", is_eager=True, callback=_show_version, help="Show the version and exit."
+        ),
     ] = False,
 ) -> None:
     pass
@@ -115,83 +121,78 @@ def _kontext(
 
 @app.command()
 def get(
-    task_id: Annotated[str, typer.Argument(metavar="ID", help="The task.")],
+    task_id: Annotated[str, typer.Argument(metavar="ID", help="Task id.")],
     *,
-    base_url: BaseUrl = _BASE_URL,
+    base_url: BaseUrl = DEFAULT_BASE_URL,
     api_key_file: KeyFile = None,
 ) -> None:
-    """Look at a task once, and print how it stands as one JSON line."""
+    """Poll a task once, and print its state as a JSON line."""
     (known_id,) = distinct_ids([task_id], None)
 
-    async def look() -> Exit:
+    async def poll() -> Exit:
         async with KontextClient(read_key(api_key_file), base_url=base_url) as client:
             try:
-                record = await client.record_info(known_id)
+                line = record_line(await client.record_info(known_id))
             except KontextError as error:
                 say(str(error))
-                print_outcome(TaskOutcome(task_id=known_id, error=error))
-                return kind(error)[1]
-        write_line(record_line(record))
-        return Exit.FAILED if record.status.phase == "failed" else Exit.DONE
+                line = outcome_line(TaskOutcome(task_id=known_id, error=error))
+        write_line(line)
+        return exit_code([line["outcome"]])
 
-    run(look())
+    run(poll())
 
 
 @app.command()
 def wait(
     task_ids: Annotated[
-        list[str] | None, typer.Argument(metavar="ID", help="The tasks.", show_default=False)
+        list[str] | None, typer.Argument(metavar="ID", help="Task ids.", show_default=False)
     ] = None,
     *,
     source: Source = None,
-    timeout: Timeout = 600.0,
+    timeout: Timeout = DEFAULT_TIMEOUT,
     batch_timeout: BatchTimeout = math.inf,
     summary: Annotated[
-        bool, typer.Option("--summary", help="End with a table of figures.")
+        bool, typer.Option("--summary", help="Print a table of counts and times at the end.")
     ] = False,
-    base_url: BaseUrl = _BASE_URL,
+    base_url: BaseUrl = DEFAULT_BASE_URL,
     api_key_file: KeyFile = None,
 ) -> None:
-    """Wait for tasks side by side: a JSON line as each ends."""
+    """Wait for tasks, and print each as a JSON line when it ends."""
     tally = Tally(distinct_ids(task_ids or [], source))
 
-    async def wait_for_them() -> Exit:
+    async def wait_for_tasks() -> Exit:
         async with KontextClient(read_key(api_key_file), base_url=base_url) as client:
             code = await wait_for_all(
-                client,
-                tally,
-                print_outcome,
-                timeout=_limit(timeout),
-                batch_timeout=_limit(batch_timeout),
+                client, tally, print_outcome, timeout=timeout, batch_timeout=batch_timeout
             )
         if summary:
             error_console().print(tally.summary())
         return code
 
-    run(wait_for_them(), interrupted=lambda: say_how_to_resume(tally, source))
+    run(wait_for_tasks(), on_interrupt=lambda: say_how_to_resume(tally, source))
 
 
 @app.command()
 def batch(
     *,
     into: Annotated[
-        Path, typer.Option(metavar="FOLDER", help="Where the images go, made where it is missing.")
+        Path, typer.Option(metavar="FOLDER", help="Folder for the results; it is made if missing.")
     ],
     source: Source = None,
-    report: Annotated[bool, typer.Option("--report", help="End with a page about it all.")] = False,
+    report: Annotated[bool, typer.Option("--report", help="Write report.html at the end.")] = False,
     retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Ask again about generations that failed.")
+        bool, typer.Option("--retry-failed", help="Poll failed generations again.")
     ] = False,
-    timeout: Timeout = 600.0,
+    timeout: Timeout = DEFAULT_TIMEOUT,
     batch_timeout: BatchTimeout = math.inf,
-    base_url: BaseUrl = _BASE_URL,
+    base_url: BaseUrl = DEFAULT_BASE_URL,
     api_key_file: KeyFile = None,
 ) -> None:
-    """Wait for tasks, save their images, and record both.
+    """Wait for tasks, save their images, and record both in a ledger.
 
-    The folder holds the images and the ledger. The same command again goes on where the last one
-    stopped, however that ended: what has finished is not asked about again, and what is saved is
-    not fetched again. Without --from it goes on with the ids that the folder knows.
+    The folder holds the images and the ledger. The same command continues a batch that was
+    stopped: finished tasks are not polled again, and saved images are not downloaded again.
+    Without --from, the ids come from the ledger.
     """
     if report:
         require_report()
@@ -199,79 +200,108 @@ def batch(
     key = read_key(api_key_file)
     make_folder(into)
 
-    async def keep_them() -> Exit:
+    async def save_tasks() -> Exit:
         async with KontextClient(key, base_url=base_url) as client:
-            code = await keep_all(
+            code = await run_batch(
                 client,
                 tally,
                 into,
-                print_kept,
-                timeout=_limit(timeout),
-                batch_timeout=_limit(batch_timeout),
+                print_outcome,
+                timeout=timeout,
+                batch_timeout=batch_timeout,
                 retry_failed=retry_failed,
             )
-        return gravest({code, make_report(into)}) if report else code
+        return max(code, make_report(into)) if report else code
 
-    run(keep_them(), interrupted=lambda: say_how_to_go_on(tally, into))
+    run(save_tasks(), on_interrupt=lambda: say_how_to_continue(tally, into))
 
 
 @app.command()
 def report(folder: Folder) -> None:
-    """Write a page about what a batch has saved."""
+    """Write report.html, a page about a batch, into its folder."""
     require_report()
     raise typer.Exit(make_report(folder))
 
 
 @app.command()
 def status(folder: Folder) -> None:
-    """Count what has become of a batch, now or so far."""
+    """Count a batch's tasks by state, also while it runs."""
     raise typer.Exit(show_status(folder))
 
 
-def _rate_limit(text: str) -> SlidingLimit:
-    """``20/10``: 20 requests in any 10 seconds."""
-    requests, _, seconds = text.partition("/")
+_LIMITS: Mapping[str, Callable[[int, float], Limit]] = {
+    "sliding": SlidingWindow,
+    "fixed": FixedWindow,
+    "bucket": lambda requests, seconds: TokenBucket(requests, requests / seconds),
+}
+_PORT_PROBLEMS = {errno.EADDRINUSE: "it is in use", errno.EACCES: "permission denied"}
+
+
+def _rate_limit(text: str) -> Limit:
+    """Read ``20/10``, 20 requests in any 10 seconds, or the same with a kind: ``fixed:20/10``."""
+    kind, _, rate = text.rpartition(":")
+    requests, _, seconds = rate.partition("/")
     try:
-        return SlidingLimit(int(requests), float(seconds or 1))
-    except ValueError as error:
-        raise typer.BadParameter("give requests/seconds, such as 20/10") from error
+        return _LIMITS[kind or "sliding"](int(requests), float(seconds or 1))
+    except (KeyError, ValueError, ZeroDivisionError) as error:
+        raise typer.BadParameter(
+            "give REQUESTS/SECONDS, such as 20/10, fixed:20/10 or bucket:20/10"
+        ) from error
 
 
 @app.command()
 def simulate(
     *,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 0,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 0 takes a free one.")
+    ] = 0,
     duration: Annotated[
-        float, typer.Option(min=0, metavar="SECONDS", help="What half the tasks take.")
+        float, typer.Option(min=0, metavar="SECONDS", help="Median duration of the tasks.")
     ] = 12.0,
     spread: Annotated[
         float,
-        typer.Option(min=0, help="Two thirds lie within a factor of e to this; 0: all alike."),
+        typer.Option(min=0, help="Log-normal sigma of the task durations; 0 makes them all equal."),
     ] = 0.3,
     failure_rate: Annotated[
-        float, typer.Option(min=0, max=1, metavar="SHARE", help="Tasks that of 1.")
+        float,
+        typer.Option(min=0, max=1, metavar="FRACTION", help="Fraction of tasks that fail, 0 to 1."),
     ] = 0.0,
     fault_rate: Annotated[
         float,
-        typer.Option(min=0, max=1, metavar="SHARE", help="Requests that meet a fault, of 1."),
+        typer.Option(
+            min=0,
+            max=1,
+            metavar="FRACTION",
+            help="Fraction of polls and downloads that meet a fault, 0 to 1.",
+        ),
     ] = 0.0,
     rate_limit: Annotated[
-        SlidingLimit | None,
+        Limit | None,
         typer.Option(
             parser=_rate_limit,
-            metavar="REQUESTS/SECONDS",
-            help="Answer 429 to what comes faster, such as 20/10.",
+            metavar="[KIND:]REQUESTS/SECONDS",
+            help="Refuse requests above this rate with 429: 20/10 is 20 in any 10 seconds. Kinds: "
+            "sliding (the default) and fixed windows, or a token bucket of REQUESTS that refills "
+            "in SECONDS (bucket).",
         ),
     ] = None,
     latency: Annotated[
-        float, typer.Option(min=0, metavar="SECONDS", help="Before each answer.")
+        float, typer.Option(min=0, metavar="SECONDS", help="Delay before each reply.")
     ] = 0.0,
     auto_create: Annotated[
-        bool, typer.Option(help="Take an unknown id for a new task, from the first look on.")
+        bool, typer.Option(help="Create a task at the first poll of an unknown id.")
     ] = True,
-    seed: Annotated[int, typer.Option(help="The same seed draws the same fates.")] = 0,
+    image_bytes: Annotated[
+        int, typer.Option(min=0, metavar="BYTES", help="Minimum size of an image.")
+    ] = 0,
+    seed: Annotated[
+        int, typer.Option(help="The same seed gives an id the same duration, outcome and faults.")
+    ] = 0,
 ) -> None:
-    """Serve the API on this machine until Ctrl-C."""
+    """Serve a simulated API on this machine until Ctrl-C or SIGTERM.
+
+    The first line on standard output is JSON with its address, baseUrl.
+    """
     simulator = Simulator(
         port=port,
         durations=lognormal(duration, spread),
@@ -280,19 +310,25 @@ def simulate(
         rate_limit=rate_limit,
         latency=latency,
         auto_create=auto_create,
+        image_bytes=image_bytes,
+        log_limit=0,  # nothing outside this process could read the log
         seed=seed,
     )
     try:
         run(serve(simulator))
     except OSError as error:
-        if error.errno not in {errno.EACCES, errno.EADDRINUSE}:
+        problem = _PORT_PROBLEMS.get(error.errno or 0)
+        if problem is None:
             raise
-        fail(f"cannot serve on port {port}: {error.strerror}")
+        fail(
+            f"cannot serve on port {port}: {problem}. "
+            "Choose another --port, or leave it out to get a free one."
+        )
 
 
 @app.command()
 def demo() -> None:
-    """See it work on a dozen simulated tasks, without a key."""
+    """Save the images of a dozen simulated tasks, without a key."""
     folder = Path(tempfile.mkdtemp(prefix="kontext-"), "demo")
     make_folder(folder)
     run(demonstrate(folder))

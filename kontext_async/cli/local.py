@@ -1,25 +1,34 @@
-"""The commands that need no key and no network: a simulator to work against, and the demo."""
+"""Commands that need no key and no network: the simulator and the demo."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import signal
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 from rich.table import Column, Table
 
-from kontext_async.cli.batch import BatchTally, can_report, keep_all, make_report, print_kept
-from kontext_async.cli.output import Exit, error_console, outcome_line, plain, say, write_line
+from kontext_async.cli.batch import can_report, make_report, run_batch
+from kontext_async.cli.output import (
+    Exit,
+    Saved,
+    error_console,
+    outcome_line,
+    plain,
+    print_outcome,
+    say,
+    write_line,
+)
+from kontext_async.cli.tally import BatchTally
 from kontext_async.client import KontextClient
-from kontext_async.errors import KontextError
 from kontext_async.polling import TaskOutcome
-from kontext_async.results import SavedImage
 from kontext_async.simulator import Failure, Simulator
 
 _FLAGGED = Failure(400, "The prompt was flagged as violating the content policies.")
 
-# Prompt, seconds until its end, failure.
+# Prompt, duration in seconds, failure.
 _TASKS: tuple[tuple[str, float, Failure | None], ...] = (
     ("a lighthouse at dawn", 2.0, None),
     ("a paper boat on a calm lake", 3.0, None),
@@ -36,24 +45,27 @@ _TASKS: tuple[tuple[str, float, Failure | None], ...] = (
 )
 
 
-async def serve(simulator: Simulator) -> NoReturn:
-    """Serve until cancelled. The base URL goes to standard output, for scripts."""
+async def serve(simulator: Simulator) -> Exit:
+    """Serve until SIGTERM, or until cancelled. Standard output gets the base URL, for scripts."""
+    terminated = asyncio.Event()
+    with contextlib.suppress(NotImplementedError):  # on Windows only Ctrl-C ends it
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, terminated.set)
     async with simulator:
         write_line({"baseUrl": simulator.base_url})
         say(f"The API is simulated at {simulator.base_url}, for any key. Ctrl-C ends it. Try:")
         say(f"  APIKLEY_API_KEY=any kontext wait --base-url {simulator.base_url} task1 task2")
-        while True:  # noqa: ASYNC110 - only cancelling ends it
-            await asyncio.sleep(3600)
+        await terminated.wait()
+    return Exit.DONE
 
 
 async def demonstrate(folder: Path) -> Exit:
-    """Wait for a dozen simulated tasks, save their images, and show what became of each."""
-    ended: list[TaskOutcome] = []
+    """Wait for a dozen simulated tasks, save their images, and print a table of the outcomes."""
+    outcomes: list[TaskOutcome] = []
 
-    def take(outcome: TaskOutcome, saved: SavedImage | KontextError | None) -> None:
-        ended.append(outcome)
+    def handle(outcome: TaskOutcome, saved: Saved) -> None:
+        outcomes.append(outcome)
         if not sys.stdout.isatty():
-            print_kept(outcome, saved)
+            print_outcome(outcome, saved)
 
     async with Simulator() as simulator:
         say(f"The API is simulated at {simulator.base_url}")
@@ -67,8 +79,8 @@ async def demonstrate(folder: Path) -> Exit:
             for number, (prompt, duration, failure) in enumerate(_TASKS, 1)
         ]
         async with KontextClient("demo", base_url=simulator.base_url) as client:
-            await keep_all(client, BatchTally(ids), folder, take, timeout=60.0)
-    error_console().print(_table(ended))
+            await run_batch(client, BatchTally(ids), folder, handle, timeout=60.0)
+    error_console().print(_table(outcomes))
     if can_report():
         return make_report(folder)
     say(f"Images: {folder}")
@@ -76,11 +88,11 @@ async def demonstrate(folder: Path) -> Exit:
     return Exit.DONE
 
 
-def _table(ended: list[TaskOutcome]) -> Table:
-    table = Table("Task", "Outcome", "Took", Column("Image, or what went wrong", overflow="fold"))
-    for outcome in sorted(ended, key=lambda outcome: outcome.task_id):
+def _table(outcomes: list[TaskOutcome]) -> Table:
+    table = Table("Task", "Outcome", "Took", Column("Image or error", overflow="fold"))
+    for outcome in sorted(outcomes, key=lambda outcome: outcome.task_id):
         line = outcome_line(outcome)
-        took = "" if line["duration"] is None else f"{line['duration']:.0f} s"
-        said = line["resultImageUrl"] or f"{line['errorCode']}: {line['message']}"
-        table.add_row(line["taskId"], line["outcome"], took, plain(said))
+        took = "" if line["duration"] is None else f"{line['duration'].total_seconds():.0f} s"
+        result = line["resultImageUrl"] or f"{line['errorCode']}: {line['message']}"
+        table.add_row(line["taskId"], line["outcome"], took, plain(result))
     return table

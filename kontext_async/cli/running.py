@@ -1,4 +1,4 @@
-"""From what a command does to its exit code."""
+"""Running a command to its exit code."""
 
 from __future__ import annotations
 
@@ -9,29 +9,30 @@ from typing import Any, NoReturn
 
 import typer
 
-from kontext_async.cli.output import Exit, kind, say, silence_stdout
-from kontext_async.errors import KontextError
+from kontext_async.cli.output import Exit, say, silence_stdout
+from kontext_async.errors import ConfigurationError, KontextError
 
 
 @contextmanager
-def errors_told() -> Generator[None]:
-    """End the command where the block raises one of our errors: with what it says, and its code."""
+def exit_on_error() -> Generator[None]:
+    """Turn an error of the library into its message and an exit code."""
     try:
         yield
     except KontextError as error:
         say(f"kontext: {error}")
-        raise typer.Exit(kind(error)[1]) from error
+        is_usage = isinstance(error, ConfigurationError)
+        raise typer.Exit(Exit.USAGE if is_usage else Exit.ERROR) from error
 
 
 def run(
-    main: Coroutine[Any, Any, Exit], interrupted: Callable[[], None] = lambda: None
+    main: Coroutine[Any, Any, Exit], on_interrupt: Callable[[], None] = lambda: None
 ) -> NoReturn:
-    """Run a command and exit with its code; ``interrupted`` has the last word after Ctrl-C."""
+    """Run a command and exit with its code; call ``on_interrupt`` after Ctrl-C."""
     try:
-        with errors_told():
+        with exit_on_error():
             code = asyncio.run(main)
     except KeyboardInterrupt:
-        interrupted()
+        on_interrupt()
         code = Exit.INTERRUPTED
     except BrokenPipeError:
         silence_stdout()

@@ -1,19 +1,23 @@
-"""How fast requests may go: a limit that is known, or one found out from refusals.
+"""Rate limits: one that the caller knows, and one that is discovered from refusals.
 
-Pure: every method is told the time, in seconds of one clock that never goes back.
+Pure: every method takes the time, in seconds of one monotonic clock.
 """
 
 from __future__ import annotations
 
+import enum
 import math
 from collections import deque
-from typing import Protocol
+from typing import Literal, Protocol
 
 import attrs
 
 from kontext_async.errors import ConfigurationError
 
-__all__ = ["DiscoveredLimit", "Limit", "RateLimit", "SlidingWindow"]
+__all__ = ["DiscoveredLimit", "DiscoveryState", "Limit", "RateLimit", "Reply", "SlidingWindow"]
+
+# Of a request: the service answered it, refused it with 429, or no answer arrived.
+Reply = Literal["answered", "refused", "lost"]
 
 
 def _check(name: str, value: object, kind: type[int | float]) -> None:
@@ -25,7 +29,7 @@ def _check(name: str, value: object, kind: type[int | float]) -> None:
 
 @attrs.frozen
 class RateLimit:
-    """At most ``max_requests`` in any ``period`` seconds, as the server sees them.
+    """At most ``max_requests`` in any window of ``period`` seconds, as the server counts them.
 
     Both must be positive, or `ConfigurationError` is raised.
     """
@@ -39,217 +43,272 @@ class RateLimit:
 
 
 class Limit(Protocol):
-    """What paces a client: asked before a request is sent, told how each one went."""
+    """What a request budget asks of its rate limit, and reports to it."""
 
     def opens_at(self, now: float) -> float:
-        """When the next request may go; infinity where only an answer can open the way."""
+        """Return when the next permit is free; infinity if a request must end first."""
         ...
 
-    def sent(self, now: float) -> None:
-        """A request goes out."""
+    def acquire(self, now: float) -> None:
+        """Note that a permit was acquired, and that its request goes out now."""
 
-    def ended(self, now: float, *, sent: float, answered: bool, refused: bool) -> None:
-        """A request sent at ``sent`` is over: answered, refused with 429, or neither."""
+    def release(self, now: float, *, sent: float, reply: Reply) -> None:
+        """Note that the request sent at ``sent`` ended."""
 
-    def unsent(self) -> None:
-        """What `sent` was told of did not go out after all."""
+    def cancel(self) -> None:
+        """Note that the last permit was never used."""
 
-    def stall(self) -> float:
-        """For how many seconds the way may be shut to everybody, as things are."""
+    def max_delay(self) -> float:
+        """Return for how many seconds this limit may now delay a permit."""
         ...
 
     def rate(self) -> float | None:
-        """Requests per second allowed just now; None while no limit is known."""
+        """Return the requests per second allowed now; None while no limit is known."""
 
 
 class SlidingWindow:
-    """Holds an explicit `RateLimit` as the server counts.
+    """Keeps a known `RateLimit`, as the server counts.
 
-    The server sees a request somewhere between its sending and its answer, so a place is given
-    back a period after the answer: counted from the sending, windows overrun.
+    The server counts a request at some time between its sending and its answer. So a permit
+    stays in the window until a period after the answer. Counted from the sending, windows of the
+    server have too many.
     """
 
     def __init__(self, limit: RateLimit) -> None:
         self._limit = limit
         self._in_flight = 0
-        self._ended: deque[float] = deque()
+        self._released: deque[float] = deque()  # at most a period ago
 
     def opens_at(self, now: float) -> float:
-        while self._ended and self._ended[0] + self._limit.period <= now:
-            self._ended.popleft()
-        if self._in_flight + len(self._ended) < self._limit.max_requests:
+        while self._released and self._released[0] + self._limit.period <= now:
+            self._released.popleft()
+        if self._in_flight + len(self._released) < self._limit.max_requests:
             return now
-        return self._ended[0] + self._limit.period if self._ended else math.inf
+        return self._released[0] + self._limit.period if self._released else math.inf
 
-    def sent(self, now: float) -> None:
+    def acquire(self, now: float) -> None:
         self._in_flight += 1
 
-    def ended(self, now: float, *, sent: float, answered: bool, refused: bool) -> None:
+    def release(self, now: float, *, sent: float, reply: Reply) -> None:
         self._in_flight -= 1
-        self._ended.append(now)
+        self._released.append(now)
 
-    def unsent(self) -> None:
+    def cancel(self) -> None:
         self._in_flight -= 1
 
-    def stall(self) -> float:
-        nearly_full = 2 * (self._in_flight + len(self._ended)) >= self._limit.max_requests
-        return self._limit.period if nearly_full else 0.0
+    def max_delay(self) -> float:
+        # A window that is half full now may be full when the permit is wanted.
+        half_full = 2 * (self._in_flight + len(self._released)) >= self._limit.max_requests
+        return self._limit.period if half_full else 0.0
 
     def rate(self) -> float:
         return self._limit.max_requests / self._limit.period
 
 
-class DiscoveredLimit:
-    """Finds a limit that nobody publishes, from the refusals it meets.
+class DiscoveryState(enum.Enum):
+    """The states of a `DiscoveredLimit`; its docstring has the transitions."""
 
-    Until the first refusal only the number in flight is held down, and it rises with the
-    answers, so that the first overshoot is small. From then on requests are spaced evenly. After
-    a refusal the rate starts a little below what was being *answered* and follows a cubic curve
-    (as TCP CUBIC does, RFC 9438): back near the rate of the refusal soon, flat around it, faster
-    away from it. Refusals that agree make the curve longer, so that a steady limit is probed
-    ever more rarely; one that disagrees makes it short again.
+    UNUSED = "unused"
+    SEARCHING = "searching"
+    FIRST_REFUSED = "first refused"
+    CRUISING = "cruising"
+    REFUSED = "refused"
+
+    def __init__(self, label: str) -> None:
+        # Attributes, because the hot path reads them and Python 3.11 is slow to look up members.
+        self.has_rate = label in {"cruising", "refused"}
+        self.is_refused = label in {"first refused", "refused"}
+
+
+_UNUSED = DiscoveryState.UNUSED
+
+
+class DiscoveredLimit:
+    """Discovers an unpublished limit from the refusals.
+
+    =============  ============  ======================  ===============  =====================
+    state          the limit     a request is sent       it is refused    one sent after the
+                                                                          refusal is answered
+    =============  ============  ======================  ===============  =====================
+    UNUSED         concurrency   SEARCHING
+    SEARCHING      concurrency                           FIRST_REFUSED
+    FIRST_REFUSED  concurrency                                            CRUISING
+    CRUISING       rate                                  REFUSED
+    REFUSED        rate                                                   CRUISING
+    =============  ============  ======================  ===============  =====================
+
+    An empty cell leaves the state as it is. A lost reply never changes it.
+
+    Without a refusal there is no rate to go by. The concurrency starts low and rises with the
+    answers, so that the first overshoot is small.
+
+    The answer after a refusal starts a new cycle. Its rate starts a little below the rate that was
+    *answered* before, and follows a cubic curve (as TCP CUBIC does, RFC 9438). It returns to
+    nearly the refused rate soon, stays flat around it, and rises faster beyond it. Where two
+    refusals agree, the next curve is longer: a steady limit is probed ever more rarely. Where they
+    disagree, it is short again.
     """
 
-    # Before the first refusal: so many in flight, and one more for each eight answers.
-    _FIRST_IN_FLIGHT = 4
-    _ANSWERS_FOR_MORE = 8
+    # tests/benchmarks/discovery.py measures these constants. Changing one by a fifth changes the
+    # answered share of the limits in tests/test_limits.py by 1.6 points at most, with these
+    # exceptions in the worst case: _DECREASE 0.084 costs 8.7 points, _DECREASE_UNSURE 0.24 4.3,
+    # _PAUSE_ALLOWANCE 1.0 3.9, and _MIN_CYCLE_REQUESTS 48 3.1.
 
-    # Of the answered rate, this share is given up at first; more where refusals disagree.
-    _BACK_OFF = 0.07
-    _BACK_OFF_UNSURE = 0.2
+    _INITIAL_CONCURRENCY = 4
+    _ANSWERS_PER_STEP = 8  # answers that raise the concurrency by 1
 
-    # How long the curve takes to be back: seconds, and requests, at least; times a stretch that
-    # begins small after a first guess made over a long pause, and grows where refusals agree.
-    _SHORTEST = 8.0
-    _FEWEST = 40.0
-    _FIRST_STRETCH = 0.5
-    _GROWS = 4.0
-    _LONGEST_STRETCH = 12.0
+    # The share of the answered rate that a cycle starts below it.
+    _DECREASE = 0.07
+    _DECREASE_UNSURE = 0.2  # after a refusal that disagreed with the one before
 
-    _AGREES = 0.15  # by what share two refusals may differ and still agree
-    _FEW = 8  # answers in a cycle, below which it is judged together with what came before
-    _RECENT = 16  # answers that tell the rate just before a refusal
-    _PAUSE_FREE = 1.25  # a pause of a fifth of a cycle, or less, does not lower the estimate
-    _SLOWEST = 0.2  # requests per second; below it a mistaken guess would take hours to mend
-    _CATCH_UP = 0.05  # seconds' worth of turns kept for a loop that is late
+    # The curve is back at the answered rate after the longer of these two, times the stretch.
+    _MIN_CYCLE_SECONDS = 8.0
+    _MIN_CYCLE_REQUESTS = 40.0
+    _FIRST_STRETCH = 0.5  # the first estimate is too low if the pause after it was long
+    _STRETCH_GROWTH = 4.0  # for each refusal that agrees
+    _MAX_STRETCH = 12.0
+
+    _AGREEMENT = 0.15  # the share by which two refusals may differ and still agree
+    _MIN_ANSWERS = 8  # fewer answers say little: they are judged together with earlier cycles
+    _REMEMBERED_ANSWERS = 40.0  # of earlier cycles
+    _RECENT_ANSWERS = 16  # that give the rate just before a refusal, or an eighth if that is more
+    _PAUSE_ALLOWANCE = 1.25  # a pause of a fifth of its cycle does not lower the estimate
+    _BUSY_INTERVALS = 1.5  # requests at most this many intervals apart use up the rate
+
+    _MIN_RATE = 0.2  # requests per second; correcting a lower estimate would take hours
+    _MAX_CATCH_UP = 0.05  # seconds' worth of permits that a late event loop may catch up on
+    _MIN_SECONDS = 1e-3  # keeps a rate finite
 
     def __init__(self) -> None:
+        self._state = DiscoveryState.UNUSED
         self._in_flight = 0
+        # This cycle, and the answers in it.
+        self._cycle_began = 0.0
         self._answered = 0
         self._answers: deque[float] = deque(maxlen=1024)
-        self._before = 0.0  # answers in earlier cycles, and the seconds these took
-        self._before_took = 0.0
-        self._cycle_began: float | None = None  # cycle: from one way opened to the next
-        self._refused_at: float | None = None
-        self._probes = 0  # refused since then
-        self._pace = 0.0  # answers per second just before the refusal
-        self._peak: float | None = None  # requests per second around the last refusal
+        # The refusal that ends it.
+        self._refused_at = 0.0
+        self._rate_before = 0.0  # answers per second just before
+        self._probe_refused = False  # true if a request sent after the first was refused too
+        # Earlier cycles.
+        self._earlier_answers = 0.0
+        self._earlier_seconds = 0.0
+        # The curve.
+        self._peak = 0.0  # requests per second around the last refusal
+        self._decrease = self._DECREASE
         self._stretch = 1.0
-        self._back_off = self._BACK_OFF
-        self._climbed = 0.0  # seconds on the curve, counted only while the rate was used up
-        self._last_sent = -math.inf
-        self._next = -math.inf
+        self._climbed = 0.0  # seconds on the curve, counted only while the rate is used up
+        self._last_sent = 0.0
+        self._next_at = 0.0
 
     def opens_at(self, now: float) -> float:
-        if self._peak is None:
-            room = self._FIRST_IN_FLIGHT + self._answered // self._ANSWERS_FOR_MORE
-            return now if self._in_flight < room else math.inf
-        return max(self._next, now)
+        if self._state.has_rate:
+            return max(self._next_at, now)
+        concurrency = self._INITIAL_CONCURRENCY + self._answered // self._ANSWERS_PER_STEP
+        return now if self._in_flight < concurrency else math.inf
 
-    def sent(self, now: float) -> None:
+    def acquire(self, now: float) -> None:
         self._in_flight += 1
-        if self._cycle_began is None:
-            self._cycle_began = now
-        if self._peak is not None:
-            interval = 1 / self._curve(self._peak)
-            if now - self._last_sent < 1.5 * interval:
+        if self._state.has_rate:
+            interval = 1 / self._curve_rate()
+            if now - self._last_sent < self._BUSY_INTERVALS * interval:
                 self._climbed += now - self._last_sent
-            self._next = max(self._next, now - self._CATCH_UP) + interval
+            self._next_at = max(self._next_at, now - self._MAX_CATCH_UP) + interval
+        elif self._state is _UNUSED:
+            self._state = DiscoveryState.SEARCHING
+            self._cycle_began = now
         self._last_sent = now
 
-    def ended(self, now: float, *, sent: float, answered: bool, refused: bool) -> None:
+    def release(self, now: float, *, sent: float, reply: Reply) -> None:
         self._in_flight -= 1
-        if refused:
-            if self._refused_at is None:
-                self._refused_at, self._pace = now, self._recent()
-            elif sent >= self._refused_at:
-                self._probes += 1
-        elif answered:
-            if self._refused_at is not None and sent >= self._refused_at:
-                self._begin_again(now)
+        is_probe = self._state.is_refused and sent >= self._refused_at
+        if reply == "refused":
+            self._probe_refused |= is_probe
+            self._refuse(now)
+        elif reply == "answered":
+            if is_probe:
+                self._start_cycle(now)
             self._answered += 1
             self._answers.append(now)
 
-    def unsent(self) -> None:
+    def cancel(self) -> None:
         self._in_flight -= 1
 
-    def stall(self) -> float:
-        return 0.0 if self._peak is None else 1 / self._curve(self._peak)
+    def max_delay(self) -> float:
+        return 1 / self._curve_rate() if self._state.has_rate else 0.0
 
     def rate(self) -> float | None:
-        return None if self._peak is None else self._curve(self._peak)
+        return self._curve_rate() if self._state.has_rate else None
 
-    def _curve(self, peak: float) -> float:
-        length = max(self._SHORTEST, self._FEWEST / peak) * self._stretch
-        return peak * (1 + self._back_off * (self._climbed / length - 1) ** 3)
+    def _curve_rate(self) -> float:
+        length = max(self._MIN_CYCLE_SECONDS, self._MIN_CYCLE_REQUESTS / self._peak)
+        return self._peak * (
+            1 + self._decrease * (self._climbed / (length * self._stretch) - 1) ** 3
+        )
 
-    def _begin_again(self, now: float) -> None:
-        """The first answer after a refusal: a new cycle, from the rate that was answered."""
-        assert self._cycle_began is not None, "an answer follows a request"
-        took = max(now - self._cycle_began, 1e-3)
-        if self._peak is None:  # a first guess, soon to be corrected
-            peak = self._busiest(now, took)
-            self._stretch = self._FIRST_STRETCH if self._probes else 1.0
+    def _refuse(self, now: float) -> None:
+        # More refusals before an answer say the same again.
+        if not self._state.is_refused:
+            is_first = self._state is DiscoveryState.SEARCHING
+            self._state = DiscoveryState.FIRST_REFUSED if is_first else DiscoveryState.REFUSED
+            self._refused_at = now
+            self._rate_before = self._recent_rate()
+
+    def _start_cycle(self, now: float) -> None:
+        took = max(now - self._cycle_began, self._MIN_SECONDS)
+        if self._state is DiscoveryState.FIRST_REFUSED:
+            peak = self._busiest_rate(now, took)
+            self._stretch = self._FIRST_STRETCH if self._probe_refused else 1.0
         else:
-            peak = self._judged(took)
-            agrees = abs(peak / self._peak - 1) <= self._AGREES
-            self._stretch = (
-                min(self._GROWS * self._stretch, self._LONGEST_STRETCH) if agrees else 1.0
-            )
-            self._back_off = self._BACK_OFF if agrees else self._BACK_OFF_UNSURE
-        self._note_cycle(took)
-        self._peak = max(peak, self._SLOWEST)
-        self._cycle_began, self._answered, self._refused_at, self._probes = now, 0, None, 0
+            peak = self._allowed_rate(took)
+            agrees = abs(peak / self._peak - 1) <= self._AGREEMENT
+            grown = min(self._STRETCH_GROWTH * self._stretch, self._MAX_STRETCH)
+            self._stretch = grown if agrees else 1.0
+            self._decrease = self._DECREASE if agrees else self._DECREASE_UNSURE
+        self._remember_cycle(took)
+        self._state = DiscoveryState.CRUISING
+        self._cycle_began = now
+        self._answered = 0
         self._answers.clear()
+        self._peak = max(peak, self._MIN_RATE)
         self._climbed = 0.0
-        self._next = now + 1 / self._curve(self._peak)
+        self._next_at = now + 1 / self._curve_rate()
 
-    def _judged(self, took: float) -> float:
-        """Requests per second that the cycle which took so long shows to be allowed."""
-        assert self._cycle_began is not None, "an answer follows a request"
-        assert self._refused_at is not None, "only a refusal ends a cycle"
-        if self._answered < self._FEW:  # it says little by itself
-            return (self._before + self._answered) / (self._before_took + took)
-        # The pause counts: what was refused in it was too much as well.
+    def _allowed_rate(self, took: float) -> float:
+        """Return the requests per second that a cycle of ``took`` seconds shows to be allowed."""
+        if self._answered < self._MIN_ANSWERS:
+            return (self._earlier_answers + self._answered) / (self._earlier_seconds + took)
+        # The pause counts, because requests refused in it were too many as well.
         sending = (self._refused_at - self._cycle_began) / took
-        return max(self._pace * min(1.0, self._PAUSE_FREE * sending), self._answered / took)
+        return max(
+            self._rate_before * min(1.0, self._PAUSE_ALLOWANCE * sending), self._answered / took
+        )
 
-    def _note_cycle(self, took: float) -> None:
-        """Keep what came before for cycles with few answers, but no more than so many answers."""
-        if self._answered < self._FEW:
-            self._before += self._answered
-            self._before_took += took
+    def _remember_cycle(self, took: float) -> None:
+        if self._answered < self._MIN_ANSWERS:
+            self._earlier_answers += self._answered
+            self._earlier_seconds += took
         else:
-            self._before, self._before_took = self._answered, took
-        kept = min(1.0, self._FEWEST / max(self._before, 1))
-        self._before *= kept
-        self._before_took *= kept
+            self._earlier_answers, self._earlier_seconds = self._answered, took
+        share = min(1.0, self._REMEMBERED_ANSWERS / max(self._earlier_answers, 1))
+        self._earlier_answers *= share
+        self._earlier_seconds *= share
 
-    def _recent(self) -> float:
-        """Answers per second, of late."""
-        count = min(len(self._answers), max(self._RECENT, self._answered // 8))
+    def _recent_rate(self) -> float:
+        count = min(len(self._answers), max(self._RECENT_ANSWERS, self._answered // 8))
         if count < 2:
             return 0.0
-        return (count - 1) / max(self._answers[-1] - self._answers[-count], 1e-3)
+        return (count - 1) / max(self._answers[-1] - self._answers[-count], self._MIN_SECONDS)
 
-    def _busiest(self, now: float, took: float) -> float:
-        """Answers per second in the busiest stretch up to now.
+    def _busiest_rate(self, now: float, took: float) -> float:
+        """Return the answers per second in the busiest time up to now.
 
-        An idle client's average says nothing of the limit, so ever shorter stretches are tried.
+        The average of a client that was mostly idle says nothing about the limit. So ever shorter
+        times are tried.
         """
         best = max(self._answered, 1) / took
         count = len(self._answers)
-        while count >= 8:
-            best = max(best, count / max(now - self._answers[-count], 1e-3))
+        while count >= self._MIN_ANSWERS:
+            best = max(best, count / max(now - self._answers[-count], self._MIN_SECONDS))
             count //= 2
         return best

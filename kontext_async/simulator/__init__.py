@@ -1,32 +1,31 @@
-"""The Flux Kontext task API on this machine, for tests and demonstrations.
+"""The Flux Kontext task API as a local HTTP server, for tests and demonstrations.
 
-It imports nothing of this library but its models, so that what is tested against it is not
-tested against itself.
+It uses only this library's models, so a defect elsewhere in the library cannot hide itself here.
 """
 
 from kontext_async.simulator.images import IMAGE_STEPS
-from kontext_async.simulator.limits import BucketLimit, Limit, SlidingLimit, WindowLimit
+from kontext_async.simulator.limits import FixedWindow, Limit, SlidingWindow, TokenBucket
 from kontext_async.simulator.log import LoggedRequest
 from kontext_async.simulator.replies import Reply
 from kontext_async.simulator.server import Simulator
 from kontext_async.simulator.steps import FAULTS, STEPS, StepLike
-from kontext_async.simulator.tasks import Durations, Failure, Look, Step, lognormal
+from kontext_async.simulator.tasks import Durations, Failure, Step, StepRequest, lognormal
 
-__all__ = [  # noqa: RUF022  # plain order, as everywhere
-    "BucketLimit",
-    "Durations",
+__all__ = [
     "FAULTS",
-    "Failure",
     "IMAGE_STEPS",
+    "STEPS",
+    "Durations",
+    "Failure",
+    "FixedWindow",
     "Limit",
     "LoggedRequest",
-    "Look",
     "Reply",
-    "STEPS",
     "Simulator",
-    "SlidingLimit",
+    "SlidingWindow",
     "Step",
     "StepLike",
-    "WindowLimit",
+    "StepRequest",
+    "TokenBucket",
     "lognormal",
 ]

@@ -1,24 +1,33 @@
-"""What ``POST …/generate`` asks of a request."""
+"""Validation of the requests to ``POST …/generate``."""
 
 from __future__ import annotations
 
 import unicodedata
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 from urllib.parse import urlsplit
 
 __all__ = ["problem_with"]
 
 
-def _text(value: Any) -> bool:
+class _Rule(NamedTuple):
+    is_valid: Callable[[Any], bool]
+    wanted: str
+
+
+def _one_of(*values: str) -> _Rule:
+    return _Rule(values.__contains__, f"one of {', '.join(values)}")
+
+
+def _is_string(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def _flag(value: Any) -> bool:
+def _is_boolean(value: Any) -> bool:
     return isinstance(value, bool)
 
 
-def _address(value: Any) -> bool:
+def _is_http_url(value: Any) -> bool:
     if not isinstance(value, str):
         return False
     try:
@@ -28,64 +37,50 @@ def _address(value: Any) -> bool:
     return parts.scheme in ("http", "https") and bool(parts.netloc)
 
 
-def _one_of(*values: str) -> Callable[[Any], bool]:
-    return lambda value: value in values
-
-
-def _tolerance(value: Any) -> bool:
+def _is_tolerance(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 6
 
 
-_FIELDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    "prompt": (_text, "a string"),
-    "enableTranslation": (_flag, "a boolean"),
-    "uploadCn": (_flag, "a boolean"),
-    "inputImage": (_address, "a URI"),
-    "aspectRatio": (
-        _one_of("21:9", "16:9", "4:3", "1:1", "3:4", "9:16"),
-        "one of 21:9, 16:9, 4:3, 1:1, 3:4, 9:16",
-    ),
-    "outputFormat": (_one_of("jpeg", "png"), "jpeg or png"),
-    "promptUpsampling": (_flag, "a boolean"),
-    "model": (
-        _one_of("flux-kontext-pro", "flux-kontext-max"),
-        "flux-kontext-pro or flux-kontext-max",
-    ),
-    "callBackUrl": (_address, "a URI"),
-    "safetyTolerance": (_tolerance, "an integer from 0 to 6"),
-    "watermark": (_text, "a string"),
+_STRING = _Rule(_is_string, "a string")
+_BOOLEAN = _Rule(_is_boolean, "a boolean")
+_URL = _Rule(_is_http_url, "an http or https URL")
+
+_RULES: Mapping[str, _Rule] = {
+    "prompt": _STRING,
+    "enableTranslation": _BOOLEAN,
+    "uploadCn": _BOOLEAN,
+    "inputImage": _URL,
+    "aspectRatio": _one_of("21:9", "16:9", "4:3", "1:1", "3:4", "9:16"),
+    "outputFormat": _one_of("jpeg", "png"),
+    "promptUpsampling": _BOOLEAN,
+    "model": _one_of("flux-kontext-pro", "flux-kontext-max"),
+    "callBackUrl": _URL,
+    "safetyTolerance": _Rule(_is_tolerance, "an integer from 0 to 6"),
+    "watermark": _STRING,
 }
 
 
 def problem_with(params: Any) -> str | None:
-    """What the API would refuse a request for, with code 422; None for a good one.
+    """Return the API's reason to refuse a request with code 422; None for a valid one.
 
-    Fields it does not know are ignored.
+    Unknown fields are ignored.
     """
     if not isinstance(params, dict):
         return "the body must be a JSON object"
     fields = cast("dict[str, Any]", params)
-    for name, (is_valid, wanted) in _FIELDS.items():
-        if name in fields and not is_valid(fields[name]):
-            return f"{name} must be {wanted}"
-    return _problem_with_prompt(fields) or _problem_with_edit(fields)
-
-
-def _problem_with_prompt(params: Mapping[str, Any]) -> str | None:
-    prompt = params.get("prompt", "")
+    for name, rule in _RULES.items():
+        if name in fields and not rule.is_valid(fields[name]):
+            return f"{name} must be {rule.wanted}"
+    prompt = fields.get("prompt", "")
     if not prompt.strip():
         return "prompt is required"
-    if not params.get("enableTranslation", True) and not _is_latin(prompt):
+    if not fields.get("enableTranslation", True) and not _is_latin(prompt):
         return "prompt must be in English unless enableTranslation is true"
-    return None
-
-
-def _problem_with_edit(params: Mapping[str, Any]) -> str | None:
-    if "inputImage" in params and params.get("safetyTolerance", 2) > 2:
+    if "inputImage" in fields and fields.get("safetyTolerance", 2) > 2:
         return "safetyTolerance must be from 0 to 2 where inputImage is given"
     return None
 
 
 def _is_latin(text: str) -> bool:
-    """As near to "in English" as a simulator comes."""
+    """Approximate "is in English" by the script."""
     return all(unicodedata.name(c, "").startswith("LATIN") for c in text if c.isalpha())

@@ -1,4 +1,4 @@
-"""The result images: made here, and served with everything a download can run into."""
+"""The images of tasks, and the steps of a script for their downloads."""
 
 from __future__ import annotations
 
@@ -10,21 +10,16 @@ import struct
 import textwrap
 import zlib
 from collections.abc import Iterator, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import attrs
 
 from kontext_async.simulator import replies
 from kontext_async.simulator.replies import Reply
-from kontext_async.simulator.steps import GATEWAY, TRANSPORT, http, redirect_elsewhere, sent
-from kontext_async.simulator.tasks import Look, Step
+from kontext_async.simulator.steps import GATEWAY, TRANSPORT, http, redirect_to_localhost, sent
+from kontext_async.simulator.tasks import Step, StepRequest
 
-__all__ = [
-    "IMAGE_STEPS",
-    "image_type",
-    "make_image",
-    "plain_png",
-]
+__all__ = ["IMAGE_STEPS", "image_type", "make_image", "plain_png"]
 
 _SIZES = {
     "21:9": (336, 144),
@@ -38,12 +33,12 @@ _HAS_PILLOW = importlib.util.find_spec("PIL") is not None
 
 
 def image_type(output_format: str) -> Literal["png", "jpeg"]:
-    """What an image asked for in ``output_format`` is: without Pillow, always a PNG."""
+    """Return the format of the image for an ``outputFormat``: without Pillow, always PNG."""
     return "jpeg" if output_format == "jpeg" and _HAS_PILLOW else "png"
 
 
 def make_image(param_json: str, kind: Literal["png", "jpeg"], size: int) -> bytes:
-    """An image for a request, at least ``size`` bytes long; with Pillow the prompt is on it."""
+    """Make a request's image, at least ``size`` bytes long; with Pillow it shows the prompt."""
     params = json.loads(param_json)
     image = _drawn(str(params.get("prompt", "")), str(params.get("aspectRatio")), kind)
     missing = size - len(image)
@@ -62,7 +57,7 @@ def _drawn(prompt: str, ratio: str, kind: Literal["png", "jpeg"]) -> bytes:
 
 
 def plain_png(width: int, height: int, colour: bytes) -> bytes:
-    """A PNG of one colour (three bytes), by the standard library alone."""
+    """Make a PNG of one colour (three bytes), with the standard library alone."""
     header = struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0)
     rows = zlib.compress((b"\0" + colour * width) * height)
     chunks = _chunk(b"IHDR", header) + _chunk(b"IDAT", rows) + _chunk(b"IEND", b"")
@@ -74,8 +69,7 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def _with_prompt(width: int, height: int, colour: bytes, prompt: str, kind: str) -> bytes:
-    # On the loop, not in a thread: it is a few milliseconds, and a clock that jumps must not
-    # jump meanwhile.
+    # On the loop: it takes a few milliseconds, and virtual time would jump during a thread's work.
     from PIL import Image, ImageDraw, ImageFont  # noqa: PLC0415  # an extra
 
     image = Image.new("RGB", (width, height), tuple(colour))
@@ -90,12 +84,12 @@ def _with_prompt(width: int, height: int, colour: bytes, prompt: str, kind: str)
 
 
 def _padded_png(image: bytes, missing: int) -> bytes:
-    """With a private chunk, which decoders skip, before IEND."""
+    """Add a private chunk, which decoders skip, before IEND."""
     return image[:-12] + _chunk(b"kpAd", bytes(missing)) + image[-12:]
 
 
 def _padded_jpeg(image: bytes, missing: int) -> bytes:
-    """With comment segments, which decoders skip, after SOI."""
+    """Add comment segments, which decoders skip, after SOI."""
     return image[:2] + b"".join(_comments(missing)) + image[2:]
 
 
@@ -105,28 +99,19 @@ def _comments(missing: int) -> Iterator[bytes]:
         yield b"\xff\xfe" + struct.pack(">H", len(data) + 2) + data
 
 
-def _plain(**headers: str) -> Step:
-    """The image, with other headers."""
-
-    def step(look: Look) -> Reply:
-        plain = look.plain()
-        return attrs.evolve(plain, headers={**plain.headers, **headers})
-
-    return step
+def _image(**changes: Any) -> Step:
+    """Reply with the image, some parts of the reply replaced."""
+    return lambda request: attrs.evolve(request.default_reply(), **changes)
 
 
-def _cut(look: Look) -> Reply:
-    """A file cut short at nine tenths, with a Content-Length that fits it."""
-    plain = look.plain()
-    return attrs.evolve(plain, body=plain.body[: len(plain.body) * 9 // 10])
+def _cut(request: StepRequest) -> Reply:
+    """Reply with nine tenths of the file, and a Content-Length that fits."""
+    whole = request.default_reply()
+    return attrs.evolve(whole, body=whole.body[: len(whole.body) * 9 // 10])
 
 
-def _page(look: Look) -> Reply:
-    return attrs.evolve(look.plain(), body=b"<!doctype html><title>Sign in</title>")
-
-
-def _to(location: str) -> Step:
-    return lambda _: Reply(302, {"Location": location})
+def _redirect(location: str) -> Reply:
+    return Reply(302, {"Location": location})
 
 
 _HUGE = 64 * 1024 * 1024
@@ -134,20 +119,20 @@ _HUGE = 64 * 1024 * 1024
 IMAGE_STEPS: Mapping[str, Step] = {
     **GATEWAY,
     **TRANSPORT,
-    "image": lambda look: look.plain(),
-    "empty": lambda look: attrs.evolve(look.plain(), body=b""),
-    "html_as_image": _page,
-    "wrong_type": _plain(**{"Content-Type": "application/octet-stream"}),
-    "other_type": _plain(**{"Content-Type": "image/webp"}),
-    "no_type": lambda look: attrs.evolve(look.plain(), headers={}),
+    "image": _image(),
+    "empty": _image(body=b""),
+    "html_as_image": _image(body=b"<!doctype html><title>Sign in</title>"),
+    "wrong_type": _image(headers={"Content-Type": "application/octet-stream"}),
+    "other_type": _image(headers={"Content-Type": "image/webp"}),
+    "no_type": _image(headers={}),
     "cut_short": _cut,
-    "gzip": lambda look: replies.gzipped(look.plain()),
+    "gzip": lambda request: replies.gzipped(request.default_reply()),
     "huge": sent(replies.filled(_HUGE)),
     "huge_chunked": sent(replies.chunked(_HUGE)),
     "html_410": http(410),
-    "redirect": lambda look: Reply(302, {"Location": look.url}),
-    "redirect_loopback": redirect_elsewhere,
-    "redirect_file": _to("file:///etc/passwd"),
-    "redirect_host": _to("http://images.invalid/result.png"),
-    "redirect_private": _to("http://169.254.169.254/latest/meta-data"),
+    "redirect": lambda request: _redirect(request.url),
+    "redirect_loopback": redirect_to_localhost,
+    "redirect_file": _redirect("file:///etc/passwd"),
+    "redirect_host": _redirect("http://images.invalid/result.png"),
+    "redirect_private": _redirect("http://169.254.169.254/latest/meta-data"),
 }

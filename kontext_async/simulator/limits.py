@@ -1,4 +1,4 @@
-"""Rate limits a service may enforce. Only requests they admit are counted."""
+"""Rate limits that a service may enforce. Only the requests they admit count towards them."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from typing import Protocol
 
 import attrs
 
-__all__ = ["BucketLimit", "Limit", "SlidingLimit", "WindowLimit"]
+__all__ = ["FixedWindow", "Limit", "SlidingWindow", "TokenBucket"]
 
 
 class Limit(Protocol):
-    """What decides whether a request is admitted."""
+    """A rate limit."""
 
     def admit(self, now: float) -> float:
         """Admit a request and return 0, or refuse it and return the seconds until one may pass.
 
-        ``now`` is in seconds since the simulator's start, and never goes back.
+        ``now`` is in seconds since the simulator's start, and never decreases.
         """
         ...
 
 
 @attrs.define(eq=False)
-class WindowLimit:
-    """At most ``max_requests`` in each window of ``period`` seconds, one window after the other.
+class FixedWindow:
+    """At most ``max_requests`` in each of the windows of ``period`` seconds that follow each other.
 
-    Windows are counted from the simulator's start, so around a boundary twice as many pass.
+    The first begins at the simulator's start. Around a boundary up to twice as many pass.
     """
 
     max_requests: int = attrs.field(validator=attrs.validators.ge(1))
@@ -38,14 +38,14 @@ class WindowLimit:
         if window != self._window:
             self._window, self._used = window, 0
         if self._used >= self.max_requests:
-            # Never 0, as rounding may have it.
+            # Rounding could make it 0, which would admit the request.
             return max((window + 1) * self.period - now, 1e-9)
         self._used += 1
         return 0.0
 
 
 @attrs.define(eq=False)
-class SlidingLimit:
+class SlidingWindow:
     """At most ``max_requests`` in any ``period`` seconds."""
 
     max_requests: int = attrs.field(validator=attrs.validators.ge(1))
@@ -63,21 +63,21 @@ class SlidingLimit:
 
 
 @attrs.define(eq=False)
-class BucketLimit:
-    """A bucket of ``capacity`` requests, full at first, refilled with ``per_second`` a second."""
+class TokenBucket:
+    """At most ``capacity`` requests at once, and ``per_second`` a second in the long run."""
 
     capacity: float = attrs.field(validator=attrs.validators.ge(1))
     per_second: float = attrs.field(validator=attrs.validators.gt(0))
-    _level: float = attrs.field(init=False, repr=False)
+    _tokens: float = attrs.field(init=False, repr=False)
     _filled_at: float = attrs.field(default=0.0, init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
-        self._level = self.capacity
+        self._tokens = self.capacity
 
     def admit(self, now: float) -> float:
         gained = (now - self._filled_at) * self.per_second
-        self._level, self._filled_at = min(self._level + gained, self.capacity), now
-        if self._level < 1:
-            return (1 - self._level) / self.per_second
-        self._level -= 1
+        self._tokens, self._filled_at = min(self._tokens + gained, self.capacity), now
+        if self._tokens < 1:
+            return (1 - self._tokens) / self.per_second
+        self._tokens -= 1
         return 0.0

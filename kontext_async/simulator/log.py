@@ -1,4 +1,4 @@
-"""What the simulator remembers of the requests it was sent."""
+"""The simulator's log of the requests it received."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ __all__ = ["LoggedRequest"]
 
 @attrs.define
 class LoggedRequest:
-    """One request and what it was answered. Of a key it holds no more than whether it came.
+    """A request and the reply to it. The API key itself is not kept.
 
-    ``time`` is in seconds since the simulator's start. ``task_id`` is None where the request
-    named none. ``status`` is the HTTP status, 0 where no HTTP answer was sent; ``code`` the
-    envelope's code, None where the answer was no envelope.
+    - ``time``: seconds since the simulator's start.
+    - ``task_id``: None where the request named no task.
+    - ``status``: the HTTP status; 0 where no HTTP reply was sent.
+    - ``code``: the envelope's code; None where the reply had no envelope.
     """
 
     time: float

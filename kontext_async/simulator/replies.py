@@ -1,4 +1,4 @@
-"""What an answer is, and the ways it can come over the wire, or fail to."""
+"""Replies, and the ways to send them, complete or broken."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ import attrs
 from aiohttp import web
 
 __all__ = [
+    "Connection",
     "Delivery",
     "Reply",
-    "Wire",
     "chunked",
     "close",
     "close_after",
@@ -26,9 +26,9 @@ __all__ = [
     "filled",
     "garble",
     "gzipped",
-    "http_reply",
+    "http",
     "overrun",
-    "refusal",
+    "refused",
     "reset",
     "reset_mid_body",
     "slow",
@@ -49,15 +49,15 @@ def _reason(status: int) -> str:
         return "Unknown"
 
 
-class Wire:
-    """The way back of one request."""
+class Connection:
+    """The connection that a request came on, to send its reply."""
 
     def __init__(self, request: web.BaseRequest, date: str) -> None:
         self._request = request
         self._date = date
 
     def head(self, reply: Reply, framing: str = "") -> bytes:
-        """The status line and headers; ``framing`` replaces the Content-Length."""
+        """Return the status line and headers; ``framing`` replaces the Content-Length."""
         lines = [f"HTTP/1.1 {reply.status} {_reason(reply.status)}", f"Date: {self._date}"]
         lines += [f"{name}: {value}" for name, value in reply.headers.items()]
         lines.append(framing or f"Content-Length: {len(reply.body)}")
@@ -76,21 +76,21 @@ class Wire:
             transport.abort()
 
 
-# Sends a reply its own way; True where the connection can serve another request.
-Delivery: TypeAlias = Callable[[Wire, "Reply"], Awaitable[bool]]
+# Sends a reply; returns True if the connection can serve another request.
+Delivery: TypeAlias = Callable[[Connection, "Reply"], Awaitable[bool]]
 
 
-async def whole(wire: Wire, reply: Reply) -> bool:
-    """As it should be."""
-    await wire.send(wire.head(reply) + reply.body)
+async def whole(connection: Connection, reply: Reply) -> bool:
+    """Send the complete reply."""
+    await connection.send(connection.head(reply) + reply.body)
     return True
 
 
 @attrs.frozen
 class Reply:
-    """An answer: HTTP status, headers, body, and how it is sent.
+    """An HTTP status, headers, a body, and how they are sent. As a step, it always gives itself.
 
-    ``code`` is the envelope's code, for the request log; None where the body is no envelope.
+    ``code`` is the envelope's code, for the request log; None where the body has no envelope.
     """
 
     status: int = 200
@@ -98,6 +98,9 @@ class Reply:
     body: bytes = b""
     delivery: Delivery = attrs.field(default=whole, repr=False)
     code: int | None = None
+
+    def __call__(self, _request: object) -> Reply:
+        return self
 
 
 _JSON = {"Content-Type": "application/json"}
@@ -111,12 +114,12 @@ def envelope(
     status: int = 200,
     headers: Mapping[str, str] | None = None,
 ) -> Reply:
-    """The API's JSON envelope around ``data``."""
+    """Wrap ``data`` in the API's JSON envelope."""
     body = json.dumps({"code": code, "msg": msg, "data": data}).encode()
     return Reply(status, {**_JSON, **headers} if headers else _JSON, body, code=code)
 
 
-def refusal(
+def refused(
     code: int,
     msg: str = "",
     *,
@@ -124,30 +127,30 @@ def refusal(
     retry_after: float | None = None,
     data: Any = None,
 ) -> Reply:
-    """An envelope that says no with ``code``, in an HTTP answer of ``status``.
+    """Return an envelope with the error ``code``, sent with the HTTP status ``status``.
 
-    ``retry_after`` (s) becomes a Retry-After header, rounded up to a whole second.
+    An empty ``msg`` stands for the usual one. ``retry_after`` (s) becomes a Retry-After header,
+    rounded up to a whole second.
     """
     headers = {} if retry_after is None else {"Retry-After": str(math.ceil(retry_after))}
-    msg = msg or MESSAGES.get(code, "Error")
+    msg = msg or _MESSAGES.get(code, "Error")
     return envelope(data, code=code, msg=msg, status=status, headers=headers)
 
 
-def http_reply(
+def http(
     status: int,
     body: str | None = None,
     *,
     content_type: str = "text/html; charset=utf-8",
     headers: Mapping[str, str] | None = None,
 ) -> Reply:
-    """An answer that is no envelope, as a gateway gives it; ``body`` None: a page."""
+    """Return a reply without an envelope, as a gateway sends it; ``body`` None is an HTML page."""
     if body is None:
         body = f"<html><body><h1>{status} {_reason(status)}</h1></body></html>"
     return Reply(status, {"Content-Type": content_type, **(headers or {})}, body.encode())
 
 
-# What the envelope says with a code.
-MESSAGES: Mapping[int, str] = {
+_MESSAGES: Mapping[int, str] = {
     401: "You do not have access permissions",
     402: "Insufficient credits",
     403: "Forbidden",
@@ -167,100 +170,99 @@ MESSAGES: Mapping[int, str] = {
 }
 
 
-async def reset(wire: Wire, _reply: Reply) -> bool:
-    """A TCP reset instead of an answer."""
-    wire.reset()
+async def reset(connection: Connection, _reply: Reply) -> bool:
+    """Reset the connection instead of replying."""
+    connection.reset()
     return False
 
 
-async def reset_mid_body(wire: Wire, reply: Reply) -> bool:
-    """A TCP reset after half of the body."""
-    await wire.send(wire.head(reply) + reply.body[: len(reply.body) // 2])
-    wire.reset()
+async def reset_mid_body(connection: Connection, reply: Reply) -> bool:
+    """Reset the connection after half of the body."""
+    await truncate(connection, reply)
+    return await reset(connection, reply)
+
+
+async def close(_connection: Connection, _reply: Reply) -> bool:
+    """Close the connection without a reply."""
     return False
 
 
-async def close(_wire: Wire, _reply: Reply) -> bool:
-    """The connection closed without an answer."""
+async def close_after(connection: Connection, reply: Reply) -> bool:
+    """Send the complete reply, then close the connection without announcing it."""
+    await whole(connection, reply)
     return False
 
 
-async def close_after(wire: Wire, reply: Reply) -> bool:
-    """A good answer, and then the connection closed, against what its headers say."""
-    await wire.send(wire.head(reply) + reply.body)
-    return False
-
-
-async def stall(_wire: Wire, _reply: Reply) -> bool:
-    """No answer until the client leaves or the simulator closes, each of which cancels this."""
+async def stall(_connection: Connection, _reply: Reply) -> bool:
+    """Send nothing until the client leaves or the simulator closes; either cancels this."""
     never: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
     return await never
 
 
-async def stall_mid_body(wire: Wire, reply: Reply) -> bool:
-    """Half of the body, and then nothing more."""
-    await wire.send(wire.head(reply) + reply.body[: len(reply.body) // 2])
-    return await stall(wire, reply)
+async def stall_mid_body(connection: Connection, reply: Reply) -> bool:
+    """Send half of the body, then stall."""
+    await truncate(connection, reply)
+    return await stall(connection, reply)
 
 
-async def truncate(wire: Wire, reply: Reply) -> bool:
-    """Half of the body, and then the connection closed."""
-    await wire.send(wire.head(reply) + reply.body[: len(reply.body) // 2])
+async def truncate(connection: Connection, reply: Reply) -> bool:
+    """Send half of the body, then close the connection."""
+    await connection.send(connection.head(reply) + reply.body[: len(reply.body) // 2])
     return False
 
 
-async def overrun(wire: Wire, reply: Reply) -> bool:
-    """More bytes than the Content-Length says."""
-    await wire.send(wire.head(reply) + reply.body + b"\0" * 4096)
+async def overrun(connection: Connection, reply: Reply) -> bool:
+    """Send more bytes than the Content-Length announces."""
+    await connection.send(connection.head(reply) + reply.body + b"\0" * 4096)
     return False
 
 
-async def garble(wire: Wire, _reply: Reply) -> bool:
-    """Something that is not HTTP."""
-    await wire.send(b"SSH-2.0-OpenSSH_9.9\r\n")
+async def garble(connection: Connection, _reply: Reply) -> bool:
+    """Send bytes that are not HTTP."""
+    await connection.send(b"SSH-2.0-OpenSSH_9.9\r\n")
     return False
 
 
 def slow(pause: float, pieces: int = 10) -> Delivery:
-    """The body in ``pieces``, with ``pause`` seconds before each."""
+    """Send the body in ``pieces``, with ``pause`` seconds before each."""
 
-    async def deliver(wire: Wire, reply: Reply) -> bool:
-        await wire.send(wire.head(reply))
+    async def deliver(connection: Connection, reply: Reply) -> bool:
+        await connection.send(connection.head(reply))
         for piece in _pieces(reply.body, -(-len(reply.body) // pieces) or 1):
             await asyncio.sleep(pause)
-            await wire.send(piece)
+            await connection.send(piece)
         return True
 
     return deliver
 
 
 def chunked(size: int = 0) -> Delivery:
-    """The body in chunks of unannounced number, filled up with zeros to ``size`` bytes."""
+    """Send the body in HTTP chunks, filled up with zeros to ``size`` bytes."""
 
-    async def deliver(wire: Wire, reply: Reply) -> bool:
-        await wire.send(wire.head(reply, "Transfer-Encoding: chunked"))
+    async def deliver(connection: Connection, reply: Reply) -> bool:
+        await connection.send(connection.head(reply, "Transfer-Encoding: chunked"))
         for piece in _filled(reply.body, size):
-            await wire.send(b"%x\r\n%b\r\n" % (len(piece), piece))
-        await wire.send(b"0\r\n\r\n")
+            await connection.send(b"%x\r\n%b\r\n" % (len(piece), piece))
+        await connection.send(b"0\r\n\r\n")
         return True
 
     return deliver
 
 
 def filled(size: int) -> Delivery:
-    """The body filled up with zeros to ``size`` bytes, announced as such."""
+    """Send the body filled up with zeros to ``size`` bytes, with that Content-Length."""
 
-    async def deliver(wire: Wire, reply: Reply) -> bool:
-        await wire.send(wire.head(reply, f"Content-Length: {size}"))
+    async def deliver(connection: Connection, reply: Reply) -> bool:
+        await connection.send(connection.head(reply, f"Content-Length: {size}"))
         for piece in _filled(reply.body, size):
-            await wire.send(piece)
+            await connection.send(piece)
         return True
 
     return deliver
 
 
 def gzipped(reply: Reply) -> Reply:
-    """The same reply with its body compressed."""
+    """Return the reply with its body compressed."""
     return attrs.evolve(
         reply,
         headers={**reply.headers, "Content-Encoding": "gzip"},

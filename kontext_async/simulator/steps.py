@@ -1,7 +1,7 @@
-"""Steps of a task's script: each makes the answer to one look. `STEPS` has them by name.
+"""Steps of a task's script: each makes the reply to one request. `STEPS` lists them by name.
 
-A step is a callable that takes a `Look` and returns a `Reply`. The functions here make steps;
-``success``, ``failed`` and what is built on them also end the task.
+A step is a callable that takes a `StepRequest` and returns a `Reply`. The functions here make
+steps; ``success``, ``failed`` and those built on them also end the task.
 """
 
 from __future__ import annotations
@@ -9,20 +9,20 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from datetime import UTC, datetime
 from typing import Any, Literal, TypeAlias
 
 import attrs
 
 from kontext_async.models import TaskStatus
 from kontext_async.simulator import replies
-from kontext_async.simulator.clock import http_date
-from kontext_async.simulator.replies import Delivery, Reply, envelope, http_reply, refusal
-from kontext_async.simulator.tasks import UNFINISHED, Failure, Look, Step
+from kontext_async.simulator.replies import Delivery, Reply, envelope, http, refused
+from kontext_async.simulator.tasks import UNFINISHED, Failure, Step, StepRequest
 
 __all__ = [
     "FAULTS",
+    "GATEWAY",
     "STEPS",
+    "TRANSPORT",
     "StepLike",
     "as_script",
     "as_step",
@@ -30,48 +30,49 @@ __all__ = [
     "generating",
     "http",
     "rate_limited",
-    "redirect_elsewhere",
+    "redirect_to_localhost",
     "refused",
     "sent",
     "success",
 ]
 
-# A step, the name of one, a reply, or the (status, headers, body) of a reply.
-StepLike: TypeAlias = str | Step | Reply | tuple[int, Mapping[str, str], bytes]
+# A step, the name of one, or the (status, headers, body) of a reply.
+StepLike: TypeAlias = str | Step | tuple[int, Mapping[str, str], bytes]
 
 
 def as_step(like: StepLike, named: Mapping[str, Step] | None = None) -> Step:
-    """The step that ``like`` stands for; ValueError where no step has that name."""
+    """Return the step that ``like`` stands for; ValueError for an unknown name.
+
+    Names are those of ``named``; None stands for `STEPS`.
+    """
     if isinstance(like, str):
         return _by_name(like, STEPS if named is None else named)
-    if callable(like):
-        return like
-    reply = like if isinstance(like, Reply) else Reply(*like)
-    return lambda _: reply
+    return like if callable(like) else Reply(*like)
 
 
 def _by_name(name: str, named: Mapping[str, Step]) -> Step:
     if name in named:
         return named[name]
     close = difflib.get_close_matches(name, named, n=1)
-    raise ValueError(f"no step is named {name!r}" + (f"; is it {close[0]!r}?" if close else ""))
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise ValueError(f"there is no step {name!r}{hint}")
 
 
 def as_script(
     script: Iterable[StepLike], named: Mapping[str, Step] | None = None
 ) -> Iterator[Step]:
-    """A script's steps: checked at once in a sequence, as they are reached in other iterables."""
+    """Return a script's steps. Those of a sequence are checked now, others as they are reached."""
     steps = (as_step(like, named) for like in script)
     return iter(list(steps)) if isinstance(script, Sequence) else steps
 
 
 def generating(**fields: Any) -> Step:
-    """The record of a task that still runs, with ``fields`` of it replaced."""
-    return lambda look: look.answer(**{**UNFINISHED, **fields})
+    """Reply with the record of a running task, some of its ``fields`` replaced."""
+    return lambda request: request.record_reply(**{**UNFINISHED, **fields})
 
 
 def success(**fields: Any) -> Step:
-    """End the task with an image; its record, with ``fields`` of it replaced."""
+    """End the task with an image; reply with its record, some of its ``fields`` replaced."""
     return _ended(None, lambda _: fields)
 
 
@@ -83,123 +84,100 @@ def failed(
     ] = TaskStatus.GENERATE_FAILED,
     **fields: Any,
 ) -> Step:
-    """End the task without an image; its record, with ``fields`` of it replaced."""
+    """End the task without an image; reply with its record, some of its ``fields`` replaced."""
     return _ended(Failure(error_code, message, status), lambda _: fields)
 
 
-def refused(
-    code: int,
-    msg: str = "",
-    *,
-    status: int = 200,
-    retry_after: float | None = None,
-    data: Any = None,
-) -> Step:
-    """An envelope that says no with ``code``, in an HTTP answer of ``status``.
-
-    ``retry_after`` (s) becomes a Retry-After header, rounded up to a whole second.
-    """
-    return as_step(refusal(code, msg, status=status, retry_after=retry_after, data=data))
-
-
-def rate_limited(retry_after: float | None = None, *, status: int = 429) -> Step:
-    """A refusal with code 429."""
-    return refused(429, status=status, retry_after=retry_after)
-
-
-def http(
-    status: int,
-    body: str | None = None,
-    *,
-    content_type: str = "text/html; charset=utf-8",
-    headers: Mapping[str, str] | None = None,
-) -> Step:
-    """An answer that is no envelope, as a gateway gives it; ``body`` None: a page."""
-    return as_step(http_reply(status, body, content_type=content_type, headers=headers))
-
-
-def sent(delivery: Delivery, step: Step | None = None) -> Step:
-    """The answer of ``step`` (None: what would be answered anyway), sent another way."""
-
-    def deliver(look: Look) -> Reply:
-        return attrs.evolve(step(look) if step else look.plain(), delivery=delivery)
-
-    return deliver
-
-
-def _unsent(delivery: Delivery) -> Step:
-    """No HTTP answer at all: logged with status 0, and nothing is done for the request."""
-    reply = Reply(status=0, delivery=delivery)
-    return lambda _: reply
-
-
-def _ended(failure: Failure | None, fields: Callable[[Look], Mapping[str, Any]]) -> Step:
-    def step(look: Look) -> Reply:
-        look.task.end(look.now, failure)
-        return look.answer(**fields(look))
+def _ended(failure: Failure | None, fields: Callable[[StepRequest], Mapping[str, Any]]) -> Step:
+    def step(request: StepRequest) -> Reply:
+        request.task.end(request.now, failure)
+        return request.record_reply(**fields(request))
 
     return step
 
 
-def _without(*names: str, step: Step) -> Step:
-    """The record that ``step`` gives, with some fields missing."""
+def rate_limited(retry_after: float | None = None, *, status: int = 429) -> Reply:
+    """Return a refusal with code 429."""
+    return refused(429, status=status, retry_after=retry_after)
 
-    def strip(look: Look) -> Reply:
-        data = json.loads(step(look).body)["data"]
+
+def sent(delivery: Delivery, step: Step | None = None) -> Step:
+    """Send the reply of ``step``, or the default reply, in another way."""
+
+    def deliver(request: StepRequest) -> Reply:
+        reply = step(request) if step else request.default_reply()
+        return attrs.evolve(reply, delivery=delivery)
+
+    return deliver
+
+
+def _unsent(delivery: Delivery) -> Reply:
+    """Send no HTTP reply: the request is logged with status 0 and has no effect."""
+    return Reply(status=0, delivery=delivery)
+
+
+def _without(*names: str, step: Step) -> Step:
+    """Remove fields from the record that ``step`` replies with."""
+
+    def strip(request: StepRequest) -> Reply:
+        data = json.loads(step(request).body)["data"]
         return envelope({name: value for name, value in data.items() if name not in names})
 
     return strip
 
 
-def _times(write: Callable[[float], Any]) -> Step:
-    """Success, with the times written another way."""
+def _times(write: Callable[[StepRequest, float], Any]) -> Step:
+    """Succeed, with the times in another format."""
 
-    def fields(look: Look) -> Mapping[str, Any]:
-        begun = look.clock.unix(look.task.created)
-        ended = begun + (look.task.duration or 0.0)
-        return {"createTime": write(begun), "completeTime": write(ended)}
+    def fields(request: StepRequest) -> Mapping[str, Any]:
+        created = request.task.created
+        ended = created + (request.task.duration or 0.0)
+        return {"createTime": write(request, created), "completeTime": write(request, ended)}
 
     return _ended(None, fields)
 
 
+def _milliseconds(request: StepRequest, second: float) -> int:
+    return int(request.clock.unix(second) * 1000)
+
+
+def _zoneless(request: StepRequest, second: float) -> str:
+    return request.clock.iso(second).replace("T", " ").removesuffix("Z")
+
+
 def _response(change: Callable[[Any], Any]) -> Step:
-    """Success, with the ``response`` changed."""
-    return _ended(None, lambda look: {"response": change(look.record()["response"])})
+    """Succeed, with the ``response`` changed."""
+    return _ended(None, lambda request: {"response": change(request.record()["response"])})
 
 
-def _padded(look: Look) -> Reply:
-    return look.answer(padding="x" * 2 * 1024 * 1024)
+def _padded(request: StepRequest) -> Reply:
+    return request.record_reply(padding="x" * 2 * 1024 * 1024)
 
 
-def _code_in_text(look: Look) -> Reply:
-    """Success, with the envelope's code as digits in a string."""
-    plain = json.loads(success()(look).body)
-    return attrs.evolve(envelope(None), body=json.dumps({**plain, "code": "200"}).encode())
+def _code_in_text(request: StepRequest) -> Reply:
+    """Succeed, with the envelope's code as a string."""
+    reply = success()(request)
+    return attrs.evolve(reply, body=reply.body.replace(b'"code": 200', b'"code": "200"', 1))
 
 
-def _failed_with_code(look: Look) -> Reply:
-    """Failure, told by the envelope's code and the record alike."""
-    failed()(look)
-    return envelope(look.record(), code=501, msg=replies.MESSAGES[501])
+def _failed_with_code(request: StepRequest) -> Reply:
+    """Fail, in the envelope's code and the record alike."""
+    failed()(request)
+    return refused(501, data=request.record())
 
 
-def _retry_date(look: Look) -> Reply:
-    until = http_date(look.clock.unix(look.now) + 2)
-    return envelope(
-        None, code=429, msg=replies.MESSAGES[429], status=429, headers={"Retry-After": until}
-    )
+def _retry_date(request: StepRequest) -> Reply:
+    reply = rate_limited()
+    date = request.clock.http_date(request.now + 2)
+    return attrs.evolve(reply, headers={**reply.headers, "Retry-After": date})
 
 
-def redirect_elsewhere(look: Look) -> Reply:
-    """A redirect to another name of this server: who follows it is seen, and what he sends."""
-    return Reply(302, {"Location": look.url.replace("127.0.0.1", "localhost", 1)})
+def redirect_to_localhost(request: StepRequest) -> Reply:
+    """Redirect to this server as ``localhost``: the log shows who follows and what they send."""
+    return Reply(302, {"Location": request.url.replace("127.0.0.1", "localhost", 1)})
 
 
-def _plain_time(unix: float) -> str:
-    return datetime.fromtimestamp(unix, UTC).strftime("%Y-%m-%d %H:%M:%S")
-
-
-# Ways a connection fails, whatever is asked for.
+# Broken and unusual connections, whatever the request.
 TRANSPORT: Mapping[str, Step] = {
     "reset": _unsent(replies.reset),
     "reset_mid_body": sent(replies.reset_mid_body),
@@ -214,10 +192,12 @@ TRANSPORT: Mapping[str, Step] = {
     "chunked": sent(replies.chunked()),
 }
 
-# Statuses a gateway gives, whatever is asked for.
+_TEMPORARY = (429, 500, 502, 503, 504)
+
+# Replies of a gateway, whatever the request.
 GATEWAY: Mapping[str, Step] = {
-    **{f"html_{status}": http(status) for status in (403, 404, 429, 500, 502, 503, 504)},
-    **{f"empty_{status}": http(status, "") for status in (404, 429, 500, 502, 503, 504)},
+    **{f"html_{status}": http(status) for status in (403, 404, *_TEMPORARY)},
+    **{f"empty_{status}": http(status, "") for status in (404, *_TEMPORARY)},
     "gateway_403": http(403, "error code: 1010", content_type="text/plain; charset=utf-8"),
     "html_200": http(200),
     "empty_200": http(200, ""),
@@ -229,7 +209,7 @@ _REFUSALS: Mapping[str, Step] = {
         f"code_{code}": refused(code)
         for code in (401, 402, 403, 404, 408, 422, 429, 451, 455, 500, 501, 502, 503, 504, 505, 524)
     },
-    **{f"http_{code}": refused(code, status=code) for code in (429, 500, 502, 503, 504)},
+    **{f"http_{code}": refused(code, status=code) for code in _TEMPORARY},
     "rate_limited": rate_limited(retry_after=2),
     "rate_limited_until": _retry_date,
     "rate_limited_in_body": rate_limited(status=200),
@@ -245,8 +225,8 @@ _RECORDS: Mapping[str, Step] = {
     "success": success(),
     "success_nulls": _ended(
         None,
-        lambda look: {
-            "response": {**look.record()["response"], "originImageUrl": None},
+        lambda request: {
+            "response": {**request.record()["response"], "originImageUrl": None},
             "errorMessage": None,
         },
     ),
@@ -269,10 +249,10 @@ _RECORDS: Mapping[str, Step] = {
     "failed_code_null": failed(errorCode=None),
     "failed_code_unknown": failed(433),
     "failed_no_message": failed(errorMessage=None),
-    "times_plain": _times(_plain_time),
-    "times_ms": _times(lambda unix: int(unix * 1000)),
-    "times_ms_text": _times(lambda unix: str(int(unix * 1000))),
-    "times_unreadable": _times(lambda _: "yesterday"),
+    "times_plain": _times(_zoneless),
+    "times_ms": _times(_milliseconds),
+    "times_ms_text": _times(lambda request, second: str(_milliseconds(request, second))),
+    "times_unreadable": _times(lambda _request, _second: "yesterday"),
     "params_broken": success(paramJson='{"prompt": "a ligh'),
     "params_null": success(paramJson=None),
     "extra_fields": success(progress="1.00", model={"name": "flux-kontext-pro"}, fallback=[]),
@@ -283,51 +263,20 @@ _RECORDS: Mapping[str, Step] = {
 }
 
 _BODIES: Mapping[str, Step] = {
-    "gzip": lambda look: replies.gzipped(look.plain()),
+    "gzip": lambda request: replies.gzipped(request.default_reply()),
     "oversized": _padded,
     "oversized_chunked": sent(replies.chunked(), _padded),
-    "oversized_gzip": lambda look: replies.gzipped(_padded(look)),
-    "redirect": redirect_elsewhere,
+    "oversized_gzip": lambda request: replies.gzipped(_padded(request)),
+    "redirect": redirect_to_localhost,
 }
 
 STEPS: Mapping[str, Step] = {**_RECORDS, **_REFUSALS, **GATEWAY, **TRANSPORT, **_BODIES}
 
-# What one request in a thousand may meet on a bad day: asking again helps.
+# Steps that a retry gets past. They leave the task as it is.
 FAULTS: Sequence[str] = (
-    "code_408",
-    "code_429",
-    "code_455",
-    "code_500",
-    "code_524",
-    "http_429",
-    "http_500",
-    "http_502",
-    "http_503",
-    "http_504",
-    "html_429",
-    "html_500",
-    "html_502",
-    "html_503",
-    "html_504",
-    "empty_429",
-    "empty_500",
-    "empty_502",
-    "empty_503",
-    "empty_504",
-    "html_200",
-    "empty_200",
-    "gateway_403",
-    "not_visible",
-    "data_null",
-    "rate_limited",
-    "closed",
-    "closed_after",
-    "not_http",
-    "overrun",
-    "reset",
-    "reset_mid_body",
-    "slow",
-    "stall",
-    "stall_mid_body",
-    "truncated",
+    *(f"code_{code}" for code in (408, 429, 455, 500, 524)),
+    *(f"{kind}_{status}" for kind in ("http", "html", "empty") for status in _TEMPORARY),
+    *("html_200", "empty_200", "gateway_403", "not_visible", "data_null", "rate_limited"),
+    *("closed", "closed_after", "not_http", "overrun", "reset", "reset_mid_body", "slow"),
+    *("stall", "stall_mid_body", "truncated"),
 )

@@ -1,4 +1,4 @@
-"""The tasks a simulator knows, and the chance that shapes them."""
+"""The tasks that a simulator knows, and the random numbers that shape them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any, Literal, TypeAlias
 
 from kontext_async.simulator.images import IMAGE_STEPS, image_type
 from kontext_async.simulator.steps import StepLike, as_script
-from kontext_async.simulator.tasks import DRAWN_FAILURES, Durations, Failure, Step, Task
+from kontext_async.simulator.tasks import DOCUMENTED_FAILURES, Durations, Failure, Step, Task
 
-__all__ = ["Chance", "Outcome", "TaskStore"]
+__all__ = ["KeyedRandom", "Outcome", "TaskStore"]
 
-# How a task ends; None: as it is drawn.
+# How a task ends; None: drawn.
 Outcome: TypeAlias = Literal["success", "failure"] | Failure | None
 
 _PARAM_JSON = json.dumps(
@@ -21,49 +21,49 @@ _PARAM_JSON = json.dumps(
 )
 
 
-class Chance:
-    """Random numbers that depend on a seed and a name alone, not on the order of requests."""
+class KeyedRandom:
+    """Random numbers that depend on a seed and a key, and not on the order of requests."""
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
         self._random = random.Random()  # noqa: S311  # not for secrets
 
-    def of(self, name: str) -> random.Random:
-        """The numbers that belong to a name, good until the next call."""
-        self._random.seed(f"{self._seed}/{name}")
+    def seeded(self, key: str) -> random.Random:
+        """Return the generator for a key, valid until the next call."""
+        self._random.seed(f"{self._seed}/{key}")
         return self._random
 
-    def step(self, name: str, rate: float, steps: Sequence[Step]) -> Step | None:
-        """One of ``steps``, at ``rate`` (0 to 1)."""
+    def step(self, key: str, rate: float, steps: Sequence[Step]) -> Step | None:
+        """Choose one of ``steps`` with the probability ``rate`` (0 to 1); otherwise None."""
         if not rate or not steps:
             return None
-        draw = self.of(name)
+        draw = self.seeded(key)
         return draw.choice(steps) if draw.random() < rate else None
 
 
 class TaskStore:
-    """All tasks by id; what a task is not told, it draws."""
+    """All tasks by id. What is not given for a task is drawn."""
 
     def __init__(self, *, durations: Durations, failure_rate: float, seed: int) -> None:
         self._durations = durations
         self._failure_rate = failure_rate
-        self._chance = Chance(seed)
-        self._ids = random.Random(seed)  # noqa: S311  # names, not secrets
+        self._random = KeyedRandom(seed)
+        self._ids = random.Random(seed)  # noqa: S311  # not for secrets
         self._tasks: dict[str, Task] = {}
 
     def get(self, task_id: str) -> Task | None:
-        """The task of that id, where there is one."""
+        """Return the task with that id; None for an unknown one."""
         return self._tasks.get(task_id)
 
     def __getitem__(self, task_id: str) -> Task:
         return self._tasks[task_id]
 
     def new_id(self) -> str:
-        """An id like the API's."""
+        """Return an id like the API's."""
         return f"{self._ids.getrandbits(128):032x}"
 
-    def keep(self, task: Task) -> Task:
-        """Add a task; ValueError where its id is taken."""
+    def add(self, task: Task) -> Task:
+        """Add a task; ValueError where its id is in use."""
         if self._tasks.setdefault(task.task_id, task) is not task:
             raise ValueError(f"there is a task {task.task_id!r} already")
         return task
@@ -79,7 +79,7 @@ class TaskStore:
         script: Iterable[StepLike] = (),
         image_script: Iterable[StepLike] = (),
     ) -> Task:
-        """A task as it is described, the rest drawn; not yet added."""
+        """Make a task, drawing what is not given, without adding it."""
         task = self._drawn(task_id, created)
         if duration is not None or script:
             task.duration = duration
@@ -95,13 +95,13 @@ class TaskStore:
         return task
 
     def _drawn(self, task_id: str, created: float) -> Task:
-        draw = self._chance.of(task_id)
+        draw = self._random.seeded(task_id)
         fails = draw.random() < self._failure_rate
-        failure = draw.choice(DRAWN_FAILURES) if fails else None
+        failure = draw.choice(DOCUMENTED_FAILURES) if fails else None
         duration = self._durations(draw) if callable(self._durations) else self._durations
         return Task(task_id, created, duration, failure, _PARAM_JSON, "png")
 
     def _failure(self, task_id: str, outcome: Outcome) -> Failure | None:
         if outcome == "failure":
-            return self._chance.of(task_id).choice(DRAWN_FAILURES)
+            return self._random.seeded(task_id).choice(DOCUMENTED_FAILURES)
         return outcome if isinstance(outcome, Failure) else None

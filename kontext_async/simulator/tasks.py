@@ -1,4 +1,4 @@
-"""Tasks, and the records the API gives of them."""
+"""Tasks, their records, and the requests about them that a script answers."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from urllib.parse import quote
 import attrs
 
 from kontext_async.models import TaskStatus
-from kontext_async.simulator.clock import Clock, iso_time
+from kontext_async.simulator.clock import Clock
 from kontext_async.simulator.replies import Reply, envelope
 
 __all__ = [
+    "DOCUMENTED_FAILURES",
+    "UNFINISHED",
     "Durations",
     "Failure",
-    "Look",
     "Step",
+    "StepRequest",
     "Task",
-    "image_urls",
     "lognormal",
     "record_of",
 ]
@@ -36,24 +37,26 @@ class Failure:
     )
 
 
-# The reasons the provider documents.
-DRAWN_FAILURES = (
+DOCUMENTED_FAILURES = (
     Failure(400, "The prompt was flagged as violating the content policies."),
     Failure(500, "Internal error, please try again later."),
     Failure(501),
     Failure(500, "The task could not be created.", TaskStatus.CREATE_TASK_FAILED),
 )
 
-# Seconds a task takes: always as many, or drawn.
+# Seconds that tasks take: one number for all, or a function that draws one for each.
 Durations: TypeAlias = float | Callable[[random.Random], float]
 
 
 def lognormal(median: float, sigma: float) -> Callable[[random.Random], float]:
-    """Durations around ``median`` seconds; two thirds lie within a factor of e to the ``sigma``."""
+    """Return a function that draws log-normal durations in seconds.
+
+    About two thirds of them lie between ``median / e**sigma`` and ``median * e**sigma``.
+    """
     return lambda draw: median * draw.lognormvariate(0.0, sigma)
 
 
-# Exhausted, so that all can share it.
+# Exhausted, so all tasks can share it.
 _NO_STEPS: Iterator[Step] = iter(())
 
 
@@ -61,7 +64,7 @@ _NO_STEPS: Iterator[Step] = iter(())
 class Task:
     """A task as the service knows it. Times are in seconds since the simulator's start.
 
-    ``duration`` None means that the task ends with the first look its script leaves alone.
+    A task whose ``duration`` is None ends with the first poll after its script.
     """
 
     task_id: str
@@ -76,28 +79,29 @@ class Task:
     downloads: int = 0
 
     def has_ended(self, now: float) -> bool:
-        """Whether the task is done or has failed."""
+        """Return True once the task has succeeded or failed."""
         return self.duration is not None and now >= self.created + self.duration
 
     def succeeded_at(self, now: float) -> float | None:
-        """When the task was done; None where it is not, or has failed."""
+        """Return the time of the task's success; None while it runs and if it failed."""
         if self.duration is None or self.failure or not self.has_ended(now):
             return None
         return self.created + self.duration
 
     def end(self, now: float, failure: Failure | None) -> None:
-        """End the task, now where it still runs, with an image or a failure."""
+        """Make the task a success or a failure, and end it now if it is still running."""
         if not self.has_ended(now):
             self.duration = now - self.created
         self.failure = failure
 
 
 @attrs.frozen
-class Look:
+class StepRequest:
     """A request about a task, as a step of a script sees it.
 
-    ``now`` is in seconds since the simulator's start, ``url`` the whole address asked for.
-    ``plain()`` is what would be answered without the step.
+    - ``now``: seconds since the simulator's start.
+    - ``url``: the full URL of the request.
+    - ``default_reply()``: the reply that the step replaces.
     """
 
     task: Task
@@ -105,32 +109,22 @@ class Look:
     clock: Clock
     base_url: str
     url: str
-    plain: Callable[[], Reply]
+    default_reply: Callable[[], Reply]
 
     def record(self) -> dict[str, Any]:
-        """The task's record as it stands."""
+        """Return the task's record as it is now."""
         return record_of(self.task, self.now, self.clock, self.base_url)
 
-    def answer(self, **fields: Any) -> Reply:
-        """The task's record as it stands, with some of its fields replaced."""
+    def record_reply(self, **fields: Any) -> Reply:
+        """Reply with the task's record as it is now, some of its ``fields`` replaced."""
         return envelope({**self.record(), **fields})
 
 
-# One step of a script: it makes the answer to one look.
-Step: TypeAlias = Callable[[Look], Reply]
+# One step of a script: it makes the reply to one request.
+Step: TypeAlias = Callable[[StepRequest], Reply]
 
 
-def image_urls(task: Task, base_url: str) -> dict[str, str]:
-    """The ``response`` of a task that has succeeded."""
-    ending = "jpg" if task.image_type == "jpeg" else "png"
-    name = f"{quote(task.task_id, safe='')}.{ending}"
-    return {
-        "originImageUrl": f"{base_url}/origins/{name}",
-        "resultImageUrl": f"{base_url}/images/{name}",
-    }
-
-
-# What a record says while the task runs.
+# The fields of a record that stay so while the task runs.
 UNFINISHED: Mapping[str, Any] = {
     "completeTime": None,
     "response": None,
@@ -141,24 +135,29 @@ UNFINISHED: Mapping[str, Any] = {
 
 
 def record_of(task: Task, now: float, clock: Clock, base_url: str) -> dict[str, Any]:
-    """The record of a task, field by field as on the provider's page."""
+    """Return the record of a task, with the fields of the provider's page."""
     record: dict[str, Any] = {
         "taskId": task.task_id,
         "paramJson": task.param_json,
         **UNFINISHED,
-        "createTime": iso_time(clock.unix(task.created)),
+        "createTime": clock.iso(task.created),
     }
-    if task.duration is not None and task.has_ended(now):
-        record["completeTime"] = iso_time(clock.unix(task.created + task.duration))
-        record |= _ending(task, base_url)
+    if task.duration is None or not task.has_ended(now):
+        return record
+    record["completeTime"] = clock.iso(task.created + task.duration)
+    if task.failure:
+        record["successFlag"] = int(task.failure.status)
+        record["errorCode"] = task.failure.error_code
+        record["errorMessage"] = task.failure.message
+    else:
+        record |= {"successFlag": 1, "response": _urls(task, base_url), "errorMessage": ""}
     return record
 
 
-def _ending(task: Task, base_url: str) -> Mapping[str, Any]:
-    if task.failure:
-        return {
-            "successFlag": int(task.failure.status),
-            "errorCode": task.failure.error_code,
-            "errorMessage": task.failure.message,
-        }
-    return {"successFlag": 1, "response": image_urls(task, base_url), "errorMessage": ""}
+def _urls(task: Task, base_url: str) -> dict[str, str]:
+    suffix = "jpg" if task.image_type == "jpeg" else "png"
+    name = f"{quote(task.task_id, safe='')}.{suffix}"
+    return {
+        "originImageUrl": f"{base_url}/origins/{name}",
+        "resultImageUrl": f"{base_url}/images/{name}",
+    }

@@ -23,12 +23,12 @@ from benchmarks import in_process
 
 from kontext_async import KontextClient, RateLimit
 from kontext_async.simulator import (
-    BucketLimit,
+    FixedWindow,
     Limit,
     LoggedRequest,
     Simulator,
-    SlidingLimit,
-    WindowLimit,
+    SlidingWindow,
+    TokenBucket,
 )
 
 # What is asked of the client, by period: the least share answered, the largest share refused.
@@ -53,8 +53,8 @@ class Case:
     def limit(self) -> Limit:
         """The simulator's limit of that kind."""
         if self.kind == "bucket":
-            return BucketLimit(self.requests, self.requests / self.period)
-        kind = {"window": WindowLimit, "sliding": SlidingLimit}[self.kind]
+            return TokenBucket(self.requests, self.requests / self.period)
+        kind = {"window": FixedWindow, "sliding": SlidingWindow}[self.kind]
         return kind(self.requests, float(self.period))
 
     @property
@@ -166,7 +166,7 @@ def run(chosen: Sequence[Case] | None = None) -> list[dict[str, Any]]:
 async def _deadlines(tasks: int) -> dict[str, Any]:
     """Tasks done 3 s after their first look, 20 requests a second, and 10 s for each."""
     limit = RateLimit(20, 1.0)
-    simulator = Simulator(durations=3.0, rate_limit=SlidingLimit(20, 1.0), auto_create=True)
+    simulator = Simulator(durations=3.0, rate_limit=SlidingWindow(20, 1.0), auto_create=True)
     task_ids = [f"task-{i}" for i in range(tasks)]
     async with (
         simulator,

@@ -1,8 +1,8 @@
-"""A server that costs next to nothing, in a process of its own.
+"""A server with minimal overhead, in its own process.
 
-It answers record-info, and what the peers' pollers ask, with canned records: a task that took 15 s.
-What the id begins with decides: ``done`` is done at every look, ``third`` at every third, and
-``never`` is not, and was created when it was first asked about.
+It answers record-info and the peers' status requests with records of a task that took 15 s.
+An id that begins with ``done`` is complete at every poll, and one with ``third`` at every third.
+An id with ``never`` is never complete, and was created at its first poll.
 """
 
 from __future__ import annotations
@@ -79,11 +79,11 @@ def _queue_result(task_id: str, created: float, *, done: bool) -> dict[str, Any]
 
 
 class _FastServer(asyncio.Protocol):
-    """One connection. A request is taken to come in one piece, as it does on loopback."""
+    """One connection. Each request is expected in one piece, as it comes on loopback."""
 
-    looks: dict[bytes, int] = {}  # noqa: RUF012  # of all connections
+    polls: dict[bytes, int] = {}  # noqa: RUF012  # of all connections
     created: dict[bytes, float] = {}  # noqa: RUF012
-    canned: dict[tuple[Any, ...], bytes] = {}  # noqa: RUF012  # this second's answers
+    canned: dict[tuple[Any, ...], bytes] = {}  # noqa: RUF012  # this second's replies
     second = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -93,25 +93,25 @@ class _FastServer(asyncio.Protocol):
         target = data[: data.index(b" HTTP/")].partition(b" ")[2]
         path, _, query = target.partition(b"?")
         if path.endswith(b"/record-info"):
-            answer = self._look(_record, query.removeprefix(b"taskId="))
+            reply = self._poll(_record, query.removeprefix(b"taskId="))
         elif path.startswith(b"/v1/videos/"):
-            answer = self._look(_video, path.rpartition(b"/")[2])
+            reply = self._poll(_video, path.rpartition(b"/")[2])
         elif path.endswith(b"/status"):
-            answer = self._look(_queue_status, path.split(b"/")[-2])
+            reply = self._poll(_queue_status, path.split(b"/")[-2])
         else:
-            answer = self._answer(_queue_result, path.rpartition(b"/")[2], time.time(), done=True)
-        self._transport.write(answer)
+            reply = self._reply(_queue_result, path.rpartition(b"/")[2], time.time(), done=True)
+        self._transport.write(reply)
 
-    def _look(self, make: Any, task_id: bytes) -> bytes:
+    def _poll(self, make: Any, task_id: bytes) -> bytes:
         now = time.time()
         if task_id.startswith(b"never"):
-            return self._answer(make, task_id, self.created.setdefault(task_id, now), done=False)
+            return self._reply(make, task_id, self.created.setdefault(task_id, now), done=False)
         if task_id.startswith(b"third"):
-            self.looks[task_id] = self.looks.get(task_id, 0) + 1
-        done = self.looks.get(task_id, 3) % 3 == 0
-        return self._answer(make, task_id, now - _AGE, done=done)
+            self.polls[task_id] = self.polls.get(task_id, 0) + 1
+        done = self.polls.get(task_id, 3) % 3 == 0
+        return self._reply(make, task_id, now - _AGE, done=done)
 
-    def _answer(self, make: Any, task_id: bytes, created: float, *, done: bool) -> bytes:
+    def _reply(self, make: Any, task_id: bytes, created: float, *, done: bool) -> bytes:
         if int(time.time()) != _FastServer.second:
             _FastServer.second = int(time.time())
             self.canned.clear()
@@ -139,7 +139,7 @@ def _main(base_url: Any) -> None:
 
 @contextlib.contextmanager
 def serving() -> Iterator[str]:
-    """Serve beside the block, which is given the base URL."""
+    """Serve while the block runs; yields the base URL."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=_main, args=(there,), daemon=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import json
 import os
 import statistics
 import subprocess
@@ -37,12 +38,12 @@ Save = Callable[[str, Sequence[CompletedTask], Path], Awaitable[None]]
 @contextlib.contextmanager
 def _simulator(image_bytes: int) -> Iterator[str]:
     """The base URL of a simulator in a process of its own."""
-    command = [sys.executable, "-m", "kontext_async.simulator", "--auto-create", "--duration", "0"]
+    command = [sys.executable, "-m", "kontext_async", "simulate", "--duration", "0"]
     command += ["--image-bytes", str(image_bytes)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
-            yield process.stdout.readline().strip()
+            yield json.loads(process.stdout.readline())["baseUrl"]
         finally:
             process.terminate()
 

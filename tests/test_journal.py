@@ -6,11 +6,11 @@ import asyncio
 import contextlib
 import itertools
 import math
-import threading
 from collections import Counter
 
 import pytest
-from counted import Counted
+from client_world import error_of, make_client
+from counted import Counted, CountedAsync, raising, raising_async
 from ledger_world import (
     AT_ONCE,
     SOON,
@@ -18,10 +18,8 @@ from ledger_world import (
     busy_disk,
     collected,
     entries,
-    error_of,
     errors,
     fill_disk,
-    make_client,
     ours_running,
     run,
     states,
@@ -33,7 +31,6 @@ from kontext_async import (
     ClientStateError,
     ConfigurationError,
     GenerationFailedError,
-    ServerError,
     WaitTimeoutError,
 )
 from kontext_async.results import Ledger, LedgerError
@@ -74,51 +71,20 @@ def asked(simulator):
     return [request.task_id for request in simulator.requests]
 
 
-class CountedAsync(Counted):
-    """The same, as an asynchronous one; it takes its time to clean up."""
+class QuickAsync(CountedAsync):
+    """One that cleans up quickly, because these tests run in real time."""
 
-    closed = False
-
-    async def __aiter__(self):
-        try:
-            for task_id in self.ids:
-                self.read += 1
-                yield task_id
-        finally:
-            await asyncio.sleep(0.02)
-            self.closed = True
+    cleanup = 0.02
 
 
-class Cursor:
-    """An asynchronous iterator that is no generator."""
-
-    def __init__(self, task_ids):
-        self.ids = iter(task_ids)
-
-    def __aiter__(self):
-        return self
-
-    async def __anext__(self):
-        for task_id in self.ids:
-            return task_id
-        raise StopAsyncIteration
-
-
-async def then_silent(task_ids):
-    """Gives its ids, and then neither another nor an end."""
-    for task_id in task_ids:
-        yield task_id
-    await asyncio.get_running_loop().create_future()
-
-
-BOTH = pytest.mark.parametrize("source", [Counted, CountedAsync])
+BOTH = pytest.mark.parametrize("source", [Counted, QuickAsync])
 
 
 # Each outcome is on disk first
 
 
-async def test_what_is_handed_on_is_on_disk(ledger, client, simulator, path):
-    """Whoever reads the ledger then finds it, however the task ended."""
+async def test_an_outcome_that_is_handed_on_is_on_disk(ledger, client, simulator, path):
+    """A reader of the ledger finds it, however the task ended."""
     simulator.add_task("bad", script=["failed"])
     simulator.add_task("endless", duration=math.inf)
     ids = [*tasks(simulator, 5, 0.03), "bad", "endless", "unknown"]
@@ -137,35 +103,8 @@ async def test_what_is_handed_on_is_on_disk(ledger, client, simulator, path):
     assert not ids
 
 
-async def test_what_is_recalled_equals_what_was_handed_on(client, simulator, path):
-    """Results with all their fields, failures with all of theirs."""
-    ids = [*tasks(simulator, 2), simulator.add_task("bad", script=["failed_flagged"])]
-    first = await run(path, client, ids)
-    again = await run(path, client, ids)
-    assert [first[name].result for name in ids] == [again[name].result for name in ids]
-    bad, bad_again = first["bad"].error, again["bad"].error
-    assert bad_again.__reduce__() == bad.__reduce__()
-    assert asked(simulator).count("bad") == 1
-
-
-async def test_outcomes_come_as_tasks_end(ledger, client, simulator):
-    """Not in the order of the ids."""
-    for name, duration in {"slow": 0.4, "fast": 0.0, "medium": 0.2}.items():
-        simulator.add_task(name, duration=duration)
-    found = await collected(ledger, client, ["slow", "fast", "medium"])
-    assert list(found) == ["fast", "medium", "slow"]
-
-
-@pytest.mark.parametrize("kind", [list, set, dict.fromkeys, iter, CountedAsync, Cursor])
-async def test_ids_may_come_from_any_iterable(ledger, client, simulator, kind):
-    """Asynchronous or not; an id that comes twice is asked about and handed on once."""
-    ids = tasks(simulator, 3)
-    assert sorted(await collected(ledger, client, kind(ids + ids))) == ids
-    assert sorted(asked(simulator)) == ids
-
-
-async def test_a_long_list_of_what_is_known_leaves_the_loop_air(ledger, client, simulator):
-    """It is read in pieces."""
+async def test_a_long_source_yields_to_the_loop(ledger, client, simulator):
+    """Even if it has only ids that are known."""
     await collected(ledger, client, ids := tasks(simulator, 3))
     turn, read = 0, Counter()
 
@@ -186,13 +125,6 @@ async def test_a_long_list_of_what_is_known_leaves_the_loop_air(ledger, client, 
     assert max(read.values()) <= 500
 
 
-async def test_no_ids_give_no_outcomes(ledger, client, simulator):
-    """Without a request."""
-    assert await collected(ledger, client, []) == {}
-    assert await collected(ledger, client, Cursor([])) == {}
-    assert not simulator.requests
-
-
 @pytest.mark.parametrize(
     ("source", "keywords"),
     [
@@ -204,8 +136,10 @@ async def test_no_ids_give_no_outcomes(ledger, client, simulator):
         ([], {"on_event": asyncio.sleep}),
     ],
 )
-async def test_what_the_client_refuses_is_refused_at_once(ledger, client, source, keywords):
-    """Before anything is read or put down."""
+async def test_arguments_that_the_client_refuses_are_refused_at_once(
+    ledger, client, source, keywords
+):
+    """Before anything is read or recorded."""
     with pytest.raises(ConfigurationError):
         ledger.as_completed(client, source, **keywords)
 
@@ -215,7 +149,7 @@ async def test_what_the_client_refuses_is_refused_at_once(ledger, client, source
 
 @BOTH
 async def test_no_more_ids_are_read_than_there_is_room_for(ledger, client, simulator, source):
-    """Waits count, and outcomes that are not taken, be they recalled or new."""
+    """Waits count, and outcomes that are not taken, recalled or new."""
     old, new = tasks(simulator, 3), tasks(simulator, 9, name="new")
     await collected(ledger, client, old)
     ids = source(itertools.chain.from_iterable(zip(old, new, strict=False)))
@@ -227,8 +161,8 @@ async def test_no_more_ids_are_read_than_there_is_room_for(ledger, client, simul
 
 
 @pytest.mark.parametrize("room", [1, 2, 3])
-async def test_a_batch_larger_than_its_room_is_answered_whole(client, simulator, path, room):
-    """In whatever order what is recalled, what is new and what is no id come."""
+async def test_a_batch_larger_than_its_room_has_every_outcome(client, simulator, path, room):
+    """In any order of recalled, new and invalid ids."""
     old, new = tasks(simulator, 8), tasks(simulator, 12, 0.02, name="new")
     await run(path, client, old)
     ids = ["new0", "task0", "new1", "new2", " ", "task1", *new[3:7], *old[2:6], *new[7:], *old[6:]]
@@ -241,10 +175,10 @@ async def test_a_batch_larger_than_its_room_is_answered_whole(client, simulator,
 
 @BOTH
 @pytest.mark.parametrize("limit", [0, 0.1])
-async def test_when_the_batchs_time_is_over_what_is_read_has_its_outcome(
+async def test_at_the_batchs_deadline_the_ids_that_were_read_have_outcomes(
     client, simulator, path, source, limit
 ):
-    """What was won is kept; what was not may be tried again."""
+    """Earlier results remain; the other tasks are waited for in the next run."""
     ids = [*tasks(simulator, 2), *tasks(simulator, 6, math.inf, name="endless")]
     ids = source([*ids, " "])
     found = await run(path, client, ids, batch_timeout=limit, max_in_flight=5)
@@ -259,15 +193,8 @@ async def test_when_the_batchs_time_is_over_what_is_read_has_its_outcome(
     assert len(states(path)) == len(set(found) - {" "})
 
 
-async def test_a_source_that_falls_silent_does_not_outlast_the_batch(ledger, client, simulator):
-    """It is read no longer."""
-    ids = tasks(simulator, 2)
-    found = await collected(ledger, client, then_silent(ids), batch_timeout=0.1)
-    assert sorted(found) == ids
-
-
-async def test_what_is_known_is_read_with_room_when_the_time_is_over(ledger, client, simulator):
-    """All of it has its outcome, but only as it is taken."""
+async def test_known_ids_are_read_with_room_after_the_deadline(ledger, client, simulator):
+    """All have their outcomes, but only as they are taken."""
     await collected(ledger, client, ids := tasks(simulator, 10))
     source = Counted(ids)
     async with ledger.as_completed(client, source, max_in_flight=2, batch_timeout=0) as outcomes:
@@ -280,8 +207,8 @@ async def test_what_is_known_is_read_with_room_when_the_time_is_over(ledger, cli
 
 
 @pytest.mark.parametrize("bad", ["", " ", "a\0b", "\ud800", "a\nb", None, 5, 10**400, ["task0"]])
-async def test_what_is_no_id_has_its_outcome_and_is_not_put_down(client, simulator, path, bad):
-    """A `ConfigurationError` of its own; the others go on."""
+async def test_an_invalid_id_has_an_outcome_and_is_not_recorded(client, simulator, path, bad):
+    """It has a `ConfigurationError`; the others go on."""
     ids = tasks(simulator, 2)
     found = await run(path, client, [ids[0], bad, ids[1]])
     assert len(found) == 3
@@ -289,8 +216,8 @@ async def test_what_is_no_id_has_its_outcome_and_is_not_put_down(client, simulat
     assert states(path) == dict.fromkeys(ids, "done")
 
 
-async def test_a_refused_key_is_the_outcome_of_all_the_rest(path):
-    """What was won before is kept; the rest is an error, to be tried again."""
+async def test_a_refused_key_is_recorded_for_all_that_remain(path):
+    """Earlier results remain; the others are errors, and are waited for in the next run."""
     async with Simulator() as simulator, make_client(simulator) as client:
         ids = tasks(simulator, 9, 0.05)
         await run(path, client, ids[:2])
@@ -322,23 +249,12 @@ class CallersError(Exception):
     """An exception of the caller's own code."""
 
 
-def raising(error, task_ids):
-    yield from task_ids
-    raise error
-
-
-async def raising_later(error, task_ids):
-    for task_id in task_ids:
-        yield task_id
-    raise error
-
-
-@pytest.mark.parametrize("source", [raising, raising_later])
+@pytest.mark.parametrize("source", [raising, raising_async])
 @pytest.mark.parametrize("error", [CallersError(), asyncio.CancelledError()], ids=repr)
 async def test_an_exception_of_the_source_ends_the_batch(
     ledger, client, simulator, path, source, error
 ):
-    """It reaches the consumer; afterwards there is nothing more, and nothing left."""
+    """The ids remain in the ledger as waiting."""
     ids = tasks(simulator, 3, math.inf)
     async with asyncio.timeout(5), ledger.as_completed(client, source(error, ids)) as outcomes:
         with pytest.raises(type(error)):
@@ -348,7 +264,9 @@ async def test_an_exception_of_the_source_ends_the_batch(
     assert not ours_running()
 
 
-async def test_what_is_recorded_after_the_error_is_not_handed_on(ledger, client, simulator, path):
+async def test_an_outcome_recorded_after_the_error_is_not_handed_on(
+    ledger, client, simulator, path
+):
     """The next run has it."""
     (task_id,) = tasks(simulator, 1)
 
@@ -367,26 +285,9 @@ async def test_what_is_recorded_after_the_error_is_not_handed_on(ledger, client,
             await error_of(anext(outcomes), StopAsyncIteration)
 
 
-async def test_an_exception_of_a_source_read_after_the_batchs_time_is_told_too(ledger, client):
-    """Though nothing is waited for any more."""
-    source = raising(CallersError(), ["a", "b"])
-    await error_of(
-        collected(ledger, client, source, batch_timeout=0, max_in_flight=1), CallersError
-    )
-
-
-async def test_an_exception_of_the_callback_ends_the_batch(ledger, client, simulator):
-    """Unchanged."""
-
-    def on_event(event):
-        raise CallersError
-
-    await error_of(collected(ledger, client, tasks(simulator, 3), on_event=on_event), CallersError)
-
-
 @BOTH
 async def test_a_full_disk_ends_the_batch_and_the_ledger_stays_readable(path, source):
-    """With a clear error; what was handed on is there, and with room again a run goes on."""
+    """Outcomes that were handed on are there, and with space again a run continues."""
     async with Simulator() as simulator, make_client(simulator) as client:
         ids = [simulator.add_task(params={"prompt": "p" * 5000}, duration=0) for _ in range(40)]
         source = source(ids)
@@ -413,8 +314,8 @@ async def test_a_full_disk_ends_the_batch_and_the_ledger_stays_readable(path, so
 
 
 @pytest.mark.parametrize("known", [False, True])
-async def test_a_full_disk_when_an_id_is_taken_up_ends_the_batch(path, simulator, client, known):
-    """Also where its outcome would come from the ledger, which is written to in the same go."""
+async def test_a_full_disk_when_a_wait_begins_ends_the_batch(path, simulator, client, known):
+    """Also for an id whose outcome would come from the ledger in the same transaction."""
     task_id = simulator.add_task("old", duration=0)
     await run(path, client, [task_id])
     ids = ["new" * 3000, *(["old"] if known else [])]
@@ -463,10 +364,8 @@ async def fail(stream, ledger, client):
 @BOTH
 @pytest.mark.parametrize("end", [leave, close_ledger, close_client, cancel, fail])
 @pytest.mark.parametrize("pause", [0, 0.03])
-async def test_a_batch_that_ends_before_its_time_leaves_nothing(
-    client, simulator, path, source, end, pause
-):
-    """The source is closed, and what had been handed on is recorded; no request comes later."""
+async def test_a_batch_that_ends_early_leaves_nothing(client, simulator, path, source, end, pause):
+    """The source is closed, the outcomes handed on are recorded, and no request comes later."""
     source = source([*tasks(simulator, 2), *tasks(simulator, 9, math.inf, name="endless")])
     async with Ledger(path) as ledger:
         stream = ledger.as_completed(client, source, wait=SOON, max_in_flight=5)
@@ -487,7 +386,7 @@ async def test_a_batch_that_ends_before_its_time_leaves_nothing(
     assert len(simulator.requests) == before
 
 
-async def test_a_consumer_that_waits_is_told_that_the_ledger_was_closed(client, simulator, path):
+async def test_closing_the_ledger_ends_an_iteration_that_waits(client, simulator, path):
     """At once, and not when a task ends."""
     async with Ledger(path) as ledger:
         ids = tasks(simulator, 2, math.inf)
@@ -497,8 +396,8 @@ async def test_a_consumer_that_waits_is_told_that_the_ledger_was_closed(client, 
         assert "it was closed" in str(await error_of(consumer, ClientStateError))
 
 
-async def test_a_closed_ledger_records_no_batch(client, simulator, path):
-    """Nor does one that was not opened."""
+async def test_a_ledger_that_is_not_open_raises(client, simulator, path):
+    """Before it is opened, and after it is closed."""
     ledger = Ledger(path)
     ids = tasks(simulator, 1)
     assert "it is closed" in str(await error_of(collected(ledger, client, ids), ClientStateError))
@@ -507,8 +406,8 @@ async def test_a_closed_ledger_records_no_batch(client, simulator, path):
     assert "it is closed" in str(await error_of(collected(ledger, client, ids), ClientStateError))
 
 
-async def test_a_batch_that_ended_is_not_concerned_when_the_ledger_closes(client, simulator, path):
-    """Nor one that was never begun."""
+async def test_closing_the_ledger_does_not_affect_a_batch_that_has_ended(client, simulator, path):
+    """Nor one that has not begun."""
     async with Ledger(path) as ledger:
         never = ledger.as_completed(client, ["a"])
         over = ledger.as_completed(client, tasks(simulator, 1))
@@ -519,8 +418,8 @@ async def test_a_batch_that_ended_is_not_concerned_when_the_ledger_closes(client
         assert [outcome async for outcome in outcomes] == []
 
 
-async def test_a_client_may_be_closed_when_all_is_taken(ledger, simulator):
-    """Before the end has been seen."""
+async def test_a_client_may_be_closed_when_every_outcome_is_taken(ledger, simulator):
+    """Before the iteration has reached its end."""
     async with make_client(simulator) as client:
         stream = ledger.as_completed(client, tasks(simulator, 2), max_in_flight=1)
         async with stream as outcomes:
@@ -530,64 +429,10 @@ async def test_a_client_may_be_closed_when_all_is_taken(ledger, simulator):
             await error_of(anext(outcomes), StopAsyncIteration)
 
 
-def drop_in_a_thread(holder):
-    thread = threading.Thread(target=holder.clear)
-    thread.start()
-    thread.join()
-
-
-@pytest.mark.parametrize("drop", [list.clear, drop_in_a_thread])
-async def test_one_that_is_dropped_unfinished_warns_and_ends(ledger, client, simulator, drop):
-    """Wherever it is collected; one that is exhausted, closed or not begun does not."""
-    ids = tasks(simulator, 2, math.inf)
-    ledger.as_completed(client, ids)
-    holder = [ledger.as_completed(client, ids)]
-    await holder[0].__aenter__()
-    await asyncio.sleep(0.02)
-    with pytest.warns(ResourceWarning, match="dropped before its end"):
-        drop(holder)
-    await until(lambda: not ours_running())
-
-
-def test_one_that_is_dropped_after_its_loop_only_warns(path):
-    """There is nothing left to end."""
-
-    async def begin():
-        async with Simulator() as simulator, make_client(simulator) as client:
-            ledger = Ledger(path)
-            await ledger.__aenter__()
-            stream = ledger.as_completed(client, tasks(simulator, 2, 0.0), **AT_ONCE)
-            await anext(stream)
-            await ledger.aclose()
-            return stream
-
-    holder = [asyncio.run(begin())]
-    with pytest.warns(ResourceWarning, match="dropped before its end"):
-        holder.clear()
-
-
-async def test_two_may_take_from_one_batch(ledger, client, simulator):
-    """Each outcome goes to one of them; an error goes to one, and ends it for both."""
-
-    async def take(outcomes):
-        return [outcome.task_id async for outcome in outcomes]
-
-    ids = tasks(simulator, 9, 0.02)
-    async with ledger.as_completed(client, ids, max_in_flight=4, wait=SOON) as outcomes:
-        one, other = await asyncio.gather(take(outcomes), take(outcomes))
-        assert sorted(one + other) == ids
-    async with ledger.as_completed(client, raising(CallersError(), ["task0"])) as outcomes:
-        ends = await asyncio.gather(
-            anext(outcomes, None),
-            anext(outcomes, None),
-            anext(outcomes, None),
-            return_exceptions=True,
-        )
-    assert sum(isinstance(end, CallersError) for end in ends) == 1
-
-
-async def test_one_that_waits_is_told_when_another_closes(ledger, client, simulator):
-    """Though all has been asked, and only the disk is waited for."""
+async def test_closing_the_stream_ends_an_iteration_that_waits_for_the_disk(
+    ledger, client, simulator
+):
+    """Though every task has ended."""
     with busy_disk_from_the_first_poll(ledger) as (on_event, _):
         stream = ledger.as_completed(client, tasks(simulator, 1), on_event=on_event)
         waiting = asyncio.create_task(exhaust(stream))
@@ -598,20 +443,10 @@ async def test_one_that_waits_is_told_when_another_closes(ledger, client, simula
 
 
 async def test_two_batches_may_share_a_ledger(ledger, client, simulator, path):
-    """Each has its own outcomes; what both ask for is recorded for both."""
+    """Each has its own outcomes; a task of both is recorded for both."""
     ids = tasks(simulator, 6, 0.02)
     one, other = await asyncio.gather(
         collected(ledger, client, ids[:4]), collected(ledger, client, ids[2:])
     )
     assert (sorted(one), sorted(other)) == (ids[:4], ids[2:])
     assert states(path) == dict.fromkeys(ids, "done")
-
-
-async def test_trouble_that_passes_is_tried_again(client, simulator, path):
-    """By the next run, which keeps the record that is known."""
-    simulator.add_task("shaky", duration=0, script=["http_500"])
-    assert errors(await run(path, client, ["shaky"], **AT_ONCE)) == {"shaky": ServerError}
-    assert states(path) == {"shaky": "unfinished"}
-    assert errors(await run(path, client, ["shaky"], **AT_ONCE)) == {"shaky": type(None)}
-    entry = entries(path)["shaky"]
-    assert (entry.state, entry.attempts, entry.error_type) == ("done", 2, None)
