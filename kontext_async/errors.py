@@ -37,7 +37,7 @@ _SHOWN = 200
 
 
 class Handling(enum.Enum):
-    """What a wait does about an error of one of its polls."""
+    """The treatment of an error that a poll of a wait raises."""
 
     RAISE = enum.auto()  # polling again cannot help
     RETRY = enum.auto()  # poll again, for at most `error_grace`
@@ -64,7 +64,7 @@ class KontextError(Exception):
 
     @property
     def handling(self) -> Handling:
-        """What a wait does when one of its polls raises this."""
+        """The treatment of this error by a wait whose poll raises it."""
         return Handling.RAISE
 
     @property

@@ -1,4 +1,4 @@
-"""What the tests of a ledger have in common: a batch through it, and what is seen from outside."""
+"""Helpers that the tests of a ledger have in common."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ AT_ONCE = {"timeout": 0, "error_grace": 0, "not_found_grace": 0}
 
 
 async def collected(ledger, client, task_ids, **keywords):
-    """The outcomes of a batch through the ledger, by id; no id has two."""
+    """Return the outcomes of a batch with the ledger, by id; assert that no id has two."""
     found = {}
     async with ledger.as_completed(client, task_ids, **{"wait": SOON, **keywords}) as outcomes:
         async for outcome in outcomes:
@@ -33,7 +33,7 @@ async def collected(ledger, client, task_ids, **keywords):
 
 
 async def run(path, client, task_ids, **keywords):
-    """The same, with a ledger opened for it: one run of a program."""
+    """Open a ledger and run a batch with it, as one run of a program does."""
     async with Ledger(path) as ledger:
         return await collected(ledger, client, task_ids, **keywords)
 
@@ -51,7 +51,7 @@ def errors(outcomes):
 
 
 def fill_disk(store):
-    """Let the file of an open store grow no more, as on a disk that is full."""
+    """Stop the growth of an open store's file, as on a full disk."""
     connection = store._connections[0]
     (pages,) = connection.execute("PRAGMA page_count").fetchone()
     connection.execute(f"PRAGMA max_page_count = {pages}")
@@ -63,7 +63,7 @@ def free_disk(store):
 
 @contextlib.contextmanager
 def busy_disk(store):
-    """Let nothing get to the disk within the block."""
+    """Block an open store's writes within the block."""
     free = threading.Event()
     store._thread.submit(free.wait)
     try:
@@ -73,7 +73,7 @@ def busy_disk(store):
 
 
 async def until(condition):
-    """Wait for what is about to come true."""
+    """Wait until a condition is true."""
     for _ in range(5_000):
         if condition():
             return
@@ -82,7 +82,7 @@ async def until(condition):
 
 
 def open_files(folder):
-    """The names of the files in a folder that this process has open."""
+    """Return the names of the files in a folder that this process has open."""
     found = []
     for link in Path("/proc/self/fd").glob("*"):
         with contextlib.suppress(OSError):
@@ -97,7 +97,7 @@ def ledger_threads():
 
 
 def ours_running():
-    """The tasks and timers of the library in this loop."""
+    """Return the tasks and timers of the library in this loop."""
     tasks = {task: task.get_coro().cr_code.co_filename for task in asyncio.all_tasks()}
     timers = (h._callback for h in asyncio.get_running_loop()._scheduled if not h.cancelled())
     owners = (type(getattr(callback, "__self__", None)).__module__ for callback in timers)
@@ -108,7 +108,7 @@ def ours_running():
 
 
 async def assert_nothing_left(folder, client=None):
-    """No task, timer, thread, connection or open file; and no request comes later either."""
+    """Assert that no task, timer, thread, request or open file is left."""
     await until(lambda: not ours_running() and not ledger_threads())
     assert open_files(folder) == []
     if client is not None:
@@ -117,9 +117,9 @@ async def assert_nothing_left(folder, client=None):
 
 @contextlib.contextmanager
 def read_only_folder(make):
-    """A folder in which nothing can be written any more, once ``make`` has filled it.
+    """Yield a read-only folder that ``make`` has filled.
 
-    Root writes everywhere, and is nobody meanwhile.
+    Root can write everywhere, so the process is another user in the block.
     """
     if not hasattr(os, "geteuid"):
         pytest.skip("folders are not read-only here")

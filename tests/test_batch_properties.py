@@ -1,4 +1,4 @@
-"""What holds of every batch, whatever is in it: each id one outcome, and nothing left running."""
+"""Properties of every batch: one outcome for each id, and nothing left running."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from kontext_async.simulator import Simulator
 
 TIMEOUT = 30.0
 
-# How a task may go: seconds until it is done, the first answers, and how its wait must end.
+# Kinds of tasks: seconds until it is done, its first answers, and the end of its wait.
 KINDS = {
     "done": (0.0, [], CompletedTask),
     "quick": (0.75, [], CompletedTask),
@@ -37,25 +37,25 @@ KINDS = {
     "refused_once": (None, ["rate_limited", "success"], CompletedTask),
     "unknown": (None, ["not_found"] * 99, TaskNotFoundError),
     "broken": (None, ["http_500"] * 99, ServerError),
-    "no_id": (None, [], ConfigurationError),
+    "invalid": (None, [], ConfigurationError),
 }
 
 
 @attrs.frozen
 class Batch:
-    """What a batch is asked for, and how."""
+    """The tasks of a batch, and its options."""
 
     kinds: list[str]
     given: list[int]  # places in the list of kinds, perhaps several times
     room: int
-    slots: int
-    quota: int
+    concurrency: int
+    rate: int
     asynchronous: bool
-    pauses: list[float]  # of the source, and of the consumer, in turns
+    pauses: list[float]  # of the source and of the consumer, in a cycle
 
     def name(self, place):
         bad = " " * (place + 1)
-        return bad if self.kinds[place] == "no_id" else f"{self.kinds[place]}-{place}"
+        return bad if self.kinds[place] == "invalid" else f"{self.kinds[place]}-{place}"
 
     @property
     def names(self):
@@ -63,7 +63,7 @@ class Batch:
 
     @property
     def may_pause(self):
-        """Whether five tasks can fail in a row, which is an outage."""
+        """True if five tasks can fail in a row, which is an outage."""
         kinds = [self.kinds[place] for place in set(self.given)]
         return sum(kind in {"broken", "shaky", "failed_later"} for kind in kinds) >= 5
 
@@ -79,15 +79,15 @@ def batches(draw):
         kinds=kinds,
         given=draw(st.lists(places, max_size=25)),
         room=draw(st.integers(1, 15)),
-        slots=draw(st.integers(1, 4)),
-        quota=draw(st.sampled_from([3, 20, 1000])),
+        concurrency=draw(st.integers(1, 4)),
+        rate=draw(st.sampled_from([3, 20, 1000])),
         asynchronous=draw(st.booleans()),
         pauses=draw(st.lists(st.sampled_from([0.0, 0.0, 0.3, 5.0, 40.0]), min_size=1, max_size=4)),
     )
 
 
 class _World:
-    """A simulator with a batch's tasks, a client, and what came of them."""
+    """A simulator with a batch's tasks, a client, and its events."""
 
     def __init__(self, batch):
         self.batch = batch
@@ -97,13 +97,13 @@ class _World:
     async def __aenter__(self):
         self.simulator = await Simulator().__aenter__()
         for place, kind in enumerate(self.batch.kinds):
-            if kind != "no_id":
+            if kind != "invalid":
                 duration, script, _ = KINDS[kind]
                 self.simulator.add_task(self.batch.name(place), duration=duration, script=script)
         self.client = make_client(
             self.simulator,
-            max_concurrency=self.batch.slots,
-            rate_limit=RateLimit(self.batch.quota, 1.0),
+            max_concurrency=self.batch.concurrency,
+            rate_limit=RateLimit(self.batch.rate, 1.0),
         )
         return self
 
@@ -118,10 +118,10 @@ class _World:
             "timeout": TIMEOUT,
             "wait": EVERY_SECOND,
             "error_grace": 15.0,
-            "on_event": self.look,
+            "on_event": self.count,
         }
 
-    def look(self, event):
+    def count(self, event):
         self.events[event.task_id] += 1
 
     def source(self):
@@ -139,13 +139,13 @@ class _World:
             yield name
 
     def check(self, outcome):
-        """An outcome is what its task came to, and has been looked at by one wait alone."""
-        kind = outcome.task_id.partition("-")[0].strip() or "no_id"
+        """Assert that an outcome is right for its task, which one wait alone has polled."""
+        kind = outcome.task_id.partition("-")[0].strip() or "invalid"
         assert isinstance(outcome.result or outcome.error, KINDS[kind][2]) or (
             kind == "broken" and self.batch.may_pause and _was_held(outcome.error)
         )
         assert (outcome.result is None) != (outcome.error is None)
-        if kind != "no_id":
+        if kind != "invalid":
             assert self.simulator.polls(outcome.task_id) <= self.events[outcome.task_id]
             subject = outcome.result or outcome.error
             assert subject.task_id == outcome.task_id
@@ -163,7 +163,7 @@ class _World:
 
 
 def _was_held(error):
-    """Pauses do not count as trouble, and failing looks may prolong one until the deadline."""
+    """Return True for a timeout in a pause: failing polls may extend one until the deadline."""
     return isinstance(error, WaitTimeoutError) and isinstance(error.last_error, ServerError)
 
 
@@ -255,8 +255,8 @@ def test_a_batch_that_ends_at_any_moment_leaves_nothing_running(batch, after, ho
             await asyncio.wait([consumer], timeout=1)
             assert consumer.done()
             world.assert_idle()
-            asked = len(world.simulator.requests)
+            sent = len(world.simulator.requests)
             await asyncio.sleep(60)
-            assert len(world.simulator.requests) == asked
+            assert len(world.simulator.requests) == sent
 
     run_on_virtual_time(main)

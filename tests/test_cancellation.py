@@ -1,4 +1,4 @@
-"""A wait that is cancelled ends at once and leaves nothing, wherever in its life that is."""
+"""A wait that is cancelled ends at once and leaves nothing, in any of its states."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _cancelling(count, coroutine, answered):
 async def cancelled_at(count, coroutine, *, answered):
     """Await a coroutine, and cancel the task at its ``count``-th suspension.
 
-    ``answered`` cancels only when what it waits for has come, just before it is told so.
+    ``answered`` cancels it only when what it awaits is done, just before it resumes.
     """
     return await _cancelling(count, coroutine, answered)
 
@@ -61,23 +61,23 @@ class _SlowResolver(aiohttp.abc.AbstractResolver):
 
 PAUSE = refused(429, status=429, retry_after=1)
 LIVES = {
-    # script, and what is special about the client
+    # The script of the task, and the options of the client.
     "good": (["generating", "success"], {}),
-    "troubled": (["http_500", "truncated", "not_found", "success"], {}),
+    "failures": (["http_500", "truncated", "not_found", "success"], {}),
     "resent": (["reset", "generating", "success"], {}),
     "in_pieces": (["slow"], {}),
     "stalled": (["stall_mid_body", "success"], {"request_timeout": 2.0}),
     "paused": ([PAUSE, "success"], {}),
-    "quota": (["generating", "success"], {"rate_limit": RateLimit(1, 2.0)}),
+    "rate_limit": (["generating", "success"], {"rate_limit": RateLimit(1, 2.0)}),
     "timed_out": (["generating"] * 9, {}),
-    "slots": (["generating", "success"], {"max_concurrency": 1}),
+    "concurrency": (["generating", "success"], {"max_concurrency": 1}),
     "pool": (["generating", "success"], {"pool": {"limit": 1}}),
     "names": (["generating", "success"], {"pool": {"resolver": _SlowResolver()}}),
 }
 
 
 def ours_left(simulator):
-    """Tasks and timers that are neither this test's nor the server's."""
+    """Return the tasks and timers that are neither this test's nor the server's."""
     loop = asyncio.get_running_loop()
     tasks = asyncio.all_tasks() - {asyncio.current_task()}
     timers = (handle._callback for handle in loop._scheduled if not handle.cancelled())
@@ -121,14 +121,14 @@ class _Life:
         assert asyncio.get_running_loop().time() == pytest.approx(began + 0.05)
 
     async def assert_usable(self):
-        """All its slots are there, and its turns come."""
+        """Assert that the client has all its permits."""
         tasks = [self.simulator.add_task(duration=0.0) for _ in range(3)]
         await asyncio.gather(*map(self.client.wait_for_result, tasks))
 
 
 @pytest.fixture(autouse=True)
 async def complaints(caplog):
-    """Nothing may be reported to the loop or to a log."""
+    """Assert that nothing is reported to the loop or to a log."""
     heard = []
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: heard.append(context))
     yield
@@ -138,7 +138,7 @@ async def complaints(caplog):
 
 
 async def live(life, script, *, busy, count, answered):
-    """Whether the wait was cancelled before its end."""
+    """Return True if the wait was cancelled before its end."""
     task_id = life.simulator.add_task(script=script)
     waiting = life.client.wait_for_result(task_id, wait=wait_fixed(0.5), timeout=8.2)
     others = []
@@ -163,7 +163,7 @@ async def test_cancelling_at_any_await_ends_a_wait_and_leaves_nothing(name, answ
     script, options = LIVES[name]
     for count in itertools.count(1):
         async with Simulator() as simulator, _Life(simulator, **options) as life:
-            busy = name in ("slots", "pool")
+            busy = name in ("concurrency", "pool")
             cancelled = await live(life, script, busy=busy, count=count, answered=answered)
             await life.assert_nothing_left()
             await life.assert_usable()
@@ -199,11 +199,11 @@ async def test_a_cancelled_record_info_leaves_nothing():
     """In flight and in its queue."""
     async with Simulator() as simulator, _Life(simulator, max_concurrency=1) as life:
         task_id = simulator.add_task(script=["stall"])
-        looks = [asyncio.create_task(life.client.record_info(task_id)) for _ in range(3)]
+        polls = [asyncio.create_task(life.client.record_info(task_id)) for _ in range(3)]
         await asyncio.sleep(1)
-        for look in looks:
-            look.cancel()
-        await asyncio.gather(*looks, return_exceptions=True)
+        for poll in polls:
+            poll.cancel()
+        await asyncio.gather(*polls, return_exceptions=True)
         await life.assert_nothing_left()
         await life.assert_usable()
 

@@ -1,4 +1,4 @@
-"""The client as its users meet it: what it accepts, one look, sessions, loops, many at once."""
+"""The client's public face: its arguments, single polls, sessions, event loops, many waits."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ async def client(simulator):
         yield client
 
 
-# --- what it accepts ----------------------------------------------------------------------------
+# --- arguments ----------------------------------------------------------------------------------
 
 
 async def authorization_sent(*args, **options):
@@ -210,7 +210,7 @@ async def test_a_session_with_credentials_is_refused():
         assert "auth" in refused_with(KEY, session=session)
 
 
-# --- one look -----------------------------------------------------------------------------------
+# --- a single poll ------------------------------------------------------------------------------
 
 
 @virtual_time
@@ -256,6 +256,7 @@ async def test_record_info_does_not_retry(simulator, client, step, kind):
 async def test_a_task_id_that_is_not_one_is_refused_before_any_request(simulator, client, task_id):
     """Blank, unprintable, or not a str."""
     await error_of(client.record_info(task_id), ConfigurationError)
+    await error_of(client.wait_for_result(task_id), ConfigurationError)
     assert not simulator.requests
 
 
@@ -296,8 +297,8 @@ async def test_polls_in_a_pause_probe_it_one_at_a_time(simulator):
         refuse = refused(429, status=429, retry_after=4)
         task_id = simulator.add_task(script=[refuse, refuse])
         await error_of(client.record_info(task_id), RateLimitedError)
-        looks = [client.record_info(task_id) for _ in range(3)]
-        errors = await asyncio.gather(*looks, return_exceptions=True)
+        polls = [client.record_info(task_id) for _ in range(3)]
+        errors = await asyncio.gather(*polls, return_exceptions=True)
         assert {type(error) for error in errors} == {RateLimitedError}
         assert sorted(error.http_status or 0 for error in errors) == [0, 0, 429]
         assert [request.time for request in simulator.requests] == pytest.approx([0, 4])
@@ -322,14 +323,14 @@ async def test_record_info_is_not_sent_at_max_concurrency(simulator):
     """It waits for a permit for request_timeout at most."""
     async with make_client(simulator, max_concurrency=1, request_timeout=5.0) as client:
         stalled = simulator.add_task(script=["stall"] * 2)
-        looks = []
+        polls = []
         for _ in range(2):
-            looks.append(asyncio.create_task(client.record_info(stalled)))
+            polls.append(asyncio.create_task(client.record_info(stalled)))
             await asyncio.sleep(0.5)
         error = await error_of(client.record_info("task"), RateLimitedError)
         assert asyncio.get_running_loop().time() == pytest.approx(6)
         assert (error.http_status, error.retry_after) == (None, None)
-    errors = await asyncio.gather(*looks, return_exceptions=True)
+    errors = await asyncio.gather(*polls, return_exceptions=True)
     assert [type(error) for error in errors] == [TransportError, ClientStateError]
     assert len(simulator.requests) == 2
 
@@ -465,14 +466,15 @@ async def test_an_exception_of_a_middleware_is_a_transport_error(simulator, exce
     """It releases the permit, and names what was raised, without the key."""
 
     async def middleware(request, handler):
-        raise exception("marker-key is in here")
+        raise exception(f"{KEY} is in here")
 
     async with (
         aiohttp.ClientSession(middlewares=[middleware]) as session,
         make_client(simulator, session=session, max_concurrency=1) as client,
     ):
         for _ in range(2):
-            error = await error_of(client.wait_for_result("task", error_grace=0), TransportError)
+            waiting = client.wait_for_result("task", error_grace=0)
+            error = await error_of(waiting, TransportError)
             assert str(error) == f"task task: {exception.__name__}: *** is in here"
             assert (error.__cause__, error.__context__) == (None, None)
         assert client.stats.in_flight == client.stats.waits == 0
@@ -516,7 +518,7 @@ async def test_a_sessions_connection_limit_holds(simulator):
         assert asyncio.get_running_loop().time() == pytest.approx(1.0)
 
 
-# --- loops and lives ----------------------------------------------------------------------------
+# --- loops and ends -----------------------------------------------------------------------------
 
 
 def test_a_client_can_be_made_without_a_loop():
@@ -701,16 +703,6 @@ async def test_three_hundred_waits_each_get_their_own(simulator, client):
         about = {(event.record or event.error).task_id for event in events[task_id]}
         assert about == {event.task_id for event in events[task_id]} == {task_id}
         assert len(events[task_id]) == number % 4 + number % 3 + 1
-
-
-@virtual_time
-async def test_a_batch_uses_the_same_client(simulator, client):
-    """Its permits, its session and its schedule."""
-    tasks = [simulator.add_task(duration=5.0) for _ in range(10)]
-    outcomes = await client.wait_for_results(tasks, wait=wait_fixed(1), timeout=60)
-    assert [outcome.unwrap().task_id for outcome in outcomes] == tasks
-    async with client.as_completed([tasks[0]]) as stream:
-        assert [outcome.task_id async for outcome in stream] == [tasks[0]]
 
 
 @virtual_time

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import doctest
 import os
@@ -27,8 +28,21 @@ BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 SESSION = re.compile(r"^```\{doctest\}\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
+# Openers of docstrings that are neither an imperative verb nor a noun phrase.
+OPENERS = ("What", "How", "Whether", "Why")
+# Words that are not the field's terms or not plain English; none of them has an honest use here.
+BANNED = re.compile(
+    r"""\b(
+        (last|first|next|every|each)\ looks? | looks?\ (again|once)
+        | outliv\w+ | outlasts? | mend(s|ed|ing)? | whither | dear | of\ late
+        | so\ many | as\ things\ (are|stand) | but\ for | (it|this|that|which)\ is\ no
+    )\b""",
+    re.IGNORECASE | re.VERBOSE,
+)
+
+
 def snippets():
-    """Each Python block of each page, by the page's name and the line it begins on."""
+    """Yield each Python block of each page, with the page's name and the block's line."""
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         for match in BLOCK.finditer(text):
@@ -42,7 +56,7 @@ def is_for_pytest(code):
 
 @pytest.fixture(scope="module")
 def simulator():
-    """The tasks that the pages speak of."""
+    """Serve the tasks that the pages name."""
     with serving() as running:
         for task_id in ("task12345", "task12346", "task12347"):
             running.add_task(task_id, duration=12.0, outcome="success", age=60.0)
@@ -52,7 +66,7 @@ def simulator():
 
 @pytest.fixture
 def user(simulator, monkeypatch, tmp_path):
-    """A folder and settings as a user has them; the API's own address leads to the simulator."""
+    """Set up a user's folder and key; the default address is the simulator's."""
     monkeypatch.setenv("APIKLEY_API_KEY", "key")
     monkeypatch.setitem(KontextClient.__init__.__kwdefaults__, "base_url", simulator.base_url)
     monkeypatch.chdir(tmp_path)
@@ -136,3 +150,27 @@ def test_options_that_pages_name_exist():
     for page in PAGES:
         for line in re.findall(r"^(?:.*\| )?kontext .*$", page.read_text("utf-8"), re.MULTILINE):
             assert set(re.findall(r"--[a-z-]+", line)) <= set(re.findall(r"--[a-z-]+", helps))
+
+
+def test_docstrings_begin_with_a_verb_or_a_noun():
+    """The package's docstrings have no What, How, Whether or Why at their beginning."""
+    found = []
+    for file in sorted(Path(kontext_async.__file__).parent.rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            # Docstrings, and the strings that document attributes.
+            is_text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+            if is_text and str(node.value.value).startswith(tuple(f"{o} " for o in OPENERS)):
+                found.append(f"{file}:{node.lineno}: {node.value.value.splitlines()[0]}")
+    assert not found, "\n" + "\n".join(found)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages_are_in_plain_english(page):
+    """No page has a word of `BANNED`."""
+    lines = page.read_text(encoding="utf-8").splitlines()
+    found = [
+        f"{page}:{number}: {match[0]!r} in: {line}"
+        for number, line in enumerate(lines, 1)
+        if (match := BANNED.search(line))
+    ]
+    assert not found, "\n" + "\n".join(found)

@@ -1,4 +1,4 @@
-"""A batch through the ledger: each outcome is on disk first, and at its end nothing is left."""
+"""The ledger as a batch's journal: each outcome is on disk first, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ async def simulator():
 
 @pytest.fixture
 async def client(simulator, path):
-    """A client that at the end of the test, still open, must have nothing under way."""
+    """Yield a client that must be idle at the end of the test, while it is still open."""
     async with make_client(simulator) as client:
         yield client
         await assert_nothing_left(path.parent, client)
@@ -66,8 +66,8 @@ def tasks(simulator, count, duration=0.0, *, name="task"):
     return [simulator.add_task(f"{name}{n}", duration=duration) for n in range(count)]
 
 
-def asked(simulator):
-    """The ids of all looks so far, in order."""
+def polled(simulator):
+    """Return the ids of all polls so far, in order."""
     return [request.task_id for request in simulator.requests]
 
 
@@ -203,7 +203,7 @@ async def test_known_ids_are_read_with_room_after_the_deadline(ledger, client, s
         assert sorted([outcome.task_id async for outcome in outcomes]) == ids
 
 
-# One task harms no other
+# Each task on its own
 
 
 @pytest.mark.parametrize("bad", ["", " ", "a\0b", "\ud800", "a\nb", None, 5, 10**400, ["task0"]])
@@ -237,7 +237,7 @@ async def test_a_refused_key_is_recorded_for_all_that_remain(path):
 
 @contextlib.contextmanager
 def busy_disk_from_the_first_poll(ledger):
-    """An ``on_event`` that lets nothing get to the disk, and the function that ends this."""
+    """Yield an ``on_event`` that blocks the disk, and a function that frees it."""
     with contextlib.ExitStack() as stack:
         yield lambda event: stack.enter_context(busy_disk(ledger._store)), stack.close
 
@@ -310,7 +310,7 @@ async def test_a_full_disk_ends_the_batch_and_the_ledger_stays_readable(path, so
         assert set(taken) <= set(done)
         before = len(simulator.requests)
         assert sorted(await run(path, client, ids)) == sorted(ids)
-        assert not set(asked(simulator)[before:]) & set(done)
+        assert not set(polled(simulator)[before:]) & set(done)
 
 
 @pytest.mark.parametrize("known", [False, True])
@@ -325,7 +325,7 @@ async def test_a_full_disk_when_a_wait_begins_ends_the_batch(path, simulator, cl
             assert "full" in str(await error_of(collected(ledger, client, ids), LedgerError))
 
 
-# What leaves nothing behind
+# Ends before the end
 
 
 async def exhaust(stream):

@@ -1,4 +1,4 @@
-"""A ledger across runs: what is known is not asked again, what is there is not fetched again."""
+"""A ledger across runs: known tasks are not polled again, saved images not fetched again."""
 
 from __future__ import annotations
 
@@ -58,18 +58,18 @@ async def client(simulator, path):
         await assert_nothing_left(path.parent, client)
 
 
-def asked(simulator):
-    """The ids of all looks so far."""
+def polled(simulator):
+    """Return the ids of all polls so far."""
     return [r.task_id for r in simulator.requests if r.path.endswith("record-info")]
 
 
 def fetched(simulator):
-    """The ids of all images asked for so far."""
+    """Return the ids of all images requested so far."""
     return [r.task_id for r in simulator.requests if not r.path.endswith("record-info")]
 
 
 def alter(path, sql):
-    """Do to a closed ledger what the library does not do."""
+    """Change a closed ledger as the library does not."""
     with closing(sqlite3.connect(path)) as connection:
         connection.execute(sql)
         connection.commit()
@@ -99,7 +99,7 @@ async def test_a_run_continues_where_the_last_one_stopped(client, simulator, pat
     assert again["bad"].error.__reduce__() == first["bad"].error.__reduce__()
     assert entries(path)["shaky"].error_type is None
     assert states(path) == {**dict.fromkeys(ids, "done"), "bad": "failed"}
-    assert sorted(asked(simulator)) == sorted([*ids, "shaky", "slow", "late"])
+    assert sorted(polled(simulator)) == sorted([*ids, "shaky", "slow", "late"])
     assert {name: entry.attempts for name, entry in entries(path).items()} == {
         "done": 1,
         "bad": 1,
@@ -115,10 +115,10 @@ async def test_a_failed_generation_is_polled_again_only_on_request(client, simul
     simulator.add_task("done", duration=0)
     await run(path, client, ["bad", "done"])
     await run(path, client, ["bad", "done"])
-    assert asked(simulator).count("bad") == 1
+    assert polled(simulator).count("bad") == 1
     await run(path, client, ["bad", "done"], retry_failed=True)
-    assert asked(simulator).count("bad") == 2
-    assert asked(simulator).count("done") == 1
+    assert polled(simulator).count("bad") == 2
+    assert polled(simulator).count("done") == 1
 
 
 @pytest.mark.parametrize("reopened", [False, True])
@@ -151,16 +151,7 @@ async def test_a_ledger_may_be_opened_again(client, simulator, path):
         found = await collected(ledger, client, ["done", "bad"])
         assert found["bad"].unwrap()
         assert "it is open already" in str(await error_of(ledger.__aenter__(), ClientStateError))
-    assert asked(simulator).count("done") == 1
-
-
-async def test_a_ledger_has_one_writer(client, path):
-    """The second raises, and the first goes on."""
-    async with Ledger(path) as ledger:
-        error = await error_of(Ledger(path).__aenter__(), LedgerError)
-        assert "another process is writing to it: one batch at a time" in str(error)
-        await ledger.add(["a"])
-    assert states(path) == {"a": "waiting"}
+    assert polled(simulator).count("done") == 1
 
 
 # Ids
@@ -266,7 +257,7 @@ async def test_a_ledger_without_its_table_is_refused(path):
 
 
 async def save(path, client, task_ids, **options):
-    """A run that saves: what became of each image."""
+    """Run a batch that saves, and return each image or error."""
     async with (
         Ledger(path) as ledger,
         ImageSaver(client, path.parent / "images", **options) as saver,
@@ -421,7 +412,7 @@ async def test_after_a_full_disk_a_ledger_continues(client, simulator, path):
         free_disk(ledger._store)
         assert sorted(await collected(ledger, client, ids)) == ids
     assert states(path) == dict.fromkeys(ids, "done")
-    assert [asked(simulator).count(name) for name in ids[:2]] == [1, 1]
+    assert [polled(simulator).count(name) for name in ids[:2]] == [1, 1]
 
 
 async def test_the_key_is_in_no_file(client, simulator, path):
@@ -450,7 +441,7 @@ async def test_the_key_is_in_no_file(client, simulator, path):
 # Any batch, stopped anywhere
 
 
-# How a task answers, look by look, and what its outcomes may be.
+# The answers to a task's polls, and the errors that its outcomes may have.
 KINDS = {
     "done": (["success"], {type(None)}),
     "bad": (["failed"], {GenerationFailedError}),
@@ -463,7 +454,7 @@ KINDS = {
 
 @attrs.frozen
 class Story:
-    """Some tasks, and runs over them that each stop after so many outcomes."""
+    """Some tasks, and runs over them that each stop after a number of outcomes."""
 
     kinds: list[str]
     stops: list[int]
@@ -484,7 +475,7 @@ STORIES = st.builds(
 )
 
 
-async def tell(story, path):
+async def run_story(story, path):
     async with Simulator() as simulator, make_client(simulator) as client:
         for task_id, kind in zip(story.ids, story.kinds, strict=True):
             simulator.add_task(task_id, script=KINDS[kind][0])
@@ -503,14 +494,13 @@ async def tell(story, path):
                     taken += 1
                     if taken > stop:
                         break
-            assert not ended & set(asked(simulator)[before:])
+            assert not ended & set(polled(simulator)[before:])
             assert ended <= ended_by(path)
             await assert_nothing_left(path.parent, client)
         ended = ended_by(path)
         before = len(simulator.requests)
         found = await run(path, client, given, **keywords)
-        looks = asked(simulator)[before:]
-        assert sorted(looks) == sorted(set(story.ids) - ended)
+        assert sorted(polled(simulator)[before:]) == sorted(set(story.ids) - ended)
         assert sorted(found) == sorted({*story.ids, " "})
         for task_id, kind in zip(story.ids, story.kinds, strict=True):
             assert KINDS[kind][1] is None or type(found[task_id].error) in KINDS[kind][1]
@@ -524,7 +514,7 @@ async def tell(story, path):
 
 
 def ended_by(path):
-    """What is done or has failed by a ledger."""
+    """Return the ids that are done or have failed by a ledger."""
     if not path.exists():
         return set()
     return {name for name, state in states(path).items() if state in {"done", "failed"}}
@@ -537,4 +527,4 @@ def ended_by(path):
 def test_wherever_a_run_stops_the_next_one_has_each_id_once(story):
     """Each id has one outcome, and tasks that are done or have failed are not polled again."""
     with tempfile.TemporaryDirectory() as folder:
-        asyncio.run(tell(story, Path(folder) / "ledger.sqlite3"))
+        asyncio.run(run_story(story, Path(folder) / "ledger.sqlite3"))

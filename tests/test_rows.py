@@ -1,4 +1,4 @@
-"""Rows of a ledger: what goes in comes out again, whatever it is; what is no row is an error."""
+"""Rows of a ledger: any outcome comes back equal, and an unreadable row is an error."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from kontext_async import (
 from kontext_async.results import DownloadError, LedgerError
 from kontext_async.results.ledger.rows import entry_of, error_text, recalled, record_text, state_of
 
-# Half characters, NUL and what a terminal acts on are among them.
+# Lone surrogates, NUL and control characters are among them.
 TEXTS = st.text(st.characters(exclude_categories=()))
 TIMES = st.none() | st.datetimes(
     min_value=datetime(1, 1, 2),  # noqa: DTZ001  # hypothesis wants it so
@@ -61,7 +61,7 @@ RECORDS = st.builds(
 
 
 def stored(*values):
-    """The values as SQLite gives them back."""
+    """Return the values as SQLite reads them back."""
     with closing(sqlite3.connect(":memory:")) as connection:
         return connection.execute(f"SELECT {', '.join('?' * len(values))}", values).fetchone()
 
@@ -241,22 +241,19 @@ BAD_RECORDS = {
 }
 
 
-@pytest.mark.parametrize("record", BAD_RECORDS.values(), ids=BAD_RECORDS)
-def test_an_unreadable_record_is_named_by_its_task(record):
+@pytest.mark.parametrize(
+    ("state", "record", "error"),
+    [
+        *(("done", record, None) for record in BAD_RECORDS.values()),
+        *(("failed", None, error) for error in ("{", "[]", "5")),
+    ],
+)
+def test_an_unreadable_record_or_error_is_named_by_its_task(state, record, error):
     """It is a `LedgerError`, for readers as for a batch."""
     with pytest.raises(LedgerError, match="task 'mine' is unreadable"):
-        entry("mine", record)
+        entry("mine", record, error)
     with pytest.raises(LedgerError, match="task 'mine' is unreadable"):
-        recalled(("mine", "done", record, None, None, None, None, None))
-
-
-@pytest.mark.parametrize("error", ["{", "[]", "5"])
-def test_an_unreadable_error_is_named_by_its_task(error):
-    """As an unreadable record is."""
-    with pytest.raises(LedgerError, match="unreadable"):
-        entry("mine", error=error)
-    with pytest.raises(LedgerError, match="unreadable"):
-        recalled(("mine", "failed", None, error, None, None, None, None))
+        recalled(("mine", state, record, error, None, None, None, None))
 
 
 @pytest.mark.parametrize("created", ["soon", None, 1e15, 1e300, float("inf")])

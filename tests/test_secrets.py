@@ -1,4 +1,4 @@
-"""The API key is in nothing that comes out, whatever happens and whatever a server echoes."""
+"""Nothing reveals the API key, whatever happens and whatever a server echoes."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ from kontext_async import (
 from kontext_async.simulator import STEPS, Simulator
 
 virtual_time = pytest.mark.virtual_time
-# Long enough to be cut in the middle by whoever shortens a message.
+# Long enough to be cut in the middle of a shortened message.
 KEY = "marker-" + "0123456789" * 4 + "-key"
 PIECE = "56789012345"
 PROMPT = "A lighthouse at dusk"
 
 
 class Outlet:
-    """Collects all that comes out, as text."""
+    """Collects values and log records as text."""
 
     def __init__(self, caplog):
         self.texts = []
         self.caplog = caplog
 
     def take(self, *values):
-        """Note how a value shows itself, in every way it has."""
+        """Add every text form of some values."""
         for value in values:
             self.texts += [repr(value), str(value), f"{value}"]
             self.texts.append(pickle.dumps(value).decode("latin-1"))
@@ -68,14 +68,14 @@ def outlet(caplog):
 
 @pytest.fixture(autouse=True)
 async def debugging():
-    """asyncio's debug mode logs callbacks and their arguments."""
+    """Turn on asyncio's debug mode, which logs callbacks and their arguments."""
     loop = asyncio.get_running_loop()
     loop.set_debug(True)
     loop.slow_callback_duration = 0.0 if type(loop).__name__ != "VirtualTimeLoop" else 1.0
 
 
 def reachable(value, seen=None):
-    """All that hangs on a value by attributes and containers; not what merely is in a frame."""
+    """Return all that a value refers to by attributes and containers; frames do not count."""
     seen = {} if seen is None else seen
     if id(value) in seen or isinstance(value, (type, types.ModuleType, types.TracebackType)):
         return seen
@@ -97,7 +97,7 @@ def reachable(value, seen=None):
 
 
 def assert_keeps_the_key(error):
-    """Neither an error nor what it was raised from refers to the key or to request headers."""
+    """Assert that an error and its causes do not refer to the key or to request headers."""
     for value in reachable(error).values():
         assert not isinstance(value, (aiohttp.ClientRequest, aiohttp.RequestInfo))
         assert not isinstance(value, (aiohttp.ClientSession, KontextClient))
@@ -105,7 +105,7 @@ def assert_keeps_the_key(error):
 
 
 async def errors_of(client, task_id, outlet):
-    """What a look and a wait raise, all else noted as it comes."""
+    """Collect what a poll and a wait return or raise."""
     waiting = client.wait_for_result(
         task_id,
         timeout=3,

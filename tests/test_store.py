@@ -1,4 +1,4 @@
-"""A ledger's file: who may write and read it, what is refused, and how it gets onto the disk."""
+"""A ledger's file: its writer and readers, files that are refused, and transactions."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ async def store(path):
 
 
 async def make(path, *task_ids):
-    """A ledger with these ids, closed."""
+    """Make a ledger with these ids, and close it."""
     store = Store(path)
     await store.open()
     for task_id in task_ids:
@@ -67,12 +67,12 @@ def log_of(path):
 
 
 def bytes_of(path):
-    """What is in a file, and in the log beside it; an empty log is none."""
+    """Return the content of a file and of the log beside it; a missing log is empty."""
     return [file.read_bytes() if file.exists() else b"" for file in (path, log_of(path))]
 
 
 async def leave_log(path, *task_ids):
-    """A ledger as a killed process leaves it: all is in the log, nothing in the file."""
+    """Make a ledger as a killed process leaves it: everything is in the log."""
     await make(path)
     store = Store(path)
     await store.open()
@@ -86,7 +86,7 @@ async def leave_log(path, *task_ids):
 
 
 def transactions(store):
-    """The transactions that an open store begins from now on."""
+    """Return a list of the transactions that an open store begins from now on."""
     begun = []
     store._connections[0].set_trace_callback(lambda sql: sql == "BEGIN" and begun.append(sql))
     return begun
@@ -183,12 +183,13 @@ async def test_a_statement_that_has_run_is_on_disk(store, path):
 
 async def test_a_cancelled_statement_does_not_affect_the_others(store, path):
     """It runs all the same, whether its transaction succeeds or fails."""
-    waiting = [asyncio.create_task(store.run(ADD, (name,))) for name in "ab"]
-    await asyncio.sleep(0)
-    waiting[0].cancel()
-    await asyncio.wait(waiting)
-    assert waiting[0].cancelled()
-    assert waiting[1].result() == []
+    for names, error in (("ab", type(None)), ("ca", LedgerError)):  # the second "a" fails
+        waiting = [asyncio.create_task(store.run(ADD, (name,))) for name in names]
+        await asyncio.sleep(0)
+        waiting[0].cancel()
+        await asyncio.wait(waiting)
+        assert waiting[0].cancelled()
+        assert type(waiting[1].exception()) is error
     assert read(path) == ["a", "b"]
 
 
@@ -410,7 +411,7 @@ async def test_a_read_only_folder_with_a_log_is_refused(path):
         read(folder / path.name)
 
 
-# What is no ledger
+# Files that are refused
 
 
 def database(path, *, log=False):

@@ -1,4 +1,4 @@
-"""What goes over the wire and what comes back, against real servers."""
+"""Requests and answers on the wire, against real servers."""
 
 from __future__ import annotations
 
@@ -192,8 +192,8 @@ async def test_a_redirect_is_not_followed_and_ends_a_wait(status, wait):
     async with raw_server(http(body_of())) as elsewhere:
         answer = http(b"", f"Location: {elsewhere.base_url}/?taskId=task", status=status)
         async with raw_server(answer) as server, make_client(server.base_url) as client:
-            asking = client.wait_for_result("task") if wait else client.record_info("task")
-            error = await error_of(asking, TransportError)
+            polling = client.wait_for_result("task") if wait else client.record_info("task")
+            error = await error_of(polling, TransportError)
         assert not elsewhere.heads
     assert not error.retryable
     assert len(server.heads) == 1
@@ -305,28 +305,21 @@ async def test_a_certificate_that_does_not_verify_ends_a_wait_at_once(authority,
         assert isinstance(error.__cause__, ssl.SSLCertVerificationError | aiohttp.ClientSSLError)
 
 
-async def test_a_session_may_trust_a_private_authority(authority):
-    """Its connector's TLS context is used."""
+@pytest.mark.parametrize("pinned", [False, True])
+async def test_a_session_may_trust_a_private_authority_or_pin_a_certificate(authority, pinned):
+    """Its connector's TLS options are used; a certificate that is not the pinned one is final."""
     context = ssl.create_default_context()
     authority.configure_trust(context)
-    connector = aiohttp.TCPConnector(ssl=context)
+    connector = aiohttp.TCPConnector(ssl=aiohttp.Fingerprint(b"\0" * 32) if pinned else context)
     async with (
         tls_server(authority, "127.0.0.1") as server,
         aiohttp.ClientSession(connector=connector) as session,
         make_client(server.base_url, session=session) as client,
     ):
-        assert isinstance(await client.wait_for_result("task"), CompletedTask)
-
-
-async def test_a_certificate_that_is_not_the_pinned_one_ends_a_wait_at_once(authority):
-    """A session may pin the server's certificate by its fingerprint."""
-    connector = aiohttp.TCPConnector(ssl=aiohttp.Fingerprint(b"\0" * 32))
-    async with (
-        tls_server(authority, "127.0.0.1") as server,
-        aiohttp.ClientSession(connector=connector) as session,
-        make_client(server.base_url, session=session) as client,
-    ):
-        assert not (await error_of(client.wait_for_result("task"), TransportError)).retryable
+        if pinned:
+            assert not (await error_of(client.wait_for_result("task"), TransportError)).retryable
+        else:
+            assert isinstance(await client.wait_for_result("task"), CompletedTask)
         assert client.stats.requests == 1
 
 
@@ -402,7 +395,7 @@ async def session(request):
 
 
 def ours_scheduled():
-    """Timers of this library that are still to fire."""
+    """Return the timers of this library that have not fired."""
     handles = (h for h in asyncio.get_running_loop()._scheduled if not h.cancelled())
     owners = (getattr(h._callback, "__self__", None) for h in handles)
     return [o for o in owners if type(o).__module__.startswith(("kontext_async", "asyncio.time"))]
@@ -415,37 +408,37 @@ def ours_scheduled():
         ("wait", "sleeping"),
         *(
             (k, m)
-            for k in ("wait", "look")
-            for m in ("in_flight", "in_body", "pause", "slot", "quota")
+            for k in ("wait", "poll")
+            for m in ("in_flight", "in_body", "pause", "concurrency", "rate_limit")
         ),
     ],
 )
 async def test_closing_ends_what_is_pending(session, moment, kind):
     """With `ClientStateError`, at once, in any state; nothing is left of it."""
-    script = {"in_flight": ["stall"], "in_body": ["stall_mid_body"], "slot": ["stall"]}
+    script = {"in_flight": ["stall"], "in_body": ["stall_mid_body"], "concurrency": ["stall"]}
     options = {"request_timeout": 200.0}
-    if moment == "slot":
+    if moment == "concurrency":
         options["max_concurrency"] = 1
-    if moment == "quota":
+    if moment == "rate_limit":
         options["rate_limit"] = RateLimit(1, 100.0)
     async with Simulator() as simulator:
         client = make_client(simulator.base_url, session=session, **options)
         task_id = simulator.add_task(script=script.get(moment, ["generating"] * 9))
-        asking = client.wait_for_result if kind == "wait" else client.record_info
+        call = client.wait_for_result if kind == "wait" else client.record_info
         before = []
         if moment == "pause":
             refused = simulator.add_task(script=["code_455"])
             await error_of(client.record_info(refused))
-        if moment == "quota":
+        if moment == "rate_limit":
             await client.record_info(task_id)
-        if moment == "slot":
+        if moment == "concurrency":
             before = [asyncio.create_task(client.record_info(task_id))]
             await turns()
-        asked = asyncio.create_task(asking(task_id))
+        pending = asyncio.create_task(call(task_id))
         await asyncio.sleep(0.1)
         sent = len(simulator.requests)
         await client.aclose()
-        errors = await asyncio.gather(asked, *before, return_exceptions=True)
+        errors = await asyncio.gather(pending, *before, return_exceptions=True)
         assert [type(error) for error in errors] == [ClientStateError] * len(errors)
         assert asyncio.get_running_loop().time() == pytest.approx(0.1)
         await asyncio.sleep(0.05)

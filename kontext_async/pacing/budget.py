@@ -170,7 +170,8 @@ class RequestBudget:
         """Release the permit acquired at ``sent``, as its request has ended.
 
         ``error`` is the error it ended with, None for a good answer. ``first``: it was the task's
-        first poll; ``failing``: the one before it failed too. ``cancelled`` means that nobody waited for the answer.
+        first poll; ``failing``: the one before it failed too. ``cancelled`` means that nobody
+        waited for the answer.
         """
         loop = asyncio.get_running_loop()
         now = loop.time()

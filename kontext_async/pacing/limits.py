@@ -43,7 +43,7 @@ class RateLimit:
 
 
 class Limit(Protocol):
-    """What a request budget asks of its rate limit, and reports to it."""
+    """The questions and reports of a request budget to its rate limit."""
 
     def opens_at(self, now: float) -> float:
         """Return when the next permit is free; infinity if a request must end first."""

@@ -28,7 +28,7 @@ __all__ = [
 
 @attrs.frozen
 class Failure:
-    """How a task fails: the record's ``errorCode``, ``errorMessage`` and ``successFlag``."""
+    """A failure of a task: the record's ``errorCode``, ``errorMessage`` and ``successFlag``."""
 
     error_code: int = 501
     message: str = "The image could not be generated."

@@ -1,7 +1,8 @@
-"""How a user writes against the library; type checkers read it, nothing runs it."""
+"""Uses of the public API for type checkers; nothing runs it."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Mapping
 from datetime import datetime, timedelta
 from typing import Any, assert_type
@@ -14,10 +15,13 @@ from kontext_async import (
     CompletedTask,
     DurationModel,
     GenerationFailedError,
+    Handling,
+    Journal,
     KontextClient,
     KontextError,
     PollEvent,
     RateLimit,
+    Stream,
     TaskOutcome,
     TaskRecord,
     TaskStatus,
@@ -26,7 +30,7 @@ from kontext_async import (
 )
 
 
-async def look(client: KontextClient) -> None:
+async def poll(client: KontextClient) -> None:
     record = await client.record_info("task12345")
     assert_type(record, TaskRecord)
     assert_type(record.status, TaskStatus)
@@ -57,6 +61,8 @@ async def wait(client: KontextClient) -> timedelta | None:
         )
     except GenerationFailedError as error:
         assert_type(error.error_code, int | None)
+        assert_type(error.handling, Handling)
+        assert_type(error.for_task("task12346"), GenerationFailedError)
         raise
     except WaitTimeoutError as error:
         assert_type(error.last_record, TaskRecord | None)
@@ -85,6 +91,30 @@ async def batch(client: KontextClient) -> list[CompletedTask]:
     in_order = await client.wait_for_results({"task1", "task2"}, timeout=60)
     assert_type(in_order, list[TaskOutcome])
     return results
+
+
+class MemoryJournal:
+    def __init__(self) -> None:
+        self.outcomes: dict[str, TaskOutcome] = {}
+
+    def begin(self, task_id: str) -> asyncio.Future[TaskOutcome | None]:
+        known: asyncio.Future[TaskOutcome | None] = asyncio.get_running_loop().create_future()
+        known.set_result(self.outcomes.get(task_id))
+        return known
+
+    def record(self, outcome: TaskOutcome) -> asyncio.Future[None]:
+        self.outcomes[outcome.task_id] = outcome
+        recorded: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        recorded.set_result(None)
+        return recorded
+
+
+async def resume(client: KontextClient) -> None:
+    journal: Journal = MemoryJournal()
+    stream = client.as_completed(["task12345"], journal=journal)
+    assert_type(stream, Stream[TaskOutcome])
+    await stream.abort(KeyError())
+    await stream.aclose()
 
 
 async def build(session: aiohttp.ClientSession) -> None:
