@@ -7,7 +7,7 @@ import contextlib
 import enum
 import functools
 import math
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import (
     AsyncGenerator,
     AsyncIterable,
@@ -36,6 +36,9 @@ __all__ = ["Journal", "check_source", "outcome_stream", "outcomes_in_order"]
 _T = TypeVar("_T")
 
 _END = object()
+
+# Ended ids that a stream remembers as duplicates; more would fill the memory of a service.
+_ENDED_IDS = 100_000
 
 
 class Journal(Protocol):
@@ -106,15 +109,17 @@ class _BatchPoller:
         self._is_shut = True
 
     async def poll(
-        self, task_id: str, sent: float, *, until: float
+        self, task_id: str, sent: float, *, until: float, first: bool, failing: bool
     ) -> tuple[TaskRecord, float | None] | None:
         if self._is_shut:
             self.budget.cancel(sent)
             raise asyncio.CancelledError
         try:
-            return await self._transport.poll(task_id, sent, until=until)
+            return await self._transport.poll(
+                task_id, sent, until=until, first=first, failing=failing
+            )
         except AuthenticationError as error:
-            if self.refusal is None:
+            if self.refusal is None and not error.retryable:
                 self.refusal, self._is_shut = error, True
             raise
 
@@ -160,7 +165,9 @@ class _Batch:
         self._loop = asyncio.get_running_loop()
         self._began = self._loop.time()
         self._latest = math.inf if batch_timeout is None else self._began + batch_timeout
-        self._distinct: set[str] = set()
+        self._open_names: set[str] = set()  # read, and their outcomes not yet handed on
+        self._ended_names: OrderedDict[str, None] = OrderedDict()
+        self._ended_limit = math.inf if names_read is not None else _ENDED_IDS
         self._waits: dict[asyncio.Task[TaskOutcome], str] = {}
         self._journaling: set[asyncio.Future[Any]] = set()
         self._background: set[asyncio.Task[None]] = set()
@@ -208,9 +215,14 @@ class _Batch:
 
     async def _raise(self, failure: BaseException) -> None:
         await self.end()
-        if failure is self._failure:  # another consumer may have raised it meanwhile
-            self._failure = None
-            raise failure
+        if failure is not self._failure:  # another consumer has raised it meanwhile
+            return
+        self._failure = None
+        if isinstance(failure, StopAsyncIteration):  # raised as it is, it would end the stream
+            raise RuntimeError(  # noqa: TRY004  # what Python itself does in generators
+                "a callback or the source raised StopAsyncIteration"
+            ) from failure
+        raise failure
 
     def _stop(self) -> None:
         if not self._is_active:  # a source that is being closed is cancelled once
@@ -228,8 +240,8 @@ class _Batch:
                 name = _name(task_id)
                 if self._names_read is not None:
                     self._names_read.append(name)
-                if name not in self._distinct:
-                    self._distinct.add(name)
+                if name not in self._open_names and name not in self._ended_names:
+                    self._open_names.add(name)
                     self._begin(task_id, name)
                 await yield_to_loop(count)
                 while self._in_flight >= self._max_in_flight:
@@ -336,9 +348,14 @@ class _Batch:
             self._follow(recorded, lambda _: self._hand_on(outcome))
 
     def _hand_on(self, outcome: TaskOutcome) -> None:
-        if self._is_active:
-            self._ready.append(outcome)
-            self._changed.set()
+        if not self._is_active:
+            return
+        self._open_names.discard(outcome.task_id)
+        self._ended_names[outcome.task_id] = None
+        if len(self._ended_names) > self._ended_limit:
+            self._ended_names.popitem(last=False)
+        self._ready.append(outcome)
+        self._changed.set()
 
     def _follow(self, future: asyncio.Future[_T], then: Callable[[_T], None]) -> None:
         """Call ``then`` with the journal's answer; end the batch if that is an exception."""

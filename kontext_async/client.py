@@ -69,6 +69,7 @@ def _checked_url(base_url: str, *, allow_http: bool) -> str:
             f"base_url must be an http(s) URL with a host, such as {DEFAULT_BASE_URL}, "
             f"not {base_url!r}"
         )
+    _check_host(url.host)
     if url.user is not None or url.password is not None or url.query_string or url.fragment:
         raise ConfigurationError("base_url must have no user, query or fragment")
     if url.scheme == "http" and not (allow_http or _is_loopback(url.host)):
@@ -77,6 +78,13 @@ def _checked_url(base_url: str, *, allow_http: bool) -> str:
             "use https, or pass allow_http=True"
         )
     return str(url).rstrip("/")
+
+
+def _check_host(host: str) -> None:
+    try:
+        host.encode("idna")  # as the resolver does
+    except UnicodeError as exc:
+        raise ConfigurationError(f"base_url has a host that cannot be a name: {host!r}") from exc
 
 
 def _is_loopback(host: str) -> bool:
@@ -202,7 +210,7 @@ class KontextClient:
         now = transport.loop_time
         latest = now + transport.request_timeout
         if budget.opens_in(now) <= transport.request_timeout:
-            sent = await transport.acquire(now, seen=True, until=latest)
+            sent = await transport.acquire(now, until=latest, seen=True, deadline=latest)
             if sent is not None:
                 answer = await transport.poll(task_id, sent, until=math.inf)
                 assert answer is not None, "only until cuts a poll short"
@@ -229,8 +237,8 @@ class KontextClient:
         ``timeout``: seconds from the call to the hard deadline; None is no limit, 0 polls once.
         ``wait``: any tenacity wait strategy; None is the learned schedule (`wait_learned`).
         ``error_grace``: seconds for which this wait's polls may keep failing (server errors,
-        network, unreadable answers) before the last error is raised. Pauses of the whole client
-        do not count. None is until the deadline, 0 raises at once.
+        network, unreadable answers) before the last error is raised. Pauses that the service asks
+        for do not count, those of an outage do. None is until the deadline, 0 raises at once.
         ``not_found_grace``: the same for a task that the API does not know (yet).
         ``on_event``: called with a `PollEvent` after each poll; its exceptions end the wait.
 

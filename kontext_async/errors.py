@@ -72,7 +72,7 @@ class KontextError(Exception):
         """True if the same call may succeed later, without a change by the caller."""
         return self.handling is not Handling.RAISE
 
-    def for_task(self, task_id: str, **changes: object) -> Self:
+    def for_task(self, task_id: str | None, **changes: object) -> Self:
         """Return the same error about another task, with some attributes changed."""
         error = copy.copy(self)
         error.__dict__.update(changes, task_id=task_id)
@@ -105,9 +105,10 @@ class ApiError(KontextError):
     """Raised when the API, or a gateway in front of it, refuses a request.
 
     ``code`` is the envelope's code. It is the HTTP status where the body is not an envelope;
-    ``from_gateway`` is then True. ``http_status`` is None where the client sent no request
-    because of a pause or a full rate limit. ``retry_after`` is the wait the service asks for in
-    seconds, None where it names none.
+    ``from_gateway`` is then True. ``is_transient`` is True where earlier good answers of the same
+    client contradict the refusal, such as a 401 between accepted requests. ``http_status`` is
+    None where the client sent no request because of a pause or a full rate limit.
+    ``retry_after`` is the wait the service asks for in seconds, None where it names none.
     """
 
     _advice = ""
@@ -129,9 +130,13 @@ class ApiError(KontextError):
         self.retry_after = retry_after
         self.task_id = task_id
         self.from_gateway = from_gateway
+        self.is_transient = False
 
     @property
     def handling(self) -> Handling:
+        return Handling.RETRY if self.is_transient else self._own_handling()
+
+    def _own_handling(self) -> Handling:
         if self.code in (429, 455) or (self.code == 503 and self.retry_after is not None):
             return Handling.BACK_OFF
         # 505 says that the feature is disabled (the provider's sibling pages). Most 4xx without an
@@ -163,8 +168,7 @@ class AuthenticationError(ApiError):
     title = "API key refused"
     _advice = "; check the API key"
 
-    @property
-    def handling(self) -> Handling:
+    def _own_handling(self) -> Handling:
         return Handling.RAISE
 
 
@@ -176,8 +180,7 @@ class TaskNotFoundError(ApiError):
 
     title = "Task unknown"
 
-    @property
-    def handling(self) -> Handling:
+    def _own_handling(self) -> Handling:
         return Handling.RETRY_NOT_FOUND
 
     def _hint(self) -> str:

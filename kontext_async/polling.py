@@ -44,7 +44,7 @@ __all__ = [
 
 # The service gives up on a task after 10 minutes.
 DEFAULT_TIMEOUT: Final = 600.0
-DEFAULT_ERROR_GRACE: Final = 120.0
+DEFAULT_ERROR_GRACE: Final = 300.0
 DEFAULT_NOT_FOUND_GRACE: Final = 10.0
 
 # The last poll precedes the deadline by two round trips, and by this many seconds at least.
@@ -145,6 +145,8 @@ class RequestPacing(Protocol):
     def round_trip(self) -> float: ...
     @property
     def acquire_delay(self) -> float: ...
+    @property
+    def has_outage(self) -> bool: ...
     def blocked_by(self, task_id: str, now: float) -> KontextError | None: ...
     def pause_remaining(self, now: float) -> float: ...
     def pause_spent(self, now: float) -> float: ...
@@ -159,9 +161,11 @@ class Poller(Protocol):
     def durations(self) -> DurationModel: ...
     @property
     def request_timeout(self) -> float: ...
-    async def acquire(self, at: float, *, seen: bool, until: float) -> float | None: ...
+    async def acquire(
+        self, at: float, *, until: float, seen: bool, failing: bool, deadline: float
+    ) -> float | None: ...
     async def poll(
-        self, task_id: str, sent: float, *, until: float
+        self, task_id: str, sent: float, *, until: float, first: bool, failing: bool
     ) -> tuple[TaskRecord, float | None] | None: ...
 
 
@@ -237,18 +241,30 @@ class TaskWait:
 
     async def _poll(self) -> TaskOutcome | None:
         """Poll once, when it is time to; return the outcome if that ends the wait."""
+        failing = self._failures > 0
         sent = await self._poller.acquire(
-            self._next_poll_at, seen=self._polls > 0, until=self._deadline
+            self._next_poll_at,
+            until=self._give_up_at(),
+            seen=self._polls > 0,
+            failing=failing,
+            deadline=self._deadline,
         )
         if sent is None:
-            return self._timed_out()
+            return self._blocked()
         if self._timeout_from_first_poll and not self._polls:
-            self._began = sent
+            if not self._poller.budget.has_outage:  # time queued for the quota does not count
+                self._began = sent
             self._deadline = self._own_deadline()
         self._polls += 1
         self._next_poll_at = math.inf
         try:
-            answer = await self._poller.poll(self._task_id, sent, until=self._deadline)
+            answer = await self._poller.poll(
+                self._task_id,
+                sent,
+                until=self._deadline,
+                first=self._polls == 1,
+                failing=failing,
+            )
         except ClientStateError:
             raise
         except KontextError as error:
@@ -258,6 +274,35 @@ class TaskWait:
         if outcome is None and self._policy.timeout == 0:
             return self._timed_out()
         return outcome
+
+    def _give_up_at(self) -> float:
+        """Return when to stop waiting for a permit, and see whether the wait is over."""
+        now = self._loop.time()
+        if self._failures:
+            assert self._last_error is not None, "a failed poll has an error"
+            grace_left = self._grace_left(self._last_error.handling, now)
+            return min(
+                self._deadline, now + grace_left + _MIN_LEAD
+            )  # the last poll may be due then
+        if self._polls or not self._timeout_from_first_poll or self._policy.timeout is None:
+            return self._deadline
+        timeout = self._policy.timeout or self._poller.request_timeout
+        return min(self._deadline, max(self._began, now) + timeout)
+
+    def _blocked(self) -> TaskOutcome | None:
+        """Return the outcome if the wait is over before a permit was acquired.
+
+        An outage does not extend the grace of a task that fails, nor the timeout of one that was
+        never polled. The queue for the rate limit extends the latter.
+        """
+        now = self._loop.time()
+        if now >= self._deadline or (not self._polls and self._poller.budget.has_outage):
+            return self._timed_out()
+        if self._failures:
+            assert self._last_error is not None, "a failed poll has an error"
+            if self._grace_left(self._last_error.handling, now) < 1e-6:
+                return self._ended_by(self._last_error)
+        return None
 
     def _own_deadline(self) -> float:
         timeout = self._policy.timeout

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import math
 import time
+from collections import deque
 from types import TracebackType
 
 import aiohttp
@@ -16,6 +17,7 @@ from kontext_async import wire
 from kontext_async._version import __version__
 from kontext_async.errors import (
     ApiError,
+    AuthenticationError,
     ClientStateError,
     ConfigurationError,
     GenerationFailedError,
@@ -34,6 +36,9 @@ _log = logging.getLogger("kontext_async")
 # Seconds for which an idle connection is kept: the longest delay of the learned schedule.
 _KEEP_ALIVE = 60.0
 _CONNECT_TIMEOUT = 10.0
+
+# Polls in a row that must be refused with 401 before an accepted key counts as refused.
+_KEY_REFUSALS = 3
 
 # Errors a poll may raise.
 _POLL_ERRORS = (ApiError, GenerationFailedError, ResponseFormatError, TransportError)
@@ -67,6 +72,8 @@ class Transport:
         self._session: aiohttp.ClientSession | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
+        self._has_good_answer = False
+        self._key_refusals: deque[str] = deque(maxlen=_KEY_REFUSALS)  # tasks, since a good answer
         self._headers = CIMultiDict(
             {
                 "Authorization": f"Bearer {api_key}",
@@ -108,21 +115,24 @@ class Transport:
         if self._closed:
             raise ClientStateError("this client is closed: make a new one")
 
-    async def acquire(self, at: float, *, seen: bool, until: float) -> float | None:
+    async def acquire(
+        self, at: float, *, until: float, seen: bool, failing: bool = False, deadline: float
+    ) -> float | None:
         """Acquire a permit at ``at`` or later, and return the time; None if ``until`` comes first.
 
-        ``seen``: the task has been polled before. Raises `ClientStateError` once closed.
+        ``seen``: the task has been polled before; ``failing``: its last poll failed. The wait's
+        ``deadline`` decides its priority. Raises `ClientStateError` once closed.
         """
         assert self._loop is not None, "check_open comes first"
         self._check_not_closed()
         now = self._loop.time()
-        if at <= now and self.budget.try_acquire(now, seen=seen):
+        if at <= now and self.budget.try_acquire(now, seen=seen, failing=failing):
             return now
         scope = asyncio.timeout_at(None if until == math.inf else until)
         self._acquiring.add(scope)
         try:
             async with scope:
-                return await self.budget.acquire(at, seen=seen, until=until)
+                return await self.budget.acquire(at, seen=seen, deadline=deadline, failing=failing)
         except TimeoutError:
             self._check_not_closed()
             return None
@@ -130,12 +140,19 @@ class Transport:
             self._acquiring.discard(scope)
 
     async def poll(
-        self, task_id: str, sent: float, *, until: float
+        self,
+        task_id: str,
+        sent: float,
+        *,
+        until: float,
+        first: bool = False,
+        failing: bool = False,
     ) -> tuple[TaskRecord, float | None] | None:
         """Poll a task once, with the permit acquired at ``sent``.
 
         Returns the record, and the age in seconds of a task that runs if the answer tells it; None
-        if ``until`` comes before the answer. Raises `ApiError`, `GenerationFailedError`,
+        if ``until`` comes before the answer. ``first``: it is the task's first poll; ``failing``:
+        the one before it failed. Raises `ApiError`, `GenerationFailedError`,
         `ResponseFormatError`, `TransportError`, or `ClientStateError` once closed.
         """
         try:
@@ -148,16 +165,35 @@ class Transport:
                 status, headers, body, task_id=task_id, api_key=self._api_key, now=time.time()
             )
         except _POLL_ERRORS as error:
-            self.budget.release(sent, error)
+            if isinstance(error, ApiError):
+                self._reconsider(error, task_id)
+            self.budget.release(sent, error, first=first, failing=failing)
             _log.debug("task %s: %s", task_id, type(error).__name__)
             raise
         except BaseException:
             self.budget.release(sent, cancelled=True)
             raise
         self.budget.release(sent)
+        self._has_good_answer = True
+        self._key_refusals.clear()
         _log.debug("task %s: %s", task_id, record.status.name)
         is_running = record.status.phase == "generating"
         return record, wire.server_age(headers, record) if is_running else None
+
+    def _reconsider(self, error: ApiError, task_id: str) -> None:
+        """Mark a refusal as transient if earlier good answers contradict it.
+
+        A gateway may answer 401 or 404 for a moment, such as during a rollout.
+        """
+        if isinstance(error, AuthenticationError):
+            self._key_refusals.append(task_id)
+            tasks = min(_KEY_REFUSALS, self.waits + 1)  # this one has ended its request
+            is_refused = (
+                len(self._key_refusals) == _KEY_REFUSALS and len(set(self._key_refusals)) >= tasks
+            )
+            error.is_transient = self._has_good_answer and not is_refused
+        elif error.from_gateway and error.code == 404:
+            error.is_transient = self._has_good_answer
 
     async def _get(
         self, task_id: str, sent: float, until: float
@@ -189,13 +225,16 @@ class Transport:
             error = self._translate(exc, task_id)
             cause = _cause(exc)
             is_late = deadline.expired and until <= sent + self.request_timeout
-        except ValueError as exc:
-            if "AUTHORIZATION" not in str(exc):  # aiohttp found two of them
+        except Exception as exc:
+            if isinstance(exc, ValueError) and "AUTHORIZATION" in str(exc):  # aiohttp found two
+                raise ConfigurationError(
+                    "the session takes a login for this host from netrc, which collides with the "
+                    "API key: pass one without trust_env, or remove that login"
+                ) from None
+            # A borrowed session's connector or middlewares may raise anything.
+            if self._borrowed is None:
                 raise
-            raise ConfigurationError(
-                "the session takes a login for this host from netrc, which collides with the API "
-                "key: pass one without trust_env, or remove that login"
-            ) from None
+            error, cause, is_late = self._translate(exc, task_id), None, False
         finally:
             self._in_flight.discard(deadline)
         self._check_not_closed()

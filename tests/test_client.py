@@ -338,7 +338,7 @@ async def test_record_info_is_not_sent_at_max_concurrency(simulator):
 async def test_a_poll_without_a_permit_is_not_sent(client, monkeypatch):
     """`acquire` returns None if none came in time."""
 
-    async def no_permit(at, *, seen, until):
+    async def no_permit(at, **options):
         return None
 
     monkeypatch.setattr(client._transport, "acquire", no_permit)
@@ -375,20 +375,6 @@ async def test_a_netrc_login_that_collides_with_the_key_is_an_error(
     ):
         error = await error_of(client.record_info("task"), ConfigurationError)
         assert "netrc" in str(error)
-
-
-async def test_an_error_of_a_sessions_middleware_is_not_translated(simulator):
-    """Its ValueError reaches the caller."""
-
-    async def broken(request, handler):
-        raise ValueError("mine")
-
-    async with (
-        aiohttp.ClientSession(middlewares=[broken]) as session,
-        make_client(simulator, session=session) as client,
-    ):
-        with pytest.raises(ValueError, match="mine"):
-            await client.record_info("task")
 
 
 async def test_an_id_may_be_of_a_subclass_of_str(simulator, client):
@@ -475,18 +461,22 @@ async def test_a_sessions_middlewares_and_tracing_see_each_request(simulator):
 
 
 @virtual_time
-async def test_what_a_middleware_raises_releases_the_permit(simulator):
-    """The exception reaches the caller, and no permit is lost."""
+@pytest.mark.parametrize("exception", [ZeroDivisionError, ValueError])
+async def test_an_exception_of_a_middleware_is_a_transport_error(simulator, exception):
+    """It releases the permit, and names what was raised, without the key."""
 
     async def middleware(request, handler):
-        raise ZeroDivisionError
+        raise exception(f"{KEY} is in here")
 
     async with (
         aiohttp.ClientSession(middlewares=[middleware]) as session,
         make_client(simulator, session=session, max_concurrency=1) as client,
     ):
         for _ in range(2):
-            await error_of(client.wait_for_result("task"), ZeroDivisionError)
+            waiting = client.wait_for_result("task", error_grace=0)
+            error = await error_of(waiting, TransportError)
+            assert str(error) == f"task task: {exception.__name__}: *** is in here"
+            assert (error.__cause__, error.__context__) == (None, None)
         assert client.stats.in_flight == client.stats.waits == 0
 
 

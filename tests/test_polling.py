@@ -302,7 +302,7 @@ async def test_a_completed_task_has_the_records_fields(wait):
     [
         ("not_found", {"wait": wait_fixed(3)}, [0, 3, 6, 9, 10]),  # the default of 10 s
         ("not_visible", {"not_found_grace": 0}, [0]),
-        ("http_500", {"wait": wait_fixed(50)}, [0, 50, 100, 120]),  # the default of 120 s
+        ("http_500", {"wait": wait_fixed(120)}, [0, 120, 240, 300]),  # the default of 300 s
         ("http_500", {"error_grace": 4.5}, [0, 1, 2, 3, 4, 4.5]),
         ("code_408", {"error_grace": 4.5}, [0, 1, 2, 3, 4, 4.5]),
         ("gateway_403", {"error_grace": 4.5}, [0, 1, 2, 3, 4, 4.5]),
@@ -475,10 +475,11 @@ async def test_a_cancelled_probe_lets_the_next_one_go(simulator, client):
 
 
 async def test_an_outage_is_one_pause_for_all_probed_by_single_requests(simulator, client):
-    """Five tasks that fail in a row are an outage; a success ends it for all."""
-    tasks = [simulator.add_task(script=["http_503"] * 3) for _ in range(6)]
-    await asyncio.gather(*(client.wait_for_result(t, wait=EVERY_SECOND) for t in tasks))
-    later = [t for t in request_times(simulator) if t > 0]
+    """Five tasks that begin to fail in a row are an outage; a success ends it for all."""
+    tasks = [simulator.add_task(script=["generating", *["http_503"] * 3]) for _ in range(6)]
+    keywords = {"wait": EVERY_SECOND, "error_grace": None, "timeout": None}
+    await asyncio.gather(*(client.wait_for_result(t, **keywords) for t in tasks))
+    later = [t - 1 for t in request_times(simulator) if t > 1]
     # One probe at a time: after 1 s, 2 s, 4 s …
     assert later[:4] == seconds([1, 3, 7, 15])
     assert len(later) == len(tasks) * 3
@@ -1057,10 +1058,13 @@ class _Scripted:
         self.permits = list(permits)
         self.answers = list(answers)
 
-    async def acquire(self, at, *, seen, until):
-        return self.permits.pop(0)
+    async def acquire(self, at, *, until, **options):
+        permit = self.permits.pop(0)
+        if permit is None:
+            await asyncio.sleep(until - asyncio.get_running_loop().time())
+        return permit
 
-    async def poll(self, task_id, sent, *, until):
+    async def poll(self, task_id, sent, *, until, **options):
         return self.answers.pop(0)
 
 
@@ -1114,9 +1118,21 @@ FAILURES = ("code_408", "http_500", "empty_200", "success_no_url", "truncated")
 FINAL = {
     "success": CompletedTask,
     "failed": GenerationFailedError,
-    "code_401": AuthenticationError,
     "code_402": ApiError,
 }
+
+
+class _RefusedKey:
+    """A 401 is final at first, and after a good answer when it is the third in a row."""
+
+    def __init__(self):
+        self.allowed = 1
+
+    def by(self, step):
+        if step in {"generating", "success_no_url"}:
+            self.allowed = 3
+        self.allowed -= step == "code_401"
+        return step == "code_401" and self.allowed <= 0
 
 
 def predicted(script, *, timeout, delay, error_grace, not_found_grace):
@@ -1127,12 +1143,15 @@ def predicted(script, *, timeout, delay, error_grace, not_found_grace):
     since = {"failure": None, "missing": None}
     grace = {"failure": error_grace, "missing": not_found_grace}
     polls = []
+    refused = _RefusedKey()
     while True:
         polls.append(now)
         step = script[len(polls) - 1] if len(polls) <= len(script) else "success"
         left = math.inf
         if step in FINAL:
             return FINAL[step], polls, now
+        if refused.by(step):
+            return AuthenticationError, polls, now
         if step == "generating":
             since = dict.fromkeys(since)
         elif step not in PAUSES:
@@ -1143,6 +1162,7 @@ def predicted(script, *, timeout, delay, error_grace, not_found_grace):
             if left < 1e-6:
                 error = {"not_found": TaskNotFoundError, "code_408": ApiError}
                 error |= {"http_500": ServerError, "truncated": TransportError}
+                error |= {"code_401": AuthenticationError}
                 return error.get(step, ResponseFormatError), polls, now
         if step in PAUSES:
             streak += 1
@@ -1169,7 +1189,8 @@ graces = st.one_of(st.none(), st.sampled_from([0.0, 0.7, 3.3, 12.1]))
 
 @given(
     script=st.lists(
-        st.sampled_from(["generating", "not_found", *PAUSES, *FAILURES, *FINAL]), max_size=12
+        st.sampled_from(["generating", "not_found", "code_401", *PAUSES, *FAILURES, *FINAL]),
+        max_size=12,
     ),
     timeout=st.sampled_from([0.37, 4.27, 33.83, 600.0]),
     delay=st.sampled_from([0.31, 1.03, 7.19]),

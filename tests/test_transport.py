@@ -348,7 +348,7 @@ async def test_a_request_that_was_cut_releases_its_permit(monkeypatch):
     monkeypatch.setattr(client._transport, "_get", cut)
     client._transport.check_open()
     for _ in range(3):
-        sent = await client._transport.acquire(0.0, seen=True, until=1.0)
+        sent = await client._transport.acquire(0.0, until=1.0, seen=True, deadline=1.0)
         assert await client._transport.poll("task", sent, until=1.0) is None
     assert (client.stats.in_flight, client.stats.errors) == (0, {})
     await client.aclose()

@@ -35,6 +35,11 @@ _DEADLINE_HORIZON = 600.0
 _DELAY_SHARE = 1 / 40
 _URGENT_WITHIN = 60.0  # s
 
+# In an outage, tasks whose last poll failed leave the probe to others that poll within this time:
+# they may be broken, and would then keep the outage alive.
+_PROBE_WAIT = 60.0  # s
+_PROBE_STRIDE = 0.382  # of the queue of first polls, between two probes: spreads them evenly
+
 _MAX_MOVED = 1000  # entries that one dispatch sorts by deadline, so that it ends soon
 _MAX_STALE = 1000  # entries of cancelled waiters that are kept, beyond one for each waiter
 _DELAY_DECAY = 0.99  # for each permit acquired, of the longest delay of a permit
@@ -47,6 +52,7 @@ class _Waiting(NamedTuple):
     order: int
     deadline: float
     permit: _Permit
+    failing: bool
 
 
 class _Due(NamedTuple):
@@ -56,6 +62,7 @@ class _Due(NamedTuple):
     order: int
     wanted_at: float
     permit: _Permit
+    failing: bool
 
 
 @attrs.frozen(kw_only=True)
@@ -94,6 +101,7 @@ class RequestBudget:
         self._pause = Pause()
         # The queue; entries whose permit is done are dropped when they come to the front.
         self._waiting: list[_Waiting] = []  # a heap
+        self._failing: list[_Waiting] = []  # a heap of those whose last poll failed
         self._due: list[_Due] = []  # a heap
         self._first: deque[_Permit] = deque()  # of first polls
         self._waiters = 0
@@ -105,8 +113,10 @@ class RequestBudget:
         self.round_trip = 0.0  # seconds, smoothed as TCP does (RFC 6298); 0 before the first
         self._longest_delay = 0.0  # seconds, decaying
 
-    def try_acquire(self, now: float, *, seen: bool) -> bool:
+    def try_acquire(self, now: float, *, seen: bool, failing: bool = False) -> bool:
         """Acquire a permit and return True if one is free now."""
+        if failing and self.has_outage:
+            return False
         if self._must_queue(now, seen=seen) or self._opens_at(now) > now:
             return False
         self._issue(now)
@@ -117,10 +127,12 @@ class RequestBudget:
         """Seconds by which a permit for a known task may come later than it is wanted."""
         return self._longest_delay + self._limit.max_delay()
 
-    async def acquire(self, at: float, *, seen: bool, until: float = math.inf) -> float:
+    async def acquire(
+        self, at: float, *, seen: bool, deadline: float = math.inf, failing: bool = False
+    ) -> float:
         """Wait until ``at`` and then for a permit; return when it was acquired, for `release`.
 
-        ``until`` is the deadline of the wait that asks, by which its priority is decided.
+        ``deadline`` of the wait that asks decides its priority. ``failing``: its last poll failed.
         """
         loop = asyncio.get_running_loop()
         now = loop.time()
@@ -128,11 +140,13 @@ class RequestBudget:
         if not seen:
             self._first.append(permit)
         else:
-            deadline = min(until, at + _DEADLINE_HORIZON)
+            deadline = min(deadline, at + _DEADLINE_HORIZON)
+            order = next(self._order)
             if at <= now:
-                heapq.heappush(self._due, _Due(deadline, next(self._order), at, permit))
+                heapq.heappush(self._due, _Due(deadline, order, at, permit, failing))
             else:
-                heapq.heappush(self._waiting, _Waiting(at, next(self._order), deadline, permit))
+                heap = self._failing if failing else self._waiting
+                heapq.heappush(heap, _Waiting(at, order, deadline, permit, failing))
         self._waiters += 1
         self._dispatch(loop, now)
         try:
@@ -145,12 +159,19 @@ class RequestBudget:
             raise
 
     def release(
-        self, sent: float, error: KontextError | None = None, *, cancelled: bool = False
+        self,
+        sent: float,
+        error: KontextError | None = None,
+        *,
+        first: bool = False,
+        failing: bool = False,
+        cancelled: bool = False,
     ) -> None:
         """Release the permit acquired at ``sent``, as its request has ended.
 
-        ``error`` is the error it ended with, None for a good answer. ``cancelled`` means that
-        nobody waited for the answer.
+        ``error`` is the error it ended with, None for a good answer. ``first``: it was the task's
+        first poll; ``failing``: the one before it failed too. ``cancelled`` means that nobody
+        waited for the answer.
         """
         loop = asyncio.get_running_loop()
         now = loop.time()
@@ -168,7 +189,7 @@ class RequestBudget:
         if cancelled:
             self._pause.probe_lost(sent=sent)
         else:
-            self._pause.observe(error, now=now, sent=sent)
+            self._pause.observe(error, now=now, sent=sent, first=first, failing=failing)
         if self._waiters:
             self._dispatch(loop, now)
 
@@ -206,8 +227,13 @@ class RequestBudget:
         return self._pause.remaining(now)
 
     def pause_spent(self, now: float) -> float:
-        """Return the seconds this client has spent in pauses up to now."""
+        """Return the seconds spent up to now in pauses that the service asked for."""
         return self._pause.spent(now)
+
+    @property
+    def has_outage(self) -> bool:
+        """True while the client pauses because the polls of several tasks failed."""
+        return self._pause.state.is_outage
 
     def stats(self, *, waits: int, now: float) -> ClientStats:
         return ClientStats(
@@ -256,15 +282,20 @@ class RequestBudget:
 
     def _wanted_at(self) -> float:
         """Return when the next waiter will want a permit; infinity if there is none."""
-        while self._waiting and self._waiting[0].permit.done():
-            heapq.heappop(self._waiting)
-        return self._waiting[0].wanted_at if self._waiting else math.inf
+        return min(self._first_wanted(self._waiting), self._first_wanted(self._failing))
+
+    def _first_wanted(self, heap: list[_Waiting]) -> float:
+        while heap and heap[0].permit.done():
+            heapq.heappop(heap)
+        return heap[0].wanted_at if heap else math.inf
 
     def _dispatch(self, loop: asyncio.AbstractEventLoop, now: float) -> None:
         """Issue the permits that are free, and set the timer for the next one."""
         self._move_due(now)
         while self._has_due():
             wake_at = self._opens_at(now)
+            if wake_at <= now:
+                wake_at = self._probes_at(now)
             if wake_at > now:
                 break
             self._issue(now)
@@ -274,6 +305,15 @@ class RequestBudget:
             wake_at = self._wanted_at()
         self._wake_at(loop, wake_at)
 
+    def _probes_at(self, now: float) -> float:
+        """Return when one of the waiters that are due may probe an outage."""
+        if not self.has_outage or self._first:
+            return now
+        if any(not (due.failing or due.permit.done()) for due in self._due):
+            return now
+        healthy = self._first_wanted(self._waiting)
+        return healthy if healthy <= now + _PROBE_WAIT else now
+
     def _next(self, now: float) -> _Permit:
         """Choose who gets the permit that was just issued.
 
@@ -282,10 +322,13 @@ class RequestBudget:
         """
         is_probe = not self._pause.state.is_open
         if self._first and (is_probe or not self._due or self._may_delay(now)):
+            if self.has_outage:  # the next in line may all be broken
+                self._first.rotate(-int(_PROBE_STRIDE * len(self._first)))
+                self._has_due()
             return self._first.popleft()
         if is_probe:
             live = (due for due in self._due if not due.permit.done())
-            due = min(live, key=operator.attrgetter("wanted_at"))  # its entry is dropped later
+            due = min(live, key=operator.attrgetter("failing", "wanted_at"))  # dropped later
         else:
             due = heapq.heappop(self._due)
         self._longest_delay = max(self._longest_delay, now - due.wanted_at)
@@ -298,11 +341,12 @@ class RequestBudget:
         return now - due.wanted_at < _DELAY_SHARE * spare and self._limit.rate() is None
 
     def _move_due(self, now: float) -> None:
-        for _ in range(_MAX_MOVED):
-            if not self._waiting or self._waiting[0].wanted_at > now:
-                return
-            wanted_at, order, deadline, permit = heapq.heappop(self._waiting)
-            heapq.heappush(self._due, _Due(deadline, order, wanted_at, permit))
+        for heap in (self._waiting, self._failing):
+            for _ in range(_MAX_MOVED):
+                if not heap or heap[0].wanted_at > now:
+                    break
+                wanted_at, order, deadline, permit, failing = heapq.heappop(heap)
+                heapq.heappush(self._due, _Due(deadline, order, wanted_at, permit, failing))
 
     def _wake_at(self, loop: asyncio.AbstractEventLoop, when: float) -> None:
         if when == math.inf or (self._timer is not None and self._timer.when() <= when):
@@ -319,18 +363,21 @@ class RequestBudget:
     def _abandon(self) -> None:
         """Count a waiter out that was cancelled; its entry is dropped later, with others."""
         self._waiters -= 1
-        kept = len(self._waiting) + len(self._due) + len(self._first)
+        kept = len(self._waiting) + len(self._failing) + len(self._due) + len(self._first)
         if not self._waiters:
             self._clear()
         elif kept > 2 * self._waiters + _MAX_STALE:
             self._waiting = [waiting for waiting in self._waiting if not waiting.permit.done()]
+            self._failing = [waiting for waiting in self._failing if not waiting.permit.done()]
             self._due = [due for due in self._due if not due.permit.done()]
             self._first = deque(permit for permit in self._first if not permit.done())
             heapq.heapify(self._waiting)
+            heapq.heapify(self._failing)
             heapq.heapify(self._due)
 
     def _clear(self) -> None:
         self._waiting.clear()
+        self._failing.clear()
         self._due.clear()
         self._first.clear()
         if self._timer is not None:

@@ -27,8 +27,11 @@ _FIRST_PAUSE = 1.0
 _FIRST_MAINTENANCE_PAUSE = 5.0
 _MAX_PAUSE = 60.0
 
-# Distinct tasks that must fail in a row, with no success between, to count as an outage.
+# Distinct tasks that must begin to fail in a row, with no success between, to count as an outage:
+# so many that had a good answer before, or ten times as many that had none. tests/test_faults.py:
+# ids that always fail, in any share and order, then leave the others alone.
 _OUTAGE_TASKS = 5
+_NEW_TASK_SHARE = 0.1
 
 
 class PauseState(enum.Enum):
@@ -41,6 +44,7 @@ class PauseState(enum.Enum):
     PROBING_OUTAGE = "probing outage"
 
     def __init__(self, label: str) -> None:
+        self.is_outage = "outage" in label
         # Attributes, because the hot path reads them and Python 3.11 is slow to look up members.
         self.is_open = label == "open"
         self.is_probing = label in {"probing back off", "probing outage"}
@@ -77,11 +81,12 @@ class Pause:
     def __init__(self) -> None:
         self.state = PauseState.OPEN
         self._cause: KontextError | None = None
+        self._was_outage = False  # the pause that began last
         self._began = 0.0
         self._until = -math.inf
-        self._past = 0.0  # seconds of earlier pauses
+        self._past = 0.0  # seconds of earlier pauses that the service asked for
         self._streak = 0  # pauses since the last good answer
-        self._failing: set[str | None] = set()  # tasks that failed since the last good answer
+        self._newly_failing: dict[str | None, float] = {}  # tasks' shares, since a good answer
 
     def opens_at(self, now: float) -> float:
         """Return when the next permit is free; infinity if the probe must end first."""
@@ -94,32 +99,47 @@ class Pause:
         return max(0.0, self._until - now)
 
     def spent(self, now: float) -> float:
-        """Return the seconds spent in pauses up to now."""
-        return self._past + max(0.0, min(now, self._until) - self._began)
+        """Return the seconds spent up to now in pauses that the service asked for."""
+        return self._past + (0.0 if self._was_outage else self._elapsed(now))
+
+    def _elapsed(self, now: float) -> float:
+        return max(0.0, min(now, self._until) - self._began)
 
     def blocked_by(self, task_id: str, now: float) -> KontextError | None:
-        """Return the error that caused the pause, as one of this task; None if open."""
+        """Return an error about this task that says why the client pauses; None if open."""
         if self.state.is_open:
             return None
         assert self._cause is not None, "a pause has a cause"
-        if isinstance(self._cause, ApiError):
-            remaining = self.remaining(now)
-            return self._cause.for_task(task_id, retry_after=remaining, http_status=None)
-        return self._cause.for_task(task_id)
+        if self.state.is_outage:
+            cause = self._cause.for_task(None)
+            return TransportError(f"the polls of several tasks failed: {cause}", task_id=task_id)
+        remaining = self.remaining(now)
+        return self._cause.for_task(task_id, retry_after=remaining, http_status=None)
 
     def acquire(self) -> None:
         """Note that a permit was acquired: in a pause, by the probe."""
         if not self.state.is_open:
             self.state = _PROBING[self.state]
 
-    def observe(self, error: KontextError | None, *, now: float, sent: float) -> None:
-        """Start, lengthen or clear the pause after the end of a request sent at ``sent``."""
+    def observe(
+        self,
+        error: KontextError | None,
+        *,
+        now: float,
+        sent: float,
+        first: bool = False,
+        failing: bool = False,
+    ) -> None:
+        """Start, lengthen or clear the pause after the end of a request sent at ``sent``.
+
+        ``first``: it was the task's first poll; ``failing``: the one before it failed too.
+        """
         if error is None:
             self._observe_success(sent)
         elif error.handling is Handling.BACK_OFF:
             self._start(error, now=now, sent=sent)
         elif isinstance(error, (ServerError, TransportError, ResponseFormatError)):
-            self._observe_failure(error, now=now, sent=sent)
+            self._observe_failure(error, now=now, sent=sent, first=first, failing=failing)
         else:
             self._observe_success(sent)  # the service works, and refused this request
 
@@ -129,21 +149,25 @@ class Pause:
             self.state = _PROBE_LOST[self.state]
 
     def _observe_success(self, sent: float) -> None:
-        self._failing.clear()
+        self._newly_failing.clear()
         if not self.state.is_open:
             self._clear(sent=sent)
 
-    def _observe_failure(self, error: KontextError, *, now: float, sent: float) -> None:
-        # An unreadable answer is evidence neither of an outage nor against one.
-        if not isinstance(error, ResponseFormatError):
-            self._failing.add(error.task_id)
-        is_outage = len(self._failing) >= _OUTAGE_TASKS
-        if is_outage or self.state is PauseState.PROBING_OUTAGE:
-            self._start(error, now=now, sent=sent)
+    def _observe_failure(
+        self, error: KontextError, *, now: float, sent: float, first: bool, failing: bool
+    ) -> None:
+        # An unreadable answer is evidence neither of an outage nor against one. Nor is a task that
+        # fails again and again: it may be broken.
+        if not failing and not isinstance(error, ResponseFormatError):
+            self._newly_failing[error.task_id] = _NEW_TASK_SHARE if first else 1.0
+        probed_outage = self.state is PauseState.PROBING_OUTAGE
+        if probed_outage or sum(self._newly_failing.values()) > _OUTAGE_TASKS - 0.05:
+            # The probe of a task without a good answer may have met a broken task.
+            self._start(error, now=now, sent=sent, longer=not (probed_outage and first))
         else:  # the service no longer asks for time, and this task alone fails
             self._clear(sent=sent)
 
-    def _start(self, error: KontextError, *, now: float, sent: float) -> None:
+    def _start(self, error: KontextError, *, now: float, sent: float, longer: bool = True) -> None:
         retry_after = error.retry_after if isinstance(error, ApiError) else None
         asked = min(retry_after, _MAX_RETRY_AFTER) if retry_after else None
         if self.state in _PROBING:
@@ -152,7 +176,8 @@ class Pause:
         elif sent >= self._until:
             is_asked = error.handling is Handling.BACK_OFF
             self._past = self.spent(now)
-            self._streak += 1
+            self._was_outage = not is_asked
+            self._streak += longer
             self.state = PauseState.BACK_OFF if is_asked else PauseState.OUTAGE
             self._cause = error
             self._began = now
