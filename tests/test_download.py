@@ -9,7 +9,6 @@ import hashlib
 import io
 import itertools
 import pickle
-import threading
 import traceback
 import types
 import warnings
@@ -34,6 +33,7 @@ from kontext_async import (
 from kontext_async.results import (
     DownloadError,
     ImageSaver,
+    Ledger,
     ResultExpiredError,
     SavedImage,
     download,
@@ -51,18 +51,6 @@ DAY = timedelta(days=1)
 PNG = plain_png(2, 2, b"abc")
 LARGE = make_image('{"prompt": "a boat"}', "png", MIB * 3 // 2)
 IMAGE = http(PNG, "Content-Type: image/png")
-
-
-@pytest.fixture(autouse=True)
-def _no_thread_is_left():
-    yield
-    for thread in saver_threads():
-        thread.join(2)
-        assert not thread.is_alive()
-
-
-def saver_threads():
-    return [thread for thread in threading.enumerate() if thread.name.startswith("kontext-saver")]
 
 
 @pytest.fixture
@@ -249,7 +237,7 @@ AT_ONCE = [
     "redirect",
 ]
 FINAL = {
-    "html_410": "no image for us",
+    "html_410": "did not return an image",
     "huge": "larger than 52428800 bytes",
     "huge_chunked": "larger than 52428800 bytes",
     "redirect_loopback": "localhost is refused",
@@ -303,13 +291,13 @@ async def test_what_cannot_pass_ends_it_at_once(step, simulator, client, tmp_pat
 @pytest.mark.parametrize(
     ("step", "said", "status"),
     [
-        ("html_as_image", "what came is no image", 200),
-        ("html_200", "what came is no image", 200),
-        ("empty", "nothing came", 200),
+        ("html_as_image", "the response is not an image", 200),
+        ("html_200", "the response is not an image", 200),
+        ("empty", "it is empty", 200),
         ("other_type", "announced as webp, but is png", 200),
         ("cut_short", "the png is broken", 200),
-        ("html_403", "127.0.0.1 has no image for us", 403),
-        ("html_404", "127.0.0.1 has no image for us", 404),
+        ("html_403", "127.0.0.1 did not return an image", 403),
+        ("html_404", "127.0.0.1 did not return an image", 404),
     ],
 )
 async def test_a_host_that_answers_no_is_asked_three_times(
@@ -485,7 +473,7 @@ async def test_an_image_past_its_time_is_gone(status, tmp_path):
         error = await error_of(saving, ResultExpiredError)
         assert len(server.heads) == 1
     assert (error.http_status, error.retryable, error.task_id) == (status, False, "t")
-    assert "keeps it no longer" in str(error)
+    assert "has deleted it" in str(error)
 
 
 @virtual_time
@@ -641,8 +629,6 @@ async def test_a_download_cancelled_anywhere_leaves_nothing(data, times, tmp_pat
                 assert (path.name, path.read_bytes()) == ("t.png", data)
             if not run.cancelled():
                 break
-            for thread in saver_threads():
-                thread.join(2)
     assert run.result() < nth
     assert nth > 5
     assert names(folder) == ["t.png"]
@@ -836,6 +822,36 @@ async def test_a_sweep_removes_what_a_killed_process_left(client, tmp_path):
     async with ImageSaver(client, tmp_path) as saver:
         await saver.sweep()
     assert names(tmp_path) == [".hidden", "t.png"]
+
+
+async def test_a_whole_image_that_is_not_the_recorded_one_is_fetched_again(
+    simulator, client, tmp_path
+):
+    """The ledger's checksum decides, although the file is an image under the task's name."""
+    task_in(simulator, "t")
+
+    async def run():
+        async with (
+            Ledger(tmp_path / "kontext.sqlite3") as ledger,
+            ledger.as_completed(client, ["t"]) as outcomes,
+            ImageSaver(client, tmp_path, overwrite=True) as saver,
+            ledger.save_outcomes(outcomes, saver) as saves,
+        ):
+            [(_, saved)] = [pair async for pair in saves]
+        return saved
+
+    def images():
+        return [r.path for r in simulator.requests if r.path.startswith("/images/")]
+
+    first = await run()
+    whole = first.path.read_bytes()
+    first.path.write_bytes(plain_png(3, 3, b"xyz"))
+    async with ImageSaver(client, tmp_path) as saver:
+        assert (await saver.find("t")).sha256 != first.sha256
+    assert await run() == first
+    assert (first.path.read_bytes(), len(images())) == (whole, 2)
+    assert await run() == first
+    assert len(images()) == 2
 
 
 # --- a batch ------------------------------------------------------------------------------------

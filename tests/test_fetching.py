@@ -20,7 +20,7 @@ from kontext_async.results.images.fetching import (
     Fetcher,
     _public_socket,
     failure,
-    is_busy,
+    is_host_trouble,
     is_public,
 )
 
@@ -215,8 +215,8 @@ async def test_a_request_says_who_asks_and_no_more():
         ("http://93.184.216.34/x", "plain http"),
         ("http://127.0.0.1.images.invalid/x", "plain http"),
         ("http://localhost.images.invalid/x", "plain http"),
-        ("https://user@images.invalid/x", "holds a password"),
-        ("https://:secret@images.invalid/x", "holds a password"),
+        ("https://user@images.invalid/x", "contains a user name or password"),
+        ("https://:secret@images.invalid/x", "contains a user name or password"),
         ("file:///etc/passwd", "not http(s): file:"),
         ("ftp://images.invalid/x", "not http(s): ftp:"),
         ("data:image/png;base64,AAAA", "not http(s): data:"),
@@ -227,15 +227,15 @@ async def test_a_request_says_who_asks_and_no_more():
         ("https:x", "not http(s)"),
         ("", "not http(s)"),
         ("\ud800", "not http(s)"),
-        ("http://[", "its URL is none"),
-        ("https://images.invalid:99999/x", "its URL is none"),
-        ("https://images.invalid:x/x", "its URL is none"),
-        ("https://images.invalid\r\nX-A: b/x", "its URL is none"),
-        ("https://\ud800/x", "its URL is none"),
-        ("https://a..b/x", "its URL is none"),
-        ("https://.../x", "its URL is none"),
-        ("https://xn--a/x", "its URL is none"),
-        (f"https://{'a' * 70}.invalid/x", "its URL is none"),
+        ("http://[", "its URL is not valid"),
+        ("https://images.invalid:99999/x", "its URL is not valid"),
+        ("https://images.invalid:x/x", "its URL is not valid"),
+        ("https://images.invalid\r\nX-A: b/x", "its URL is not valid"),
+        ("https://\ud800/x", "its URL is not valid"),
+        ("https://a..b/x", "its URL is not valid"),
+        ("https://.../x", "its URL is not valid"),
+        ("https://xn--a/x", "its URL is not valid"),
+        (f"https://{'a' * 70}.invalid/x", "its URL is not valid"),
     ],
     ids=ascii,
 )
@@ -378,23 +378,23 @@ def test_a_body_that_breaks_off_is_named_by_what_broke_it():
 @pytest.mark.parametrize("status", [408, 425, 429, 500, 503, 599])
 def test_some_statuses_speak_of_the_host(status):
     """They pass."""
-    assert is_busy(status)
+    assert is_host_trouble(status)
 
 
 @pytest.mark.parametrize("status", [200, 206, 304, 400, 403, 404, 410, 451, 499])
 def test_other_statuses_speak_of_the_image(status):
     """Or of the one who asks."""
-    assert not is_busy(status)
+    assert not is_host_trouble(status)
 
 
 async def test_closing_closes_both_sessions_even_where_it_is_cancelled():
-    """Twice is once."""
+    """A cancellation of the first close does not leave the second open."""
     fetcher = Fetcher(NOWHERE, allow_private=False)
     closing = asyncio.create_task(cancelled_before(fetcher.aclose()))
     with pytest.raises(asyncio.CancelledError):
         await closing
-    assert fetcher._wary.closed
-    assert fetcher._trusting.closed
+    assert fetcher._public_only.closed
+    assert fetcher._any_address.closed
     await fetcher.aclose()
 
 

@@ -13,6 +13,7 @@ import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from io import FileIO
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -20,19 +21,19 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from kontext_async.results import DownloadError, SavedImage
+from kontext_async.results import partial as partial_module
 from kontext_async.results.images import files
 from kontext_async.results.images.files import (
-    Draft,
-    Place,
-    Writer,
+    PartialImage,
+    Target,
     decoding_problem,
-    done,
     file_stem,
     find_image,
     image_kind,
-    in_thread,
     open_folder,
-    remove_drafts,
+    run_in_thread,
+    sweep_folder,
+    uncancellable,
 )
 from kontext_async.simulator.images import make_image, plain_png
 
@@ -45,17 +46,20 @@ def image(kind="png", **options):
     return out.getvalue()
 
 
-def place(folder, name="t", **options):
-    return Place(**{"task_id": "t", "folder": str(folder), "name": name, **options})
+def target(folder, name="t", **options):
+    return Target(**{"task_id": "t", "folder": str(folder), "name": name, **options})
 
 
-def finished(draft, data=b""):
-    draft.complete(data)
-    return draft.settle()
+def finished(partial, data=b""):
+    """Finish an image; if that fails, discard it as a saver does."""
+    try:
+        return partial.finish(data)
+    finally:
+        partial.discard()
 
 
 def saved(at, data, kind="png"):
-    return finished(Draft(at, kind), data)
+    return finished(PartialImage(at, kind), data)
 
 
 def names(folder):
@@ -99,9 +103,32 @@ def test_any_other_id_is_made_a_safe_name(task_id, tmp_path):
     assert len(stem) <= 80
     assert "~" in stem
     assert stem[0] != "-"
-    got = saved(place(tmp_path, stem, task_id=task_id), plain_png(1, 1, b"abc"))
+    got = saved(target(tmp_path, stem, task_id=task_id), plain_png(1, 1, b"abc"))
     assert got.path == tmp_path / f"{stem}.png"
     assert names(tmp_path) == [f"{stem}.png"]
+
+
+GOLDEN = [
+    ("task12345", "task12345"),
+    ("task-1", "task-1"),
+    ("Task-1", "Task-1~2bc4a5868005996a"),
+    ("", "~e3b0c44298fc1c14"),
+    ("..", "__~5ec1f7e700f37c3d"),
+    ("../../etc/passwd", "______etc_passwd~3754d6cb3a38e118"),
+    ("a b", "a_b~c8687a08aa5d6ed2"),
+    ("CON", "CON~a3dbc4b644a9a2c5"),
+    ("nul.png", "nul_png~f451cbad9438d303"),
+    ("-rf", "rf~686c39acd6327bbd"),
+    ("\u043a\u043e\u0442", "___~77095ebdd157b841"),
+    ("x" * 101, f"{'x' * 60}~c675a2e604b0cd12"),
+    ("\ud800", "_~91a681b998555fb4"),
+]
+
+
+@pytest.mark.parametrize(("task_id", "stem"), GOLDEN, ids=ascii)
+def test_the_name_of_an_id_never_changes(task_id, stem):
+    """A restart with a newer release finds the images of an older one."""
+    assert file_stem(task_id) == stem
 
 
 @given(st.text(), st.text())
@@ -119,10 +146,10 @@ def test_ids_that_differ_in_what_is_replaced_have_two_names():
 
 def test_a_file_may_be_called_by_any_of_the_endings_or_exactly():
     """Before its kind is known all of them are possible."""
-    assert place("f").names() == ["t.png", "t.jpg", "t.webp"]
-    assert place("f", "t.gif", exact=True).names() == ["t.gif"]
-    assert place("f").path("jpeg") == os.path.join("f", "t.jpg")  # noqa: PTH118  # as it is made
-    assert place("f", "t.gif", exact=True).path("png").endswith("t.gif")
+    assert target("f").names() == ["t.png", "t.jpg", "t.webp"]
+    assert target("f", "t.gif", exact=True).names() == ["t.gif"]
+    assert target("f").path("jpeg") == os.path.join("f", "t.jpg")  # noqa: PTH118  # as it is made
+    assert target("f", "t.gif", exact=True).path("png").endswith("t.gif")
 
 
 # --- what is an image ---------------------------------------------------------------------------
@@ -199,20 +226,20 @@ def test_without_pillow_the_signature_has_to_do(no_pillow):
     assert decoding_problem(io.BytesIO(image("jpeg")[:100]), "jpeg") is None
 
 
-# --- a draft ------------------------------------------------------------------------------------
+# --- a partial image -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_image_has_its_name_when_it_is_whole(kind, tmp_path):
     """Until then it is in a hidden file beside it."""
     data = image(kind)
-    draft = Draft(place(tmp_path), kind)
+    partial = PartialImage(target(tmp_path), kind)
     assert names(tmp_path) == []
-    draft.write(data[:100])
+    partial.write(data[:100])
     [part] = names(tmp_path)
     assert part.startswith(".t.")
     assert part.endswith(".part")
-    got = finished(draft, data[100:])
+    got = finished(partial, data[100:])
     path = tmp_path / f"t{files._ENDINGS[kind]}"
     assert got == SavedImage(
         path=path, size=len(data), sha256=hashlib.sha256(data).hexdigest(), kind=kind
@@ -223,28 +250,28 @@ def test_an_image_has_its_name_when_it_is_whole(kind, tmp_path):
 
 def test_a_draft_discarded_leaves_nothing(tmp_path):
     """Begun or not, and twice."""
-    draft = Draft(place(tmp_path), "png")
-    draft.discard()
-    draft.write(b"abc")
-    draft.discard()
-    draft.discard()
+    partial = PartialImage(target(tmp_path), "png")
+    partial.discard()
+    partial.write(b"abc")
+    partial.discard()
+    partial.discard()
     assert names(tmp_path) == []
 
 
 def test_a_broken_image_gets_no_name(tmp_path):
     """It may come whole the next time, so the error is not final."""
     with pytest.raises(DownloadError, match="the jpeg is broken") as caught:
-        saved(place(tmp_path), image("jpeg")[:-500], "jpeg")
+        saved(target(tmp_path), image("jpeg")[:-500], "jpeg")
     assert (caught.value.retryable, caught.value.http_status) == (True, 200)
     assert names(tmp_path) == []
 
 
 def test_a_file_that_is_there_stays(tmp_path):
     """Whoever wrote it, and whenever: it may have come during the download."""
-    draft = Draft(place(tmp_path), "png")
-    draft.write(plain_png(1, 1, b"new"))
+    partial = PartialImage(target(tmp_path), "png")
+    partial.write(plain_png(1, 1, b"new"))
     (tmp_path / "t.png").write_bytes(b"old")
-    assert "'t.png' already" in refusal_of(finished, draft)
+    assert "'t.png' already" in refusal_of(finished, partial)
     assert names(tmp_path) == ["t.png"]
     assert (tmp_path / "t.png").read_bytes() == b"old"
 
@@ -252,7 +279,7 @@ def test_a_file_that_is_there_stays(tmp_path):
 def test_a_link_that_leads_nowhere_is_there_too(tmp_path):
     """A dangling link is not written through."""
     (tmp_path / "t.png").symlink_to("nowhere")
-    refusal_of(saved, place(tmp_path), plain_png(1, 1, b"new"))
+    refusal_of(saved, target(tmp_path), plain_png(1, 1, b"new"))
     assert names(tmp_path) == ["t.png"]
 
 
@@ -261,7 +288,7 @@ def test_overwriting_replaces_the_file(tmp_path):
     new = plain_png(1, 1, b"new")
     (tmp_path / "old").write_bytes(b"old")
     (tmp_path / "t.png").symlink_to("old")
-    saved(place(tmp_path, overwrite=True), new)
+    saved(target(tmp_path, overwrite=True), new)
     assert (tmp_path / "t.png").read_bytes() == new
     assert (tmp_path / "old").read_bytes() == b"old"
 
@@ -269,14 +296,14 @@ def test_overwriting_replaces_the_file(tmp_path):
 def test_a_folder_under_the_name_is_an_error(tmp_path):
     """It is not replaced, and nothing is left beside it."""
     (tmp_path / "t.png").mkdir()
-    refusal_of(saved, place(tmp_path, overwrite=True), plain_png(1, 1, b"new"))
+    refusal_of(saved, target(tmp_path, overwrite=True), plain_png(1, 1, b"new"))
     assert names(tmp_path) == ["t.png"]
 
 
 @pytest.mark.parametrize("name", ["x" * 251, "Ж" * 125, "字" * 83, "🦊" * 62], ids=ascii)
 def test_a_name_as_long_as_a_name_may_be_can_be_written(name, tmp_path):
     """The temporary file's has room for what is added to it."""
-    saved(place(tmp_path, f"{name}.png", exact=True), plain_png(1, 1, b"abc"))
+    saved(target(tmp_path, f"{name}.png", exact=True), plain_png(1, 1, b"abc"))
     assert names(tmp_path) == [f"{name}.png"]
 
 
@@ -286,11 +313,11 @@ def test_of_two_who_save_under_a_name_at_once_one_is_told(tmp_path):
     barrier = threading.Barrier(len(images))
 
     def save(data):
-        draft = Draft(place(tmp_path), "png")
-        draft.write(data)
+        partial = PartialImage(target(tmp_path), "png")
+        partial.write(data)
         barrier.wait()
         try:
-            return finished(draft)
+            return finished(partial)
         except DownloadError:
             return None
 
@@ -327,11 +354,14 @@ def test_a_file_that_cannot_grow_leaves_nothing(pieces, tmp_path):
     first, *others = [data[at : at + step] for at in range(0, len(data), step)]
 
     def save():
-        draft = Draft(place(tmp_path), "png")
-        draft.write(first)
-        for piece in others:
-            draft.write(piece)
-        finished(draft)
+        partial = PartialImage(target(tmp_path), "png")
+        try:
+            partial.write(first)
+            for piece in others:
+                partial.write(piece)
+            partial.finish(b"")
+        finally:
+            partial.discard()
 
     with small_files():
         text = refusal_of(save)
@@ -346,11 +376,11 @@ def test_a_full_disk_is_an_error(size, monkeypatch, tmp_path):
     """The first write meets it, and the part that was made just before is gone."""
 
     def full(path, mode):
-        with FileIO(path, mode):  # the part is made, as on a disk just now full
-            return FileIO("/dev/full", "r+")
+        Path(path).open(mode).close()  # the file is created, as on a disk just now full
+        return Path("/dev/full").open("r+b")
 
-    monkeypatch.setattr(files, "FileIO", full)
-    text = refusal_of(saved, place(tmp_path), make_image('{"prompt": ""}', "png", size))
+    monkeypatch.setattr(partial_module, "open", full, raising=False)
+    text = refusal_of(saved, target(tmp_path), make_image('{"prompt": ""}', "png", size))
     assert "No space left on device" in text
     assert names(tmp_path) == []
 
@@ -367,7 +397,7 @@ def test_nothing_gets_its_name_before_it_is_on_disk(has_pillow, monkeypatch, tmp
 
     monkeypatch.setattr(files, "_HAS_PILLOW", has_pillow)
     monkeypatch.setattr(os, "fsync", failing)
-    assert "Input/output error" in refusal_of(saved, place(tmp_path), data)
+    assert "Input/output error" in refusal_of(saved, target(tmp_path), data)
     assert names(tmp_path) == []
 
 
@@ -375,30 +405,18 @@ def test_a_folder_that_takes_no_files_is_an_error(tmp_path):
     """Here because it is none: a file is in its place, or it has gone since."""
     (tmp_path / "file").write_bytes(b"")
     data = plain_png(1, 1, b"abc")
-    assert "Not a directory" in refusal_of(saved, place(tmp_path / "file"), data)
-    assert "No such file" in refusal_of(saved, place(tmp_path / "gone"), data)
+    assert "Not a directory" in refusal_of(saved, target(tmp_path / "file"), data)
+    assert "No such file" in refusal_of(saved, target(tmp_path / "gone"), data)
     assert names(tmp_path) == ["file"]
 
 
 def test_a_part_that_somebody_removed_is_an_error(tmp_path):
     """As a sweep of another process does it."""
-    draft = Draft(place(tmp_path), "png")
-    draft.write(plain_png(1, 1, b"abc"))
-    remove_drafts(str(tmp_path))
-    refusal_of(finished, draft)
+    partial = PartialImage(target(tmp_path), "png")
+    partial.write(plain_png(1, 1, b"abc"))
+    sweep_folder(str(tmp_path))
+    refusal_of(finished, partial)
     assert names(tmp_path) == []
-
-
-@pytest.mark.parametrize("problem", [OSError(22, "Invalid argument"), AttributeError("missing")])
-def test_a_hint_that_is_not_understood_does_no_harm(problem, monkeypatch, tmp_path):
-    """Not every system takes it, and some lack it."""
-
-    def unknown(*_):
-        raise problem
-
-    monkeypatch.setattr(os, "posix_fadvise", unknown, raising=False)
-    saved(place(tmp_path), plain_png(1, 1, b"abc"))
-    assert names(tmp_path) == ["t.png"]
 
 
 def test_a_write_that_takes_a_part_is_followed_by_the_rest(monkeypatch, tmp_path):
@@ -409,86 +427,10 @@ def test_a_write_that_takes_a_part_is_followed_by_the_rest(monkeypatch, tmp_path
             return super().write(data[:10])
 
     data = plain_png(1, 1, b"abc")
-    monkeypatch.setattr(files, "FileIO", Slow)
-    assert saved(place(tmp_path), data).path.read_bytes() == data
-
-
-# --- the writer ---------------------------------------------------------------------------------
-
-
-@pytest.fixture
-async def writer():
-    writer = Writer()
-    yield writer
-    writer.close()
-    writer._thread.shutdown()
-
-
-class Slow:
-    """A draft whose steps are told, and which begins when it may."""
-
-    def __init__(self, steps, name, may_begin=None, problems=()):
-        self.steps = steps
-        self.name = name
-        self.may_begin = may_begin
-        self.problems = problems
-
-    def complete(self, data):
-        if self.may_begin is not None:
-            self.may_begin.wait(10)
-        self._step("complete")
-
-    def settle(self):
-        return self._step("settle")
-
-    def _step(self, step):
-        self.steps.append(f"{step} {self.name}")
-        if step in self.problems:
-            raise LookupError(self.name)
-        return self.name
-
-
-async def batch_of(writer, **problems):
-    """What becomes of drafts that came while the thread was at work on another, and the steps."""
-    steps, may_begin = [], threading.Event()
-    drafts = [Slow(steps, "first", may_begin)]
-    drafts += [Slow(steps, name, problems=problem) for name, problem in problems.items()]
-    saves = [asyncio.ensure_future(writer.finish(draft, b"")) for draft in drafts]
-    await asyncio.sleep(0.01)
-    assert steps == []
-    may_begin.set()
-    return await asyncio.gather(*saves, return_exceptions=True), steps
-
-
-async def test_what_came_meanwhile_is_finished_together(writer):
-    """All are written before the first of them is waited for: so they reach the disk together."""
-    results, steps = await batch_of(writer, a="", b="")
-    assert results == ["first", "a", "b"]
-    assert steps[:2] == ["complete first", "settle first"]
-    assert steps[2:] == ["complete a", "complete b", "settle a", "settle b"]
-
-
-@pytest.mark.parametrize("step", ["complete", "settle"])
-async def test_a_draft_that_fails_harms_no_other(step, writer):
-    """Whatever it raises is raised where that draft is waited for; it gets no name."""
-    results, steps = await batch_of(writer, a="", b=[step], c="")
-    assert [repr(result) for result in results] == ["'first'", "'a'", "LookupError('b')", "'c'"]
-    assert ("settle b" in steps) is (step == "settle")
-
-
-async def test_a_writer_closed_at_work_ends_when_all_is_done():
-    """What waits is finished, then the thread ends."""
-    writer = Writer()
-    steps, may_begin = [], threading.Event()
-    drafts = [Slow(steps, "a", may_begin), Slow(steps, "b")]
-    saves = [asyncio.ensure_future(writer.finish(draft, b"")) for draft in drafts]
-    await asyncio.sleep(0.01)
-    writer.close()
-    may_begin.set()
-    assert await asyncio.gather(*saves) == ["a", "b"]
-    [thread] = writer._thread._threads
-    await in_thread(thread.join, 10)
-    assert not thread.is_alive()
+    monkeypatch.setattr(
+        partial_module, "open", lambda path, _: io.BufferedRandom(Slow(path, "x+")), raising=False
+    )
+    assert saved(target(tmp_path), data).path.read_bytes() == data
 
 
 # --- a folder -----------------------------------------------------------------------------------
@@ -517,43 +459,61 @@ def test_a_sweep_removes_unfinished_files_and_no_others(tmp_path):
     kept = [".t.png.part", "t.png.0123456789ab.part", ".t.png.0123456789AB.part", "t.png"]
     for name in [*kept, part.name]:
         (tmp_path / name).write_bytes(b"")
-    remove_drafts(str(tmp_path))
+    sweep_folder(str(tmp_path))
     assert names(tmp_path) == sorted(kept)
-    refusal_of(remove_drafts, str(tmp_path / "gone"))
+    refusal_of(sweep_folder, str(tmp_path / "gone"))
 
 
 def test_what_a_draft_leaves_when_it_is_killed_a_sweep_takes(tmp_path):
     """Long names too."""
-    drafts = [Draft(place(tmp_path, name), "png") for name in ("t", "x" * 100, "\n")]
-    for draft in drafts:
-        draft.write(b"abc")
-    remove_drafts(str(tmp_path))
+    partials = [PartialImage(target(tmp_path, name), "png") for name in ("t", "x" * 100, "\n")]
+    for partial in partials:
+        partial.write(b"abc")
+    sweep_folder(str(tmp_path))
     assert names(tmp_path) == []
-    for draft in drafts:
-        draft.discard()
+    for partial in partials:
+        partial.discard()
+
+
+@pytest.mark.parametrize("gone", [0, 1])
+def test_a_partial_file_that_disappears_during_a_sweep_is_passed_over(gone, monkeypatch, tmp_path):
+    """Its writer has finished it, or another sweep was quicker; the others are removed."""
+    for n in range(3):
+        (tmp_path / f".t.png.{n:012x}.part").write_bytes(b"")
+    unlink, seen = Path.unlink, []
+
+    def racing(path, **options):
+        seen.append(path)
+        if len(seen) == gone + 1:
+            os.unlink(path)  # noqa: PTH108  # the original is replaced
+        unlink(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", racing)
+    sweep_folder(str(tmp_path))
+    assert (len(seen), names(tmp_path)) == (3, [])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_image_is_found_again(kind, tmp_path):
     """The same as when it was saved."""
-    was = saved(place(tmp_path), image(kind), kind)
-    assert find_image(place(tmp_path)) == was
+    was = saved(target(tmp_path), image(kind), kind)
+    assert find_image(target(tmp_path)) == was
 
 
 def test_only_a_whole_image_is_found(tmp_path):
     """A broken one, or another file, under one ending does not hide a whole one under the next."""
-    assert find_image(place(tmp_path)) is None
+    assert find_image(target(tmp_path)) is None
     (tmp_path / "t.png").write_bytes(b"<!doctype html>")
     (tmp_path / "t.jpg").write_bytes(image("jpeg")[:-500])
-    assert find_image(place(tmp_path)) is None
-    was = saved(place(tmp_path), image("webp"), "webp")
-    assert find_image(place(tmp_path)) == was
+    assert find_image(target(tmp_path)) is None
+    was = saved(target(tmp_path), image("webp"), "webp")
+    assert find_image(target(tmp_path)) == was
 
 
 def test_an_image_that_cannot_be_read_is_an_error(tmp_path):
     """Of its task."""
     (tmp_path / "t.png").mkdir()
-    assert refusal_of(find_image, place(tmp_path)).startswith("task t: ")
+    assert refusal_of(find_image, target(tmp_path)).startswith("task t: ")
 
 
 # --- threads ------------------------------------------------------------------------------------
@@ -561,9 +521,9 @@ def test_an_image_that_cannot_be_read_is_an_error(tmp_path):
 
 async def test_work_in_a_thread_gives_its_result_or_raises():
     """As if it were called here."""
-    assert await in_thread(divmod, 7, 2) == (3, 1)
+    assert await run_in_thread(divmod, 7, 2) == (3, 1)
     with pytest.raises(ZeroDivisionError):
-        await in_thread(divmod, 7, 0)
+        await run_in_thread(divmod, 7, 0)
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -580,7 +540,7 @@ async def test_a_cancellation_is_raised_when_the_thread_is_done(times, fails, ca
         if fails:
             raise ValueError
 
-    task = asyncio.create_task(in_thread(work))
+    task = asyncio.create_task(run_in_thread(work))
     await begun.wait()
     for _ in range(times):
         task.cancel()
@@ -600,7 +560,7 @@ async def test_a_cancellation_is_raised_when_the_thread_is_done(times, fails, ca
 async def test_work_that_is_cancelled_itself_ends_the_wait():
     """As an executor does with what it has not begun when it is shut down."""
     work = asyncio.get_running_loop().create_future()
-    waiting = asyncio.create_task(done(work))
+    waiting = asyncio.create_task(uncancellable(work))
     await asyncio.sleep(0)
     work.cancel()
     with pytest.raises(asyncio.CancelledError):
