@@ -11,6 +11,7 @@ import os
 import random
 import re
 import struct
+import subprocess
 import sys
 import zlib
 from urllib.parse import unquote_to_bytes
@@ -22,8 +23,8 @@ from PIL import Image, PngImagePlugin
 from report_samples import entry, failed, record, saved
 
 from kontext_async import ConfigurationError, TaskStatus
+from kontext_async.results.partial import THUMBNAILS, remove_partial_files
 from kontext_async.results.report import page as report
-from kontext_async.results.report import thumbnails
 from kontext_async.results.report.histogram import histogram
 from kontext_async.results.report.page import write_report
 from kontext_async.results.report.thumbnails import make_thumbnails
@@ -140,9 +141,32 @@ def test_failures_are_grouped_by_code_with_their_messages(tmp_path):
     )
     titles = re.findall(r"Code 400 · Prompt flagged 4|Code 501 · Generation failed 1", page.text)
     assert [title[:8] for title in titles] == ["Code 400", "Code 501"]
-    for text in ("Not finished in time 1", "Code 402 1", "ResponseFormatError 1", "Show 3"):
+    for text in ("Not finished in time 1", "Code 402 1", "Unreadable answer 1", "Show 3"):
         assert text in page.text
     assert "no message" in page.text
+
+
+@pytest.mark.parametrize(
+    ("kind", "code", "title"),
+    [
+        ("AuthenticationError", 401, "Code 401 · API key refused 1"),
+        ("ResultExpiredError", None, "Image expired 1"),
+        ("DownloadError", None, "Image not saved 1"),
+        ("TransportError", None, "Network trouble 1"),
+        ("GenerationFailedError", 500, "Code 500 · Internal error 1"),
+        ("GenerationFailedError", 599, "Code 599 · Generation failed 1"),
+        ("GenerationFailedError", None, "Generation failed 1"),
+        ("ApiError", 402, "Code 402 1"),
+        ("FutureError", 402, "Code 402 1"),
+        ("FutureError", None, "FutureError 1"),
+    ],
+)
+def test_a_group_has_the_title_of_its_error(kind, code, title, tmp_path):
+    """A class without a title, or of another release, has its code or its name."""
+    page = seen(tmp_path, entry(state="error", error_type=kind, error_code=code))
+    assert f" {title} " in page.text
+    names = [e for e in page.all("p") if e.get("class") == "kind"]
+    assert len(names) == (title != f"{kind} 1")  # not twice
 
 
 def test_many_different_messages_of_one_code_are_cut(tmp_path):
@@ -298,6 +322,42 @@ def test_the_report_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert path.read_bytes() == old
 
 
+KILLED = """
+import os, pathlib, sys
+from kontext_async.results import write_report
+from report_samples import entry, saved
+folder = pathlib.Path(sys.argv[1])
+os.replace = lambda *_: os._exit(9)
+write_report(folder, [saved(folder, "a.png") if sys.argv[2] else entry()])
+"""
+
+
+@pytest.mark.parametrize(
+    ("with_image", "left"),
+    [("", r"\.report\.html\..*\.part"), ("yes", r"thumbnails/\.[0-9a-f]{32}\.jpg\..*\.part")],
+    ids=["page", "thumbnail"],
+)
+def test_a_sweep_removes_what_a_killed_report_left(with_image, left, tmp_path):
+    """Its page or its thumbnail, half written; the finished files stay."""
+    (tmp_path / THUMBNAILS).mkdir()
+    kept = {"report.html", "thumbnails/b.jpg", "other/.a.png.0123456789ab.part"}
+    for name in kept:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", KILLED, str(tmp_path), with_image]
+    assert subprocess.run(command, env=environment, check=False).returncode == 9
+
+    def files():
+        paths = (path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file())
+        return {path.as_posix() for path in paths} - {"a.png"}
+
+    [part] = files() - kept
+    assert re.fullmatch(left, part)
+    remove_partial_files(tmp_path)
+    assert files() == kept
+
+
 def test_a_folder_that_is_not_there_is_an_os_error(tmp_path):
     """The report makes no folder of results."""
     with pytest.raises(FileNotFoundError):
@@ -428,7 +488,7 @@ def test_no_damage_to_a_file_stops_the_report(kind, tmp_path):
 
 def test_a_folder_that_takes_no_thumbnails_still_gets_its_report(tmp_path):
     """Where `thumbnails` is in the way, the images themselves are shown."""
-    (tmp_path / thumbnails._FOLDER).write_text("a file")
+    (tmp_path / THUMBNAILS).write_text("a file")
     assert seen(tmp_path, saved(tmp_path, "a.png")).urls() == ["a.png", "a.png"]
 
 
