@@ -1,4 +1,4 @@
-"""Entries of a ledger, and the images they speak of, for the tests of the report."""
+"""Entries of a ledger and their images, for the tests of the report."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def record(task_id="task-1", *, status=TaskStatus.SUCCESS, seconds=12.5, **param
 
 
 def entry(task_id="task-1", *, state="done", **fields):
-    """An entry of which only what matters is said."""
+    """Return an entry with defaults for what a test does not name."""
     return LedgerEntry(
         **{
             "task_id": task_id,
@@ -49,7 +49,7 @@ def failed(task_id="task-1", *, code=400, message="The prompt was flagged.", **f
 
 
 def saved(folder, name, *, task_id="task-1", colour=b"\x20\x80\x70", **params):
-    """The entry of a task whose image is in the folder, under a name of any kind."""
+    """Write an image into the folder and return the entry of its task."""
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(plain_png(64, 48, colour))

@@ -122,7 +122,7 @@ class TestBatch:
         assert result.exit_code == 4
         line = lines(result)[broken]
         assert (line["outcome"], line["error"], line["file"]) == ("success", "DownloadError", None)
-        assert "is no image" in line["message"]
+        assert "is not an image" in line["message"]
         assert "2 done, 0 failed, 1 saved, 1 not saved" in result.stderr
         assert lines(result)[good]["file"]
 

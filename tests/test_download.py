@@ -9,7 +9,6 @@ import hashlib
 import io
 import itertools
 import pickle
-import threading
 import traceback
 import types
 import warnings
@@ -34,6 +33,7 @@ from kontext_async import (
 from kontext_async.results import (
     DownloadError,
     ImageSaver,
+    Ledger,
     ResultExpiredError,
     SavedImage,
     download,
@@ -53,18 +53,6 @@ LARGE = make_image('{"prompt": "a boat"}', "png", MIB * 3 // 2)
 IMAGE = http(PNG, "Content-Type: image/png")
 
 
-@pytest.fixture(autouse=True)
-def _no_thread_is_left():
-    yield
-    for thread in saver_threads():
-        thread.join(2)
-        assert not thread.is_alive()
-
-
-def saver_threads():
-    return [thread for thread in threading.enumerate() if thread.name.startswith("kontext-saver")]
-
-
 @pytest.fixture
 async def simulator():
     async with Simulator(api_key=KEY) as simulator:
@@ -78,7 +66,7 @@ async def client(simulator):
 
 
 def client_of(server):
-    """A client whose API is where the images are."""
+    """Return a client whose API is the server of the images."""
     return KontextClient(KEY, base_url=server.base_url)
 
 
@@ -92,7 +80,7 @@ def task_at(server, task_id="t", *, path="/x", age=timedelta(0), origin=None):
 
 
 def task_in(simulator, task_id="t", *script, **params):
-    """A task of the simulator that has ended, its image served after ``script``."""
+    """Return a task of the simulator that has ended; ``script`` comes before its image."""
     params = {"prompt": "a boat", "outputFormat": "png", **params}
     simulator.add_task(task_id, duration=0, outcome="success", params=params, image_script=script)
     return task_at(
@@ -123,12 +111,12 @@ async def refusal_of(awaitable):
     return error
 
 
-# --- one image ----------------------------------------------------------------------------------
+# One image
 
 
 @pytest.mark.parametrize(("kind", "ending"), [("png", ".png"), ("jpeg", ".jpg")])
 async def test_an_image_is_saved_into_a_folder(kind, ending, simulator, client, tmp_path):
-    """The folder is made; the file is named after the task, with the ending of what it holds."""
+    """The folder is created; the file has the task's name and the ending of its kind."""
     task = task_in(simulator, "task12345", outputFormat=kind)
     path = await download(client, task, tmp_path / "a" / "b")
     assert path == tmp_path / "a" / "b" / f"task12345{ending}"
@@ -137,14 +125,14 @@ async def test_an_image_is_saved_into_a_folder(kind, ending, simulator, client, 
 
 
 async def test_the_result_of_a_wait_can_be_saved(simulator, client, tmp_path):
-    """From the id to the file."""
+    """The whole way from an id to a file works."""
     simulator.add_task("t", duration=0, params={"outputFormat": "png"})
     path = await download(client, await client.wait_for_result("t"), str(tmp_path))
     assert path == tmp_path / "t.png"
 
 
 async def test_a_path_with_a_suffix_is_the_file(simulator, client, tmp_path):
-    """Called just as the caller says, in a folder that is made; a folder is one all the same."""
+    """It is named as given, in a folder that is created; an existing folder is still a folder."""
     task = task_in(simulator)
     path = await download(client, task, tmp_path / "a" / "boat.jpeg")
     assert path == tmp_path / "a" / "boat.jpeg"
@@ -156,7 +144,7 @@ async def test_a_path_with_a_suffix_is_the_file(simulator, client, tmp_path):
 async def test_a_relative_path_is_relative_to_the_working_folder(
     simulator, client, tmp_path, monkeypatch
 ):
-    """A bare file name too."""
+    """This includes a bare file name."""
     monkeypatch.chdir(tmp_path)
     await download(client, task_in(simulator), "boat.png")
     await download(client, task_in(simulator, "u"), ".")
@@ -164,10 +152,10 @@ async def test_a_relative_path_is_relative_to_the_working_folder(
 
 
 @pytest.mark.parametrize("target", ["", "t.png"])
-async def test_a_file_that_is_there_is_replaced_only_when_asked(
+async def test_an_existing_file_is_replaced_only_with_overwrite(
     target, simulator, client, tmp_path
 ):
-    """It is not even asked for: a folder is read once, so a batch begun again costs no traffic."""
+    """No request is sent: the folder is read once, so a restarted batch has no traffic."""
     task = task_in(simulator)
     (tmp_path / "t.png").write_bytes(b"old")
     error = await refusal_of(download(client, task, tmp_path / target))
@@ -186,7 +174,7 @@ async def test_a_file_that_is_there_is_replaced_only_when_asked(
     ids=ascii,
 )
 async def test_a_hostile_id_names_a_file_in_the_folder(task_id, tmp_path):
-    """Nothing is written anywhere else."""
+    """Nothing is written outside of the folder."""
     folder = tmp_path / "a" / "b"
     async with raw_server(IMAGE) as server, client_of(server) as client:
         path = await download(client, task_at(server, task_id), folder)
@@ -195,8 +183,8 @@ async def test_a_hostile_id_names_a_file_in_the_folder(task_id, tmp_path):
 
 
 @pytest.mark.parametrize("folder", ["file", "file/below"])
-async def test_a_folder_that_cannot_be_made_is_an_error(folder, simulator, client, tmp_path):
-    """Before anything is asked for."""
+async def test_a_folder_that_cannot_be_created_is_an_error(folder, simulator, client, tmp_path):
+    """It is raised before any request."""
     (tmp_path / "file").write_bytes(b"")
     error = await refusal_of(download(client, task_in(simulator), tmp_path / folder))
     assert (error.task_id, error.retryable, error.http_status) == (None, False, None)
@@ -204,8 +192,8 @@ async def test_a_folder_that_cannot_be_made_is_an_error(folder, simulator, clien
 
 
 @virtual_time
-async def test_a_file_that_cannot_be_written_is_not_asked_for_again(simulator, client, tmp_path):
-    """The host is not at fault; here the folder goes away meanwhile."""
+async def test_a_file_that_cannot_be_written_is_not_fetched_again(simulator, client, tmp_path):
+    """The host is not at fault; here the folder is removed meanwhile."""
     task = task_in(simulator)
     async with ImageSaver(client, tmp_path / "a") as saver:
         (tmp_path / "a").rmdir()
@@ -215,7 +203,7 @@ async def test_a_file_that_cannot_be_written_is_not_asked_for_again(simulator, c
 
 
 async def test_a_disk_that_fills_up_leaves_nothing(tmp_path, monkeypatch):
-    """In the middle of a long image: here the kernel lets no file grow over a mebibyte."""
+    """The write fails within a long image; here the kernel limits files to 1 MiB."""
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     async with raw_server(http(LARGE)) as server, client_of(server) as client:
@@ -229,8 +217,8 @@ async def test_a_disk_that_fills_up_leaves_nothing(tmp_path, monkeypatch):
     assert names(tmp_path) == []
 
 
-async def test_a_long_image_is_the_sum_of_its_pieces(tmp_path):
-    """Written as it comes, and described without reading it again."""
+async def test_a_long_image_is_saved_in_blocks(tmp_path):
+    """It is written in blocks, and its size and checksum are of all of them."""
     async with (
         raw_server(http(LARGE)) as server,
         client_of(server) as client,
@@ -242,14 +230,14 @@ async def test_a_long_image_is_the_sum_of_its_pieces(tmp_path):
     assert (saved.size, saved.sha256, saved.kind) == (len(LARGE), digest, "png")
 
 
-# --- what hosts do ------------------------------------------------------------------------------
+# What hosts do
 
 AT_ONCE = [
     *["image", "wrong_type", "no_type", "gzip", "chunked", "slow", "closed_after"],
     "redirect",
 ]
 FINAL = {
-    "html_410": "no image for us",
+    "html_410": "did not return an image",
     "huge": "larger than 52428800 bytes",
     "huge_chunked": "larger than 52428800 bytes",
     "redirect_loopback": "localhost is refused",
@@ -262,8 +250,8 @@ AGAIN = sorted(IMAGE_STEPS.keys() - {*AT_ONCE, *FINAL})
 
 @virtual_time
 @pytest.mark.parametrize("step", AT_ONCE)
-async def test_some_answers_are_unusual_and_good(step, simulator, client, tmp_path):
-    """No type or a general one, compressed, in chunks, slow, closing, elsewhere."""
+async def test_unusual_responses_are_accepted(step, simulator, client, tmp_path):
+    """The type is missing or general; the body is compressed, chunked, slow, or redirected."""
     path = await download(client, task_in(simulator, "t", step), tmp_path)
     assert path.read_bytes() == make_image('{"prompt": "a boat"}', "png", 0)
     assert len(simulator.requests) == 1 + (step == "redirect")
@@ -271,8 +259,8 @@ async def test_some_answers_are_unusual_and_good(step, simulator, client, tmp_pa
 
 @virtual_time
 @pytest.mark.parametrize("step", AGAIN)
-async def test_what_may_pass_is_tried_again(step, simulator, client, tmp_path):
-    """Trouble, silence, a body too short or too long, a page, nothing, another kind."""
+async def test_transient_failures_are_retried(step, simulator, client, tmp_path):
+    """Host trouble, silence and wrong bodies may pass."""
     task = task_in(simulator, "t", step, step)
     path = await download(client, task, tmp_path, timeout=None)
     assert path.read_bytes() == make_image('{"prompt": "a boat"}', "png", 0)
@@ -281,8 +269,8 @@ async def test_what_may_pass_is_tried_again(step, simulator, client, tmp_path):
 
 
 @virtual_time
-async def test_trouble_on_the_way_does_not_count_as_an_answer(simulator, client, tmp_path):
-    """What a host says of the image is believed the third time, however often it was down."""
+async def test_host_trouble_does_not_count_as_a_bad_response(simulator, client, tmp_path):
+    """Only responses about the image count toward the limit of three."""
     script = ["reset", "html_500", "truncated", "empty", "html_as_image"]
     path = await download(client, task_in(simulator, "t", *script), tmp_path)
     assert path.read_bytes() == make_image('{"prompt": "a boat"}', "png", 0)
@@ -290,8 +278,8 @@ async def test_trouble_on_the_way_does_not_count_as_an_answer(simulator, client,
 
 
 @pytest.mark.parametrize("step", FINAL)
-async def test_what_cannot_pass_ends_it_at_once(step, simulator, client, tmp_path):
-    """Gone, too large, or where nobody should follow."""
+async def test_permanent_failures_are_not_retried(step, simulator, client, tmp_path):
+    """The image is gone, too large, or behind a redirect that is not allowed."""
     error = await refusal_of(download(client, task_in(simulator, "t", step), tmp_path))
     assert FINAL[step] in str(error)
     assert error.retryable is False
@@ -303,19 +291,19 @@ async def test_what_cannot_pass_ends_it_at_once(step, simulator, client, tmp_pat
 @pytest.mark.parametrize(
     ("step", "said", "status"),
     [
-        ("html_as_image", "what came is no image", 200),
-        ("html_200", "what came is no image", 200),
-        ("empty", "nothing came", 200),
+        ("html_as_image", "the response is not an image", 200),
+        ("html_200", "the response is not an image", 200),
+        ("empty", "it is empty", 200),
         ("other_type", "announced as webp, but is png", 200),
         ("cut_short", "the png is broken", 200),
-        ("html_403", "127.0.0.1 has no image for us", 403),
-        ("html_404", "127.0.0.1 has no image for us", 404),
+        ("html_403", "127.0.0.1 did not return an image", 403),
+        ("html_404", "127.0.0.1 did not return an image", 404),
     ],
 )
-async def test_a_host_that_answers_no_is_asked_three_times(
+async def test_a_bad_response_is_retried_up_to_three_attempts(
     step, said, status, simulator, client, tmp_path
 ):
-    """It may mean it; the error says what came, and leaves no file."""
+    """The error has the reason, and no file is left."""
     task = task_in(simulator, "t", *[step] * 5)
     error = await refusal_of(download(client, task, tmp_path, timeout=None))
     assert said in str(error)
@@ -328,7 +316,7 @@ async def test_a_host_that_answers_no_is_asked_three_times(
 @virtual_time
 @pytest.mark.parametrize("progressive", [False, True])
 async def test_a_jpeg_cut_short_is_not_saved(progressive, tmp_path):
-    """Its length is as announced, so that only a decoder can tell."""
+    """Its length is as announced, so only a decoder notices."""
     out = io.BytesIO()
     Image.effect_noise((64, 64), 50).save(out, "jpeg", progressive=progressive)
     async with raw_server(http(out.getvalue()[:-200])) as server, client_of(server) as client:
@@ -338,8 +326,10 @@ async def test_a_jpeg_cut_short_is_not_saved(progressive, tmp_path):
 
 
 @virtual_time
-async def test_without_pillow_the_signature_has_to_do(simulator, client, tmp_path, monkeypatch):
-    """What is no image at all is still refused."""
+async def test_without_pillow_only_the_signature_is_checked(
+    simulator, client, tmp_path, monkeypatch
+):
+    """A page is still refused."""
     monkeypatch.setattr(files, "_HAS_PILLOW", False)
     await download(client, task_in(simulator, "t", "cut_short"), tmp_path)
     page = task_in(simulator, "u", *["html_as_image"] * 3)
@@ -350,7 +340,7 @@ async def test_without_pillow_the_signature_has_to_do(simulator, client, tmp_pat
 @virtual_time
 @pytest.mark.parametrize("kind", ["image/jpg", "image/pjpeg", "image/jpeg", "IMAGE/JPEG; a=b"])
 async def test_a_kind_may_go_by_other_names(kind, tmp_path):
-    """As some hosts write them."""
+    """Some hosts use other names for the known kinds."""
     jpeg = make_image("{}", "jpeg", 0)
     answer = http(jpeg, f"Content-Type: {kind}")
     async with raw_server(answer) as server, client_of(server) as client:
@@ -360,7 +350,7 @@ async def test_a_kind_may_go_by_other_names(kind, tmp_path):
 
 @virtual_time
 async def test_a_body_longer_than_announced_is_what_was_announced(tmp_path):
-    """What follows belongs to no answer of ours."""
+    """The rest is ignored."""
     async with raw_server([IMAGE, 0.01, b"x" * 5000]) as server, client_of(server) as client:
         path = await download(client, task_at(server), tmp_path)
         assert path.read_bytes() == PNG
@@ -369,7 +359,7 @@ async def test_a_body_longer_than_announced_is_what_was_announced(tmp_path):
 @virtual_time
 @pytest.mark.parametrize("extra", [5, 5000])
 async def test_a_body_that_does_not_fit_what_was_announced_is_not_saved(extra, tmp_path):
-    """Seen where both come at once: neither the length nor the image is to be believed."""
+    """Data beyond the announced length arrives with the image, so neither can be trusted."""
     async with raw_server(IMAGE + b"x" * extra) as server, client_of(server) as client:
         error = await refusal_of(download(client, task_at(server), tmp_path, timeout=5))
     assert error.retryable
@@ -378,7 +368,7 @@ async def test_a_body_that_does_not_fit_what_was_announced_is_not_saved(extra, t
 
 @virtual_time
 async def test_a_body_shorter_than_announced_is_never_whole(tmp_path):
-    """Even where all of an image is in it; it is asked for as long as there is time."""
+    """It is retried until the deadline, even if a complete image is in it."""
     answer = [b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n" + PNG, None]
     async with raw_server(answer) as server, client_of(server) as client:
         error = await refusal_of(download(client, task_at(server), tmp_path))
@@ -390,8 +380,8 @@ async def test_a_body_shorter_than_announced_is_never_whole(tmp_path):
 
 
 @virtual_time
-async def test_a_host_in_trouble_is_asked_until_the_deadline(simulator, client, tmp_path):
-    """More and more seldom, and not beyond it."""
+async def test_a_host_in_trouble_is_retried_until_the_deadline(simulator, client, tmp_path):
+    """The pauses grow, and none goes beyond the deadline."""
     task = task_in(simulator, "t", *["html_503"] * 99)
     error = await refusal_of(download(client, task, tmp_path, timeout=60))
     assert (error.http_status, error.retryable) == (503, True)
@@ -401,15 +391,15 @@ async def test_a_host_in_trouble_is_asked_until_the_deadline(simulator, client, 
 
 @virtual_time
 async def test_without_a_deadline_a_host_is_waited_for(simulator, client, tmp_path):
-    """Ten minutes of trouble, here."""
+    """Here the trouble lasts ten minutes."""
     task = task_in(simulator, "t", *["html_503"] * 60)
     await download(client, task, tmp_path, timeout=None)
     assert simulator.requests[-1].time > 400
 
 
 @virtual_time
-async def test_a_host_says_when_to_come_again(simulator, client, tmp_path):
-    """Not sooner; and where that is beyond the deadline there is no point in waiting."""
+async def test_a_host_may_say_when_to_retry(simulator, client, tmp_path):
+    """Retry-After is honoured; if it goes beyond the deadline, the save ends at once."""
     step = steps.http(503, headers={"Retry-After": "40"})
     await download(client, task_in(simulator, "t", step), tmp_path)
     assert simulator.requests[-1].time - simulator.requests[0].time == pytest.approx(40, abs=1)
@@ -425,7 +415,7 @@ async def test_a_host_says_when_to_come_again(simulator, client, tmp_path):
     ids=["silent", "stalls"],
 )
 async def test_the_deadline_is_over_everything(answer, tmp_path):
-    """Headers and body; the error tells what was waited for."""
+    """It covers headers and body."""
     async with raw_server(answer) as server, client_of(server) as client:
         error = await refusal_of(download(client, task_at(server), tmp_path, timeout=7))
     assert "no answer in time" in str(error)
@@ -436,7 +426,7 @@ async def test_the_deadline_is_over_everything(answer, tmp_path):
 @pytest.mark.parametrize("spare", [0, -1])
 @pytest.mark.parametrize("data", [PNG, LARGE], ids=["short", "long"])
 async def test_the_limit_of_size_is_exact(announced, spare, data, tmp_path):
-    """Announced or not, and wherever it is passed."""
+    """It holds with and without an announced length, at any block."""
     head = f"Content-Length: {len(data)}" if announced else "Connection: close"
     answer = [f"HTTP/1.1 200 OK\r\n{head}\r\n\r\n".encode() + data, None]
     async with raw_server(answer) as server, client_of(server) as client:
@@ -452,7 +442,7 @@ async def test_the_limit_of_size_is_exact(announced, spare, data, tmp_path):
 
 @virtual_time
 async def test_an_image_announced_as_too_large_is_not_waited_for(tmp_path):
-    """The head of the answer is enough."""
+    """The headers of the response are enough."""
     answer = [b"HTTP/1.1 200 OK\r\nContent-Length: 52428801\r\n\r\n", 99.0]
     async with raw_server(answer) as server, client_of(server) as client:
         error = await refusal_of(download(client, task_at(server), tmp_path))
@@ -462,7 +452,7 @@ async def test_an_image_announced_as_too_large_is_not_waited_for(tmp_path):
 
 
 async def test_the_limit_counts_what_a_compressed_body_becomes(tmp_path):
-    """A small body that unpacks to a large one is stopped as it does."""
+    """A small body that decompresses to a large one is stopped on the way."""
 
     bomb = gzip.compress(PNG + bytes(8 * MIB))
     answer = http(bomb, "Content-Encoding: gzip")
@@ -473,51 +463,51 @@ async def test_the_limit_counts_what_a_compressed_body_becomes(tmp_path):
     assert names(tmp_path) == []
 
 
-# --- gone ---------------------------------------------------------------------------------------
+# Gone
 
 
 @virtual_time
 @pytest.mark.parametrize("status", [403, 404, 410])
-async def test_an_image_past_its_time_is_gone(status, tmp_path):
-    """Fourteen days after completion one answer is enough."""
+async def test_an_expired_image_is_an_error_of_its_own(status, tmp_path):
+    """After 14 days one response is enough."""
     async with raw_server(http(status=status)) as server, client_of(server) as client:
         saving = download(client, task_at(server, age=14 * DAY), tmp_path)
         error = await error_of(saving, ResultExpiredError)
         assert len(server.heads) == 1
     assert (error.http_status, error.retryable, error.task_id) == (status, False, "t")
-    assert "keeps it no longer" in str(error)
+    assert "has deleted it" in str(error)
 
 
 @virtual_time
 @pytest.mark.parametrize(
     ("status", "age"), [(403, 13.9), (404, 13.9), (410, 13.9), (500, 15), (401, 15), (200, 15)]
 )
-async def test_else_it_is_not(status, age, tmp_path):
-    """Before that time, or with another answer, that is a failed download."""
+async def test_an_image_that_has_not_expired_is_a_failed_download(status, age, tmp_path):
+    """Before that time, or with another status, it is a failed download."""
     async with raw_server(http(status=status)) as server, client_of(server) as client:
         saving = download(client, task_at(server, age=age * DAY), tmp_path)
         assert (await refusal_of(saving)).http_status == status
 
 
 @virtual_time
-async def test_without_a_time_of_completion_nothing_is_known_to_be_gone(tmp_path):
-    """The record may lack it."""
+async def test_without_a_time_of_completion_nothing_is_known_to_have_expired(tmp_path):
+    """A record may lack the time."""
     async with raw_server(http(status=404)) as server, client_of(server) as client:
         task = CompletedTask(task_id="t", result_image_url=server.base_url)
         await refusal_of(download(client, task, tmp_path))
 
 
 @virtual_time
-async def test_an_image_past_its_time_that_is_still_there_is_saved(tmp_path):
-    """The clock alone decides nothing."""
+async def test_an_expired_image_that_still_exists_is_saved(tmp_path):
+    """The expiry alone does not prevent a request."""
     async with raw_server(IMAGE) as server, client_of(server) as client:
         assert (await download(client, task_at(server, age=99 * DAY), tmp_path)).exists()
 
 
 @virtual_time
 @pytest.mark.parametrize("step", ["html_404", "html_as_image", "html_503"])
-async def test_the_origin_is_asked_only_when_one_says_so(step, simulator, client, tmp_path):
-    """Whatever is wrong with the result; which is asked first in any case."""
+async def test_the_origin_is_used_only_with_use_origin(step, simulator, client, tmp_path):
+    """The result's URL is tried first, and any failure of it leads to the origin."""
     task = task_in(simulator, "t", step, step)  # and then the image, from either place
     await refusal_of(download(client, task, tmp_path, timeout=0.7))
     task = task_in(simulator, "u", step, step)
@@ -530,7 +520,7 @@ async def test_the_origin_is_asked_only_when_one_says_so(step, simulator, client
 @virtual_time
 @pytest.mark.parametrize("origin", [None, ""])
 async def test_a_task_may_have_no_origin(origin, tmp_path):
-    """Then the result's error is all there is."""
+    """Then the error is the result's."""
     async with raw_server(http(status=410)) as server, client_of(server) as client:
         await refusal_of(
             download(client, task_at(server, origin=origin), tmp_path, use_origin=True)
@@ -540,8 +530,8 @@ async def test_a_task_may_have_no_origin(origin, tmp_path):
 
 @virtual_time
 @pytest.mark.parametrize("gone", [403, 404, 410])
-async def test_an_origin_that_is_not_there_is_gone(gone, simulator, client, tmp_path):
-    """At any time: it lives for ten minutes. Both gone is gone for good."""
+async def test_a_missing_origin_has_expired(gone, simulator, client, tmp_path):
+    """The origin expires after 10 minutes; if both are gone the image has expired."""
     task = task_in(simulator, "t", "html_410", steps.http(gone), "image")
     error = await error_of(download(client, task, tmp_path, use_origin=True), ResultExpiredError)
     assert error.http_status == gone
@@ -550,8 +540,8 @@ async def test_an_origin_that_is_not_there_is_gone(gone, simulator, client, tmp_
 
 
 @virtual_time
-async def test_a_result_in_trouble_is_not_gone_with_its_origin(simulator, client, tmp_path):
-    """It may come back, so that is the error, and the origin's is its cause."""
+async def test_a_result_in_trouble_has_not_expired_with_its_origin(simulator, client, tmp_path):
+    """A retry may succeed, so the result's error is raised, caused by the origin's."""
     script = ["html_503", steps.http(410)]
     task = task_in(simulator, "t", *script)
     error = await refusal_of(download(client, task, tmp_path, use_origin=True, timeout=0.2))
@@ -559,18 +549,18 @@ async def test_a_result_in_trouble_is_not_gone_with_its_origin(simulator, client
     assert isinstance(error.__cause__, ResultExpiredError)
 
 
-# --- the key ------------------------------------------------------------------------------------
+# The key
 
 
 def shown(error):
-    """How an error shows itself, with all that led to it."""
+    """Return all texts of an error, its causes included."""
     texts = [repr(error), str(error), *traceback.format_exception(error)]
     return "\n".join([*texts, pickle.dumps(error).decode("latin-1"), repr(vars(error))])
 
 
 @virtual_time
-async def test_no_image_host_sees_the_key(tmp_path, caplog):
-    """Not the API's own origin, not one it redirects to, not the origin of a result."""
+async def test_image_hosts_never_get_the_key(tmp_path, caplog):
+    """This includes the API's own origin, redirects, and origin URLs."""
     caplog.set_level("DEBUG")
     async with raw_server(http(b"", status=404)) as last:
         redirect = http(b"", f"Location: {last.base_url}/there", status=302)
@@ -588,7 +578,7 @@ async def test_no_image_host_sees_the_key(tmp_path, caplog):
 @virtual_time
 @pytest.mark.parametrize("step", sorted({*IMAGE_STEPS} - {"huge", "huge_chunked"}))
 async def test_the_key_is_in_no_request_and_no_error(step, simulator, client, tmp_path):
-    """The simulator would have seen it."""
+    """The simulator notes each request with an Authorization header."""
     task = task_in(simulator, "t", *[step] * 99)
     saving = download(client, task, tmp_path, timeout=20)
     [error] = await asyncio.gather(saving, return_exceptions=True)
@@ -598,11 +588,11 @@ async def test_the_key_is_in_no_request_and_no_error(step, simulator, client, tm
     assert not any(request.sent_authorization for request in simulator.requests)
 
 
-# --- cancellation -------------------------------------------------------------------------------
+# Cancellation
 
 
 async def cancelled_at(coroutine, nth, times):
-    """Run a coroutine, and cancel it at its nth wait, and at the next ones; returns its waits."""
+    """Cancel a coroutine at its nth wait and the following ones; return the number of its waits."""
     return await _cancelling(coroutine, nth, times)
 
 
@@ -628,7 +618,7 @@ def _cancelling(coroutine, nth, times):
 @pytest.mark.parametrize("times", [1, 2])
 @pytest.mark.parametrize("data", [PNG, LARGE], ids=["short", "long"])
 async def test_a_download_cancelled_anywhere_leaves_nothing(data, times, tmp_path):
-    """No temporary file, no half image, no task, no thread, no connection."""
+    """No temporary file, task or connection remains."""
     tasks = asyncio.all_tasks()
     answer = [http(data)[:-9], 0.001, data[-9:]]
     async with raw_server(answer) as server, client_of(server) as client:
@@ -641,8 +631,6 @@ async def test_a_download_cancelled_anywhere_leaves_nothing(data, times, tmp_pat
                 assert (path.name, path.read_bytes()) == ("t.png", data)
             if not run.cancelled():
                 break
-            for thread in saver_threads():
-                thread.join(2)
     assert run.result() < nth
     assert nth > 5
     assert names(folder) == ["t.png"]
@@ -668,7 +656,7 @@ async def test_a_cancellation_ends_a_pause(simulator, client, tmp_path):
     assert len(simulator.requests) > 5
 
 
-# --- the saver ----------------------------------------------------------------------------------
+# The saver
 
 
 @pytest.mark.parametrize(
@@ -681,15 +669,15 @@ async def test_a_cancellation_ends_a_pause(simulator, client, tmp_path):
     ],
     ids=ascii,
 )
-def test_an_argument_that_cannot_be_used_is_refused(options, tmp_path):
-    """Before a folder is made; the error names it."""
+def test_an_invalid_argument_is_refused(options, tmp_path):
+    """This is before the folder is created; the error names the argument."""
     folder = options.pop("folder", tmp_path)
     with pytest.raises(ConfigurationError, match=next(iter(options), "folder")):
         ImageSaver(KontextClient(KEY), folder, **options)
 
 
 async def test_what_cannot_be_saved_is_refused(client, tmp_path):
-    """A record, an id, or a name that is none."""
+    """Records, ids and invalid names are refused."""
     async with raw_server(IMAGE) as server, ImageSaver(client_of(server), tmp_path) as saver:
         with pytest.raises(ConfigurationError, match="not str"):
             await saver.save("t")
@@ -700,8 +688,8 @@ async def test_what_cannot_be_saved_is_refused(client, tmp_path):
     assert names(tmp_path) == []
 
 
-async def test_a_path_that_is_none_is_refused(client, tmp_path):
-    """As the name of a file or of a folder."""
+async def test_an_invalid_path_is_refused(client, tmp_path):
+    """This holds for a file and for a folder."""
     async with raw_server(IMAGE) as server:
         for path in ("a\0b", "a\0b.png", "\ud800", "\ud800.png"):
             with pytest.raises(ConfigurationError, match="cannot be the name of a file"):
@@ -709,8 +697,8 @@ async def test_a_path_that_is_none_is_refused(client, tmp_path):
     assert names(tmp_path) == []
 
 
-async def test_a_saver_saves_within_its_block_alone(tmp_path):
-    """Before, after, and twice at once are errors that say so; it can be opened again."""
+async def test_a_saver_saves_only_while_it_is_open(tmp_path):
+    """Saving outside, and opening twice at once, are errors; it can be opened again later."""
     async with raw_server(IMAGE) as server, client_of(server) as client:
         saver = ImageSaver(client, tmp_path)
         await error_of(saver.save(task_at(server)), ClientStateError)
@@ -735,7 +723,7 @@ BEGINNING = f"HTTP/1.1 200 OK\r\nContent-Length: {9 * MIB}\r\n\r\n".encode() + L
 
 @pytest.mark.parametrize("pause", [0, 0.02])
 async def test_a_save_left_behind_ends_with_its_saver(pause, tmp_path):
-    """With an error that says why, and without its temporary file; one that waits ends, too."""
+    """Its temporary file is removed; a save that waits for a permit ends too."""
     async with raw_server([BEGINNING, 60.0]) as server, client_of(server) as client:
         async with ImageSaver(client, tmp_path, max_concurrency=1, timeout=None) as saver:
             tasks = [task_at(server, task_id) for task_id in "tu"]
@@ -750,7 +738,7 @@ async def test_a_save_left_behind_ends_with_its_saver(pause, tmp_path):
 
 
 async def test_a_closing_that_is_cancelled_still_closes(tmp_path):
-    """Saves left behind clean up on their own."""
+    """The saves under way still clean up."""
     async with raw_server([BEGINNING, 60.0]) as server, client_of(server) as client:
         saver = ImageSaver(client, tmp_path)
         await saver.__aenter__()
@@ -766,7 +754,7 @@ async def test_a_closing_that_is_cancelled_still_closes(tmp_path):
 
 
 async def test_saves_of_one_task_at_once_make_one_file(tmp_path):
-    """All but one are told; with leave to overwrite none is."""
+    """All others raise; with overwrite=True none does."""
     async with raw_server(IMAGE) as server, client_of(server) as client:
         for overwrite in (False, True):
             async with ImageSaver(client, tmp_path / "a", overwrite=overwrite) as saver:
@@ -777,8 +765,8 @@ async def test_saves_of_one_task_at_once_make_one_file(tmp_path):
             assert names(tmp_path / "a") == ["t.png"]
 
 
-async def test_an_image_saved_before_is_not_asked_for(tmp_path):
-    """The saver knows what it has put there itself, too."""
+async def test_an_image_saved_before_is_not_fetched(tmp_path):
+    """The saver also knows the files that it has saved itself."""
     async with (
         raw_server(IMAGE) as server,
         client_of(server) as client,
@@ -790,7 +778,7 @@ async def test_an_image_saved_before_is_not_asked_for(tmp_path):
 
 
 async def test_another_saver_of_the_folder_is_not_overwritten(tmp_path):
-    """What it has saved meanwhile is met when the file gets its name."""
+    """Its file is found when the temporary file is renamed."""
     async with (
         raw_server(IMAGE) as server,
         client_of(server) as client,
@@ -803,8 +791,8 @@ async def test_another_saver_of_the_folder_is_not_overwritten(tmp_path):
 
 
 @virtual_time
-async def test_so_many_images_are_saved_at_a_time(client, tmp_path):
-    """And no more."""
+async def test_max_concurrency_images_are_saved_at_a_time(client, tmp_path):
+    """The number of permits is exact."""
     async with Simulator(latency=1.0) as slow:
         tasks = [task_in(slow, f"t{n}") for n in range(12)]
         async with ImageSaver(client_of(slow), tmp_path, max_concurrency=4) as saver:
@@ -814,7 +802,7 @@ async def test_so_many_images_are_saved_at_a_time(client, tmp_path):
 
 
 async def test_a_saved_image_is_found_after_a_restart(tmp_path):
-    """The same as it was; one that is not whole is not, and neither is what came since."""
+    """Incomplete files, and files written since the saver was opened, are not found."""
     async with raw_server(IMAGE) as server, client_of(server) as client:
         async with ImageSaver(client, tmp_path) as saver:
             saved = await saver.save(task_at(server))
@@ -838,7 +826,37 @@ async def test_a_sweep_removes_what_a_killed_process_left(client, tmp_path):
     assert names(tmp_path) == [".hidden", "t.png"]
 
 
-# --- a batch ------------------------------------------------------------------------------------
+async def test_a_whole_image_that_is_not_the_recorded_one_is_fetched_again(
+    simulator, client, tmp_path
+):
+    """The ledger's checksum decides, although the file is an image under the task's name."""
+    task_in(simulator, "t")
+
+    async def run():
+        async with (
+            Ledger(tmp_path / "kontext.sqlite3") as ledger,
+            ledger.as_completed(client, ["t"]) as outcomes,
+            ImageSaver(client, tmp_path, overwrite=True) as saver,
+            ledger.save_outcomes(outcomes, saver) as saves,
+        ):
+            [(_, saved)] = [pair async for pair in saves]
+        return saved
+
+    def images():
+        return [r.path for r in simulator.requests if r.path.startswith("/images/")]
+
+    first = await run()
+    whole = first.path.read_bytes()
+    first.path.write_bytes(plain_png(3, 3, b"xyz"))
+    async with ImageSaver(client, tmp_path) as saver:
+        assert (await saver.find("t")).sha256 != first.sha256
+    assert await run() == first
+    assert (first.path.read_bytes(), len(images())) == (whole, 2)
+    assert await run() == first
+    assert len(images()) == 2
+
+
+# A batch
 
 
 class Source:
@@ -893,13 +911,13 @@ def our_tasks():
 
 
 async def later(stream):
-    """Wait a second for a pair that does not come."""
+    """Assert that no pair arrives within a second."""
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(anext(stream), 1)
 
 
 async def test_a_batch_is_saved_while_it_still_runs(tmp_path):
-    """One image is on disk before the other is made; a failure has nothing to save."""
+    """One image is on disk before the other is generated; a failed task has no image."""
     seen = {}
 
     def until_the_first_is_saved():
@@ -927,8 +945,8 @@ async def test_a_batch_is_saved_while_it_still_runs(tmp_path):
 
 
 @virtual_time
-async def test_an_image_that_cannot_be_saved_harms_no_other(simulator, client, tmp_path):
-    """Its error is a value beside its outcome."""
+async def test_an_image_that_cannot_be_saved_does_not_affect_others(simulator, client, tmp_path):
+    """Its error is yielded with its outcome."""
     outcomes = finished(simulator, "a", "b") + finished(simulator, "x", script=["html_410"])
     async with ImageSaver(client, tmp_path) as saver:
         stream = save_outcomes(Source(outcomes), saver)
@@ -944,7 +962,7 @@ async def test_an_image_that_cannot_be_saved_harms_no_other(simulator, client, t
 
 @virtual_time
 async def test_an_empty_batch_ends(client, tmp_path):
-    """And stays ended."""
+    """A second read ends too."""
     async with ImageSaver(client, tmp_path) as saver, save_outcomes(Source([]), saver) as saves:
         assert [pair async for pair in saves] == []
         assert [pair async for pair in saves] == []
@@ -952,7 +970,7 @@ async def test_an_empty_batch_ends(client, tmp_path):
 
 @virtual_time
 async def test_the_source_is_read_no_faster_than_images_are_saved(client, tmp_path):
-    """A consumer that takes its time keeps the rest waiting where it is."""
+    """With a slow consumer the source is not read on."""
     async with Simulator(latency=1.0) as slow:
         source = Source(finished(slow, *(f"t{n}" for n in range(30))))
         async with (
@@ -970,7 +988,7 @@ async def test_the_source_is_read_no_faster_than_images_are_saved(client, tmp_pa
 @virtual_time
 @pytest.mark.parametrize("how", ["end", "error", "aclose"])
 async def test_leaving_early_ends_what_is_under_way(how, simulator, client, tmp_path):
-    """The reading and the saves; and the stream, which has nothing more to give."""
+    """The read, the saves and the stream end."""
     stalled = finished(simulator, "a", "b", script=["stall"] * 9)
     source = Source([*stalled, FAILED], then=500)
     async with ImageSaver(client, tmp_path) as saver:
@@ -996,7 +1014,7 @@ async def test_leaving_early_ends_what_is_under_way(how, simulator, client, tmp_
 
 @virtual_time
 async def test_closing_from_elsewhere_ends_the_one_who_waits(client, tmp_path):
-    """As the end of the stream, not as a cancellation; both come back."""
+    """The reader sees the end of the stream, not a cancellation."""
     async with ImageSaver(client, tmp_path) as saver:
         stream = save_outcomes(Source([], then=500), saver)
         waiting = asyncio.create_task(anext(stream, "ended"))
@@ -1022,15 +1040,15 @@ async def test_an_exception_of_the_source_reaches_the_caller(saves, simulator, c
 
 @virtual_time
 async def test_a_programming_error_reaches_the_caller(client, tmp_path):
-    """What is no finished task is no failed download."""
+    """It is not turned into a failed download."""
     source = Source([TaskOutcome(task_id="t", result="t")])
     async with ImageSaver(client, tmp_path) as saver, save_outcomes(source, saver) as saves:
         await error_of(anext(saves), ConfigurationError)
 
 
 @virtual_time
-async def test_a_cancelled_reader_may_come_again(simulator, client, tmp_path):
-    """Nothing is lost by giving up for a while."""
+async def test_a_cancelled_reader_may_read_again(simulator, client, tmp_path):
+    """The next read has the outcome."""
     outcomes = finished(simulator, "a", script=[steps.http(503, headers={"Retry-After": "10"})])
     async with ImageSaver(client, tmp_path) as saver, save_outcomes(Source(outcomes), saver) as s:
         with pytest.raises(TimeoutError):
@@ -1044,7 +1062,7 @@ async def test_a_cancelled_reader_may_come_again(simulator, client, tmp_path):
 async def test_a_stream_dropped_unfinished_warns_and_ends_its_saves(
     action, simulator, client, tmp_path, monkeypatch
 ):
-    """Also where warnings are errors."""
+    """This holds where warnings are errors, too."""
     unraisable = []
     monkeypatch.setattr("sys.unraisablehook", lambda seen: unraisable.append(seen.exc_value))
     source = Source([*finished(simulator, "a", script=["stall"] * 9), FAILED], then=500)
@@ -1065,7 +1083,7 @@ async def test_a_stream_dropped_unfinished_warns_and_ends_its_saves(
     assert len(texts) == 1
 
 
-def test_a_stream_dropped_after_its_loop_warns_and_no_more(tmp_path):
+def test_a_stream_dropped_after_its_loop_only_warns(tmp_path):
     """Its tasks ended with the loop."""
 
     async def main():

@@ -20,7 +20,7 @@ from kontext_async.results.images.fetching import (
     Fetcher,
     _public_socket,
     failure,
-    is_busy,
+    is_host_trouble,
     is_public,
 )
 
@@ -61,7 +61,7 @@ def redirect(location, status=302):
 
 @pytest.fixture
 def names(monkeypatch):
-    """What names mean, by name: a list of addresses; a name that is not in it does not exist."""
+    """Return the addresses of host names; a test fills it, and other names do not exist."""
     known = {}
 
     def getaddrinfo(host, port, *args, **kwargs):
@@ -77,7 +77,7 @@ def names(monkeypatch):
     return known
 
 
-# --- addresses ----------------------------------------------------------------------------------
+# Addresses
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def names(monkeypatch):
     ],
 )
 def test_addresses_of_the_internet_are_public(address):
-    """Version 4 ones also where version 6 wraps them."""
+    """An IPv4 address counts also if an IPv6 address embeds it."""
     assert is_public(address)
 
 
@@ -104,8 +104,8 @@ def test_addresses_of_the_internet_are_public(address):
         *["2002:7f00:1::1", "2002:c0a8:101::", "2001:0:4136:e378:8000:63bf:80ff:fffe"],
     ],
 )
-def test_all_others_are_not(address):
-    """Loopback, private, link-local, shared, multicast, reserved; wrapped ones included."""
+def test_all_other_addresses_are_not_public(address):
+    """These are loopback, private, link-local, shared, multicast and reserved, embedded or not."""
     assert not is_public(address)
 
 
@@ -114,14 +114,14 @@ def test_all_others_are_not(address):
     [(socket.AF_INET, ("1.1.1.1", 443)), (socket.AF_INET6, ("2606:4700::1", 443, 0, 0))],
 )
 def test_a_public_address_gets_a_socket(family, address):
-    """One that is not connected yet."""
+    """The socket is not connected yet."""
     with _public_socket((family, socket.SOCK_STREAM, 6, "", address)) as made:
         assert (made.family, made.type) == (family, socket.SOCK_STREAM)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "LOCALHOST"])
 async def test_loopback_is_refused_before_anything_is_sent(host):
-    """By number or by name; with leave the same URL is asked."""
+    """This holds for numbers and names; allow_private=True admits the same URL."""
     async with raw_server(http(b"image")) as server:
         url = f"http://{host}:{server.base_url.rpartition(':')[2]}/x"
         async with fetching() as fetcher:
@@ -139,14 +139,14 @@ async def test_loopback_is_refused_before_anything_is_sent(host):
     ],
 )
 async def test_private_and_link_local_addresses_are_refused(host):
-    """No packet goes there."""
+    """Nothing is sent to them."""
     async with fetching() as fetcher:
         assert "no public address" in await refusal_of(fetcher, f"https://{host}/x")
 
 
 @pytest.mark.parametrize("host", ["127.1", "2130706433", "0x7f000001", "0177.0.0.1", "127.0.0.1."])
-async def test_other_spellings_of_an_address_lead_no_further(host):
-    """Nothing here reads them as anything but names; who does is met at the socket."""
+async def test_other_spellings_of_an_address_are_refused_too(host):
+    """They are names here; if the resolver reads them as addresses the socket is refused."""
     async with fetching() as fetcher:
         await refusal_of(fetcher, f"https://{host}:1/x")
         await refusal_of(fetcher, f"http://{host}:1/x")
@@ -155,16 +155,16 @@ async def test_other_spellings_of_an_address_lead_no_further(host):
 @pytest.mark.parametrize(
     "addresses", [["127.0.0.1"], ["::1", "127.0.0.1"], ["10.0.0.1", "169.254.1.1", "fd00::1"]]
 )
-async def test_a_name_is_as_public_as_what_it_means_when_it_is_connected_to(names, addresses):
-    """A name is nobody's word; one with several private addresses is refused for good as well."""
+async def test_a_name_is_judged_by_its_addresses_at_the_connection(names, addresses):
+    """The address is checked at the connection; several private addresses are refused too."""
     names["images.example"] = addresses
     async with fetching() as fetcher:
         text = await refusal_of(fetcher, "https://images.example/x")
     assert "images.example is refused" in text
 
 
-async def test_a_name_may_mean_something_else_the_next_time(names):
-    """Rebinding: what it was a moment ago admits nothing."""
+async def test_a_name_may_resolve_to_another_address_the_next_time(names):
+    """With DNS rebinding each connection is checked anew."""
     async with raw_server(http(b"image")) as server:
         port = server.base_url.rpartition(":")[2]
         async with fetching(f"http://api.example:{port}") as fetcher:
@@ -176,12 +176,12 @@ async def test_a_name_may_mean_something_else_the_next_time(names):
             assert await body_of(fetcher, f"http://api.example:{port}/") == (200, b"image")
 
 
-# --- whom to ask --------------------------------------------------------------------------------
+# Whom to ask
 
 
 @virtual_time
-async def test_the_apis_own_origin_is_asked_wherever_it_is():
-    """A simulator or an API of one's own serves its images itself; its neighbours are strangers."""
+async def test_the_apis_own_origin_may_be_at_any_address():
+    """A simulator serves its own images; other ports of the same host are not trusted."""
     async with raw_server(http(b"image")) as server, raw_server(http(b"secret")) as neighbour:
         async with fetching(server.base_url + "/gate/way") as fetcher:
             assert await body_of(fetcher, server.base_url + "/x") == (200, b"image")
@@ -190,8 +190,8 @@ async def test_the_apis_own_origin_is_asked_wherever_it_is():
 
 
 @virtual_time
-async def test_a_request_says_who_asks_and_no_more():
-    """No key, no cookies, no referrer; an image is compressed already."""
+async def test_a_request_names_only_the_library():
+    """It has no key, cookies or referrer, and asks for no compression."""
     answer = http(b"image", "Set-Cookie: a=b; Path=/")
     async with raw_server(answer) as server, fetching(server.base_url) as fetcher:
         await body_of(fetcher, server.base_url + "/x?signature=a%2Bb%3D")
@@ -215,8 +215,8 @@ async def test_a_request_says_who_asks_and_no_more():
         ("http://93.184.216.34/x", "plain http"),
         ("http://127.0.0.1.images.invalid/x", "plain http"),
         ("http://localhost.images.invalid/x", "plain http"),
-        ("https://user@images.invalid/x", "holds a password"),
-        ("https://:secret@images.invalid/x", "holds a password"),
+        ("https://user@images.invalid/x", "contains a user name or password"),
+        ("https://:secret@images.invalid/x", "contains a user name or password"),
         ("file:///etc/passwd", "not http(s): file:"),
         ("ftp://images.invalid/x", "not http(s): ftp:"),
         ("data:image/png;base64,AAAA", "not http(s): data:"),
@@ -227,35 +227,35 @@ async def test_a_request_says_who_asks_and_no_more():
         ("https:x", "not http(s)"),
         ("", "not http(s)"),
         ("\ud800", "not http(s)"),
-        ("http://[", "its URL is none"),
-        ("https://images.invalid:99999/x", "its URL is none"),
-        ("https://images.invalid:x/x", "its URL is none"),
-        ("https://images.invalid\r\nX-A: b/x", "its URL is none"),
-        ("https://\ud800/x", "its URL is none"),
-        ("https://a..b/x", "its URL is none"),
-        ("https://.../x", "its URL is none"),
-        ("https://xn--a/x", "its URL is none"),
-        (f"https://{'a' * 70}.invalid/x", "its URL is none"),
+        ("http://[", "its URL is not valid"),
+        ("https://images.invalid:99999/x", "its URL is not valid"),
+        ("https://images.invalid:x/x", "its URL is not valid"),
+        ("https://images.invalid\r\nX-A: b/x", "its URL is not valid"),
+        ("https://\ud800/x", "its URL is not valid"),
+        ("https://a..b/x", "its URL is not valid"),
+        ("https://.../x", "its URL is not valid"),
+        ("https://xn--a/x", "its URL is not valid"),
+        (f"https://{'a' * 70}.invalid/x", "its URL is not valid"),
     ],
     ids=ascii,
 )
 @pytest.mark.parametrize("allow_private", [False, True])
-async def test_a_hostile_url_is_refused_for_good(url, said, allow_private):
-    """Without a request, and without the password in the error."""
+async def test_a_hostile_url_is_refused_and_not_retryable(url, said, allow_private):
+    """No request is sent, and the error does not contain the password."""
     async with fetching(allow_private=allow_private) as fetcher:
         text = await refusal_of(fetcher, url)
     assert said in text
     assert "secret" not in text
 
 
-# --- redirects ----------------------------------------------------------------------------------
+# Redirects
 
 
 @virtual_time
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 @pytest.mark.parametrize("location", ["{base}/there", "/there", "there"])
 async def test_a_redirect_is_followed(status, location):
-    """Absolute and relative ones, on the connection there is; the next request is alike."""
+    """The location may be absolute or relative; the connection is reused."""
     async with raw_server(http(b"image")) as there:
         answer = redirect(location.format(base=there.base_url), status)
         async with raw_server(answer) as here, fetching(allow_private=True) as fetcher:
@@ -274,7 +274,7 @@ async def test_a_redirect_is_followed(status, location):
 @virtual_time
 @pytest.mark.parametrize("location", ["/x", "", "?a", "#b"])
 async def test_redirects_end(location):
-    """Five are followed; one without a Location leads back."""
+    """Five are followed; one without a Location leads to the same URL."""
     async with raw_server(redirect(location)) as server, fetching(server.base_url) as fetcher:
         error = await error_of(fetcher, server.base_url + "/x")
     assert "more than 5 redirects" in str(error)
@@ -290,34 +290,34 @@ async def test_redirects_end(location):
     ],
     ids=ascii,
 )
-async def test_a_redirect_leads_nowhere_that_a_url_would_not(location):
-    """All that is asked of the first URL is asked of the next."""
+async def test_a_redirect_to_a_forbidden_url_is_refused(location):
+    """The rules for the first URL hold for the next."""
     async with raw_server(redirect(location)) as server, fetching(server.base_url) as fetcher:
         await refusal_of(fetcher, server.base_url + "/x")
         assert len(server.heads) == 1
 
 
 async def test_a_redirect_to_another_server_here_is_refused():
-    """What is trusted is the API's origin, not what it points at."""
+    """The API's origin is trusted, the targets of its redirects are not."""
     async with raw_server(http(b"secret")) as inner, raw_server(redirect(inner.base_url)) as server:
         async with fetching(server.base_url) as fetcher:
             await refusal_of(fetcher, server.base_url + "/x")
         assert inner.connections == 0
 
 
-async def test_cookies_do_not_come_along():
-    """A redirect that sets one is a way to mark who asks; a jar keeps those of names only."""
+async def test_cookies_are_not_stored():
+    """A redirect could use them to track a client."""
     answer = http(b"", "Location: /x", "Set-Cookie: a=b; Path=/", status=302)
     async with raw_server(answer) as server, fetching(allow_private=True) as fetcher:
         await error_of(fetcher, server.base_url.replace("127.0.0.1", "localhost") + "/x")
     assert "cookie" not in "".join(server.heads).lower()
 
 
-# --- what fails ---------------------------------------------------------------------------------
+# What fails
 
 
-async def test_a_host_that_does_not_listen_may_be_asked_again(unused_port):
-    """As may one whose name does not resolve now."""
+async def test_a_host_that_does_not_listen_is_retryable(unused_port):
+    """A name that does not resolve now is retryable as well."""
     url = f"http://127.0.0.1:{unused_port}"
     async with fetching(url) as fetcher:
         error = await error_of(fetcher, url + "/x")
@@ -334,7 +334,7 @@ def unused_port():
 
 
 async def test_a_certificate_that_does_not_verify_is_final():
-    """Asking again would meet the same stranger."""
+    """A retry would meet the same certificate."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     trustme.CA().issue_cert("127.0.0.1").configure_cert(context)
     async with (
@@ -347,8 +347,8 @@ async def test_a_certificate_that_does_not_verify_is_final():
 
 @virtual_time
 @pytest.mark.parametrize("answer", [[60.0], [b"HTTP/1.1 200 OK\r\n", 60.0]], ids=["none", "half"])
-async def test_a_host_that_says_nothing_is_given_up(answer):
-    """After half a minute of silence; it may be asked again."""
+async def test_a_silent_host_times_out(answer):
+    """The limit is 30 seconds of silence; the error is retryable."""
     async with raw_server(answer) as server, fetching(server.base_url) as fetcher:
         error = await error_of(fetcher, server.base_url + "/x")
         assert asyncio.get_running_loop().time() == pytest.approx(30, abs=1)
@@ -362,39 +362,39 @@ async def test_a_host_that_says_nothing_is_given_up(answer):
     [[None], [b"garbage\r\n\r\n"], [b"HTTP/1.1 200 OK\r\n", None], http(b"", "X: " + "x" * 9000)],
     ids=["closed", "garbage", "half a head", "endless header"],
 )
-async def test_an_answer_that_is_none_is_an_error_of_ours(answer):
-    """Whatever aiohttp makes of it."""
+async def test_an_invalid_response_is_a_download_error(answer):
+    """All of aiohttp's errors become a DownloadError."""
     async with raw_server(answer) as server, fetching(server.base_url) as fetcher:
         assert (await error_of(fetcher, server.base_url + "/x")).retryable
 
 
-def test_a_body_that_breaks_off_is_named_by_what_broke_it():
-    """By its type, where it says nothing."""
+def test_a_failure_names_its_exception():
+    """An exception without a message is named by its type."""
     error = failure(aiohttp.ClientPayloadError("cut"), "t")
     assert str(error) == "task t: image not saved: ClientPayloadError: cut"
     assert str(failure(TimeoutError(), "t")).endswith("TimeoutError: no answer in time")
 
 
 @pytest.mark.parametrize("status", [408, 425, 429, 500, 503, 599])
-def test_some_statuses_speak_of_the_host(status):
-    """They pass."""
-    assert is_busy(status)
+def test_some_statuses_are_host_trouble(status):
+    """They are about the host's state."""
+    assert is_host_trouble(status)
 
 
 @pytest.mark.parametrize("status", [200, 206, 304, 400, 403, 404, 410, 451, 499])
-def test_other_statuses_speak_of_the_image(status):
-    """Or of the one who asks."""
-    assert not is_busy(status)
+def test_other_statuses_are_not_host_trouble(status):
+    """They are about the image or the request."""
+    assert not is_host_trouble(status)
 
 
 async def test_closing_closes_both_sessions_even_where_it_is_cancelled():
-    """Twice is once."""
+    """A cancellation of the first close does not leave the second open."""
     fetcher = Fetcher(NOWHERE, allow_private=False)
     closing = asyncio.create_task(cancelled_before(fetcher.aclose()))
     with pytest.raises(asyncio.CancelledError):
         await closing
-    assert fetcher._wary.closed
-    assert fetcher._trusting.closed
+    assert fetcher._public_only.closed
+    assert fetcher._any_address.closed
     await fetcher.aclose()
 
 
@@ -404,12 +404,12 @@ async def cancelled_before(coroutine):
     await asyncio.sleep(0)
 
 
-# --- the errors ---------------------------------------------------------------------------------
+# The errors
 
 
 @pytest.mark.parametrize("kind", [DownloadError, ResultExpiredError])
 def test_an_error_survives_pickling_with_all_it_carries(kind):
-    """As it must to leave a process."""
+    """An error may cross processes."""
     error = kind("gone", task_id="t", http_status=404, retryable=False, retry_after=2.5)
     copy = pickle.loads(pickle.dumps(error))
     assert type(copy) is kind
@@ -418,7 +418,7 @@ def test_an_error_survives_pickling_with_all_it_carries(kind):
 
 
 def test_an_error_is_one_line_whatever_a_host_put_into_it():
-    """Nothing that a terminal would act on."""
+    """Control characters are replaced."""
     text = str(DownloadError("a\r\nb\x1b[2Jc\u202e" + "x" * 9999, task_id="t\n\x07"))
     assert text.isprintable()
     assert len(text) < 1000

@@ -1,4 +1,4 @@
-"""The report: what stands in the page, what it refers to, and how it gets onto the disk."""
+"""The report: the contents of the page, its links, and its files on disk."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import os
 import random
 import re
 import struct
+import subprocess
 import sys
 import zlib
 from urllib.parse import unquote_to_bytes
@@ -22,8 +23,8 @@ from PIL import Image, PngImagePlugin
 from report_samples import entry, failed, record, saved
 
 from kontext_async import ConfigurationError, TaskStatus
+from kontext_async.results.partial import THUMBNAILS, remove_partial_files
 from kontext_async.results.report import page as report
-from kontext_async.results.report import thumbnails
 from kontext_async.results.report.histogram import histogram
 from kontext_async.results.report.page import write_report
 from kontext_async.results.report.thumbnails import make_thumbnails
@@ -76,7 +77,7 @@ def no_pillow(monkeypatch):
 
 
 def test_a_task_is_shown_with_prompt_model_duration_and_file(tmp_path):
-    """A card has what one asks of a result, and its picture leads to the file."""
+    """A card shows the facts of a result, and its picture links to the file."""
     page = seen(tmp_path, saved(tmp_path, "a.png", prompt="A red fox", model="flux-kontext-max"))
     for text in ("A red fox", "flux-kontext-max", "12.5 s", "a.png", "task-1", "Done"):
         assert text in page.text
@@ -101,14 +102,14 @@ def test_a_task_without_a_picture_says_why(state, shown, tmp_path):
 
 
 def test_a_record_may_lack_everything(tmp_path):
-    """Prompts that are no text, missing times and unreadable parameters leave gaps, no errors."""
+    """Prompts that are not text, missing times and unreadable parameters leave gaps, not errors."""
     page = seen(
         tmp_path,
         entry("one", record=record(seconds=None, prompt=["a"], model=7)),
         entry("two", record=None),
     )
     assert page.text.count("No prompt known") == 2
-    assert "No finished task has told how long it took." in page.text
+    assert "No finished task has a known duration." in page.text
 
 
 def test_an_empty_folder_says_so(tmp_path):
@@ -140,9 +141,32 @@ def test_failures_are_grouped_by_code_with_their_messages(tmp_path):
     )
     titles = re.findall(r"Code 400 · Prompt flagged 4|Code 501 · Generation failed 1", page.text)
     assert [title[:8] for title in titles] == ["Code 400", "Code 501"]
-    for text in ("Not finished in time 1", "Code 402 1", "ResponseFormatError 1", "Show 3"):
+    for text in ("Not finished in time 1", "Code 402 1", "Unreadable answer 1", "Show 3"):
         assert text in page.text
     assert "no message" in page.text
+
+
+@pytest.mark.parametrize(
+    ("kind", "code", "title"),
+    [
+        ("AuthenticationError", 401, "Code 401 · API key refused 1"),
+        ("ResultExpiredError", None, "Image expired 1"),
+        ("DownloadError", None, "Image not saved 1"),
+        ("TransportError", None, "Network trouble 1"),
+        ("GenerationFailedError", 500, "Code 500 · Internal error 1"),
+        ("GenerationFailedError", 599, "Code 599 · Generation failed 1"),
+        ("GenerationFailedError", None, "Generation failed 1"),
+        ("ApiError", 402, "Code 402 1"),
+        ("FutureError", 402, "Code 402 1"),
+        ("FutureError", None, "FutureError 1"),
+    ],
+)
+def test_a_group_has_the_title_of_its_error(kind, code, title, tmp_path):
+    """A class without a title, or of another release, has its code or its name."""
+    page = seen(tmp_path, entry(state="error", error_type=kind, error_code=code))
+    assert f" {title} " in page.text
+    names = [e for e in page.all("p") if e.get("class") == "kind"]
+    assert len(names) == (title != f"{kind} 1")  # not twice
 
 
 def test_many_different_messages_of_one_code_are_cut(tmp_path):
@@ -153,7 +177,7 @@ def test_many_different_messages_of_one_code_are_cut(tmp_path):
 
 
 def test_durations_are_charted(tmp_path):
-    """The bars say what they count, and the median stands beside them."""
+    """The bars are labelled, and the median stands beside them."""
     entries = [entry(f"t{n}", record=record(seconds=10.0 + n)) for n in range(5)]
     page = seen(tmp_path, *entries)
     assert "median 12.0 s" in page.text
@@ -161,7 +185,7 @@ def test_durations_are_charted(tmp_path):
 
 
 def test_an_unfinished_record_has_no_duration(tmp_path):
-    """A task that still generates is on no chart."""
+    """A task that still generates is not on the chart."""
     generating = record(status=TaskStatus.GENERATING, seconds=None)
     assert not seen(tmp_path, entry(state="unfinished", record=generating)).all("rect")
 
@@ -170,8 +194,8 @@ def test_an_unfinished_record_has_no_duration(tmp_path):
     ("seconds", "shown"),
     [(0, "0.0 s"), (59.96, "1 min 00 s"), (314, "5 min 14 s"), (7379, "2 h 02 min")],
 )
-def test_durations_read_as_one_says_them(seconds, shown):
-    """Seconds, minutes or hours."""
+def test_durations_are_shown_in_seconds_minutes_or_hours(seconds, shown):
+    """Fractions are shown only below a minute."""
     assert report._seconds(seconds) == shown
 
 
@@ -179,8 +203,8 @@ def test_durations_read_as_one_says_them(seconds, shown):
     ("size", "shown"),
     [(0, "0 B"), (999.6, "1 KB"), (123_456, "123 KB"), (4.5e6, "4.5 MB"), (1.2e12, "1,200.0 GB")],
 )
-def test_sizes_read_as_one_says_them(size, shown):
-    """Three digits and a unit."""
+def test_sizes_are_shown_with_three_digits_and_a_unit(size, shown):
+    """The unit is that of powers of 1000."""
     assert report._bytes(size) == shown
 
 
@@ -189,8 +213,8 @@ def test_sizes_read_as_one_says_them(size, shown):
 HOSTILE = "</p><script>alert(1)</script><img src=x onerror=alert(1)>\" onload='alert(1)' {{ 7*7 }}"
 
 
-def test_whatever_a_text_holds_it_stays_text(tmp_path):
-    """Prompt, model, id, message, type, file and folder name make no element and no attribute."""
+def test_hostile_text_stays_text(tmp_path):
+    """Prompt, model, id, message, type, file and folder never become elements or attributes."""
     folder = tmp_path / HOSTILE.replace("/", "|")
     folder.mkdir()
     page = seen(
@@ -205,8 +229,8 @@ def test_whatever_a_text_holds_it_stays_text(tmp_path):
     assert page.text.count(HOSTILE) == 9
 
 
-def test_half_a_character_does_not_stop_the_report(tmp_path):
-    """A lone surrogate, which JSON can spell and no file holds, becomes a question mark."""
+def test_a_lone_surrogate_does_not_stop_the_report(tmp_path):
+    """JSON can spell it and UTF-8 cannot encode it, so it becomes a question mark."""
     assert "odd ? thing" in seen(tmp_path, failed(message="odd \ud800 thing")).text
 
 
@@ -249,7 +273,7 @@ def test_every_file_name_is_referred_to(name, tmp_path, no_pillow):
     ],
 )
 def test_only_images_within_the_folder_are_referred_to(saved_path, tmp_path):
-    """Whatever the ledger says, a path out of the folder, or no image, is no link."""
+    """A path in the ledger that leads out of the folder, or not to an image, is not a link."""
     folder = tmp_path / "out"
     saved(tmp_path, "outside.png")
     (folder / "folder.png").mkdir(parents=True)
@@ -263,7 +287,7 @@ def test_only_images_within_the_folder_are_referred_to(saved_path, tmp_path):
 
 
 def test_an_absolute_path_elsewhere_is_not_referred_to(tmp_path):
-    """The ledger's paths are relative; another is not followed."""
+    """The ledger's paths are relative; absolute ones are not followed."""
     outside = tmp_path / "outside.png"
     outside.write_bytes(plain_png(4, 4, b"\0\0\0"))
     (tmp_path / "out").mkdir()
@@ -271,7 +295,7 @@ def test_an_absolute_path_elsewhere_is_not_referred_to(tmp_path):
 
 
 def test_the_policy_admits_this_style_and_script_and_nothing_else(tmp_path):
-    """The digests are those of what stands in the page; no other source is named."""
+    """The digests are those of the style and script in the page; no other source is allowed."""
     page = seen(tmp_path, saved(tmp_path, "a.png"))
     (policy,) = [e["content"] for e in page.all("meta") if "http-equiv" in e]
     sources = dict(part.strip().split(" ", 1) for part in policy.split(";"))
@@ -298,8 +322,44 @@ def test_the_report_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert path.read_bytes() == old
 
 
+KILLED = """
+import os, pathlib, sys
+from kontext_async.results import write_report
+from report_samples import entry, saved
+folder = pathlib.Path(sys.argv[1])
+os.replace = lambda *_: os._exit(9)
+write_report(folder, [saved(folder, "a.png") if sys.argv[2] else entry()])
+"""
+
+
+@pytest.mark.parametrize(
+    ("with_image", "left"),
+    [("", r"\.report\.html\..*\.part"), ("yes", r"thumbnails/\.[0-9a-f]{32}\.jpg\..*\.part")],
+    ids=["page", "thumbnail"],
+)
+def test_a_sweep_removes_what_a_killed_report_left(with_image, left, tmp_path):
+    """Its page or its thumbnail, half written; the finished files stay."""
+    (tmp_path / THUMBNAILS).mkdir()
+    kept = {"report.html", "thumbnails/b.jpg", "other/.a.png.0123456789ab.part"}
+    for name in kept:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", KILLED, str(tmp_path), with_image]
+    assert subprocess.run(command, env=environment, check=False).returncode == 9
+
+    def files():
+        paths = (path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file())
+        return {path.as_posix() for path in paths} - {"a.png"}
+
+    [part] = files() - kept
+    assert re.fullmatch(left, part)
+    remove_partial_files(tmp_path)
+    assert files() == kept
+
+
 def test_a_folder_that_is_not_there_is_an_os_error(tmp_path):
-    """The report makes no folder of results."""
+    """The report does not create the folder of results."""
     with pytest.raises(FileNotFoundError):
         write_report(tmp_path / "missing", [])
 
@@ -338,13 +398,13 @@ def test_cards_show_thumbnails_and_lead_to_the_images(tmp_path):
 
 
 def test_without_pillow_cards_show_the_images_themselves(tmp_path, no_pillow):
-    """No extra, no thumbnails, and the same page."""
+    """The page is the same without the extra, except for the thumbnails."""
     page = seen(tmp_path, saved(tmp_path, "a.png"))
     assert page.urls() == ["a.png", "a.png"]
     assert not (tmp_path / "thumbnails").exists()
 
 
-def test_thumbnails_are_small_and_keep_the_shape(tmp_path):
+def test_thumbnails_are_small_and_have_the_images_shape(tmp_path):
     """A large image comes down to 480 pixels on its longer side, as a JPEG."""
     with Image.open(pictured(tmp_path, in_png(Image.effect_noise((1600, 800), 60)))) as small:
         assert (small.format, small.size) == ("JPEG", (480, 240))
@@ -352,8 +412,8 @@ def test_thumbnails_are_small_and_keep_the_shape(tmp_path):
     assert sum(p.stat().st_size for p in (tmp_path / "thumbnails").iterdir()) < 100_000
 
 
-def test_what_an_image_says_of_itself_stays_out_of_its_thumbnail(tmp_path):
-    """Comments and profiles of the file do not come along."""
+def test_a_thumbnail_has_none_of_the_images_metadata(tmp_path):
+    """Comments and color profiles are dropped."""
     info = PngImagePlugin.PngInfo()
     info.add_text("Comment", "secret " * 100)
     png = in_png(Image.new("RGB", (9, 9)), pnginfo=info, icc_profile=b"secret profile")
@@ -361,14 +421,14 @@ def test_what_an_image_says_of_itself_stays_out_of_its_thumbnail(tmp_path):
 
 
 def test_transparent_pixels_become_white(tmp_path):
-    """A JPEG has no transparency; what lay beneath does not show."""
+    """A JPEG has no transparency; the color of a transparent pixel does not show."""
     thumbnail = pictured(tmp_path, in_png(Image.new("RGBA", (8, 8), (255, 0, 0, 0))))
     with Image.open(thumbnail) as small:
         assert small.getpixel((4, 4)) == (255, 255, 255)
 
 
-def test_a_thumbnail_is_made_anew_when_its_image_changed(tmp_path):
-    """One that is newer than its image is kept as it is."""
+def test_a_thumbnail_is_made_again_when_its_image_changed(tmp_path):
+    """A thumbnail that is newer than its image stays as it is."""
     thumbnail = pictured(tmp_path, plain_png(8, 8, b"\xff\0\0"))
     made = thumbnail.stat().st_ino
     (again,) = make_thumbnails(tmp_path, [tmp_path / "a.png"])
@@ -383,7 +443,7 @@ def chunk(kind, data):
 
 
 def bomb(side):
-    """A PNG of some hundred bytes that says it has that many pixels a side."""
+    """Return a PNG of a few hundred bytes that claims to have that many pixels a side."""
     header = chunk(b"IHDR", struct.pack(">2I5B", side, side, 8, 0, 0, 0, 0))
     rows = chunk(b"IDAT", zlib.compress(bytes(10_000)))
     return b"\x89PNG\r\n\x1a\n" + header + rows + chunk(b"IEND", b"")
@@ -401,8 +461,8 @@ def bomb(side):
         pytest.param(bomb(60_000), id="enough for an error"),
     ],
 )
-def test_a_file_that_cannot_be_pictured_is_shown_as_it_is(data, tmp_path):
-    """Damaged files, other kinds and decompression bombs cost no memory and stop nothing."""
+def test_a_file_that_cannot_be_decoded_has_no_thumbnail(data, tmp_path):
+    """Damaged files, other kinds and decompression bombs do not stop the report or use memory."""
     assert pictured(tmp_path, data) is None
     assert not list(tmp_path.glob("thumbnails/*"))
 
@@ -427,8 +487,8 @@ def test_no_damage_to_a_file_stops_the_report(kind, tmp_path):
 
 
 def test_a_folder_that_takes_no_thumbnails_still_gets_its_report(tmp_path):
-    """Where `thumbnails` is in the way, the images themselves are shown."""
-    (tmp_path / thumbnails._FOLDER).write_text("a file")
+    """If a file is named `thumbnails`, the page shows the images themselves."""
+    (tmp_path / THUMBNAILS).write_text("a file")
     assert seen(tmp_path, saved(tmp_path, "a.png")).urls() == ["a.png", "a.png"]
 
 
@@ -458,5 +518,5 @@ def test_a_rare_tail_does_not_flatten_the_chart():
 
 
 def test_no_durations_no_chart():
-    """Before the first task has finished there is nothing to show."""
+    """Before the first task has finished there is no chart."""
     assert histogram([]) is None

@@ -1,9 +1,9 @@
-"""What saving an image costs in CPU time, against a bare aiohttp loop that writes the same bytes.
+"""The CPU time of saving an image, relative to a bare aiohttp loop that writes the same bytes.
 
-All take the same images from a simulator in another process, in turn, each into a new folder. The
-time is this process's, threads and kernel included. The bare loop writes as it reads, on the event
-loop: no check, no checksum, no temporary file, and `fsync` only where its name says so. Images are
-not decoded: with Pillow that costs what their pixels cost.
+Each way saves the same images from a simulator in another process, in turn, into a new folder. The
+time is this process's, threads and kernel included. The bare loop writes on the event loop as it
+reads, without a check, a checksum or a temporary file, and with `fsync` only if its name says so.
+Images are not decoded: with Pillow the cost depends on their pixels.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Save = Callable[[str, Sequence[CompletedTask], Path], Awaitable[None]]
 
 @contextlib.contextmanager
 def _simulator(image_bytes: int) -> Iterator[str]:
-    """The base URL of a simulator in a process of its own."""
+    """Run a simulator in a process of its own, and yield its base URL."""
     command = [sys.executable, "-m", "kontext_async", "simulate", "--duration", "0"]
     command += ["--image-bytes", str(image_bytes)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -49,7 +49,7 @@ def _simulator(image_bytes: int) -> Iterator[str]:
 
 
 async def _each(tasks: Sequence[CompletedTask], save: Callable[[CompletedTask], Any]) -> None:
-    """Save the images of all tasks, so many at a time."""
+    """Save the images of all tasks, `_AT_A_TIME` at once."""
     left = iter(tasks)
 
     async def one_after_the_other() -> None:
@@ -96,7 +96,7 @@ async def _tasks(base_url: str, images: int) -> list[CompletedTask]:
 
 
 def _microseconds(save: Save, base_url: str, tasks: Sequence[CompletedTask]) -> tuple[float, float]:
-    """Of CPU, and of time, for an image."""
+    """Return the CPU time and the elapsed time of an image."""
     with tempfile.TemporaryDirectory() as name:
         cpu, began = time.process_time(), time.perf_counter()
         asyncio.run(save(base_url, tasks, Path(name)))
@@ -106,7 +106,7 @@ def _microseconds(save: Save, base_url: str, tasks: Sequence[CompletedTask]) -> 
 
 
 def run(*, images: int = 1000, image_bytes: int = 100_000, rounds: int = 7) -> list[dict[str, Any]]:
-    """One row for each way to save them."""
+    """Return one row for each way to save images."""
     spent: dict[str, list[tuple[float, float]]] = {name: [] for name in WAYS}
     with _simulator(image_bytes) as base_url, mock.patch.object(_files, "_HAS_PILLOW", new=False):
         tasks = asyncio.run(_tasks(base_url, images))
@@ -130,7 +130,7 @@ def run(*, images: int = 1000, image_bytes: int = 100_000, rounds: int = 7) -> l
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as a Markdown table."""
+    """Return the rows as a Markdown table."""
     lines = [
         "| saved by | images | of | CPU of an image | to bare aiohttp | middle half | images/s |",
         "|---|--:|--:|--:|--:|--:|--:|",

@@ -1,4 +1,4 @@
-"""Asking image hosts: without the API key, and never at an address a stranger may choose."""
+"""Requests to image hosts: without the API key, and to public addresses only."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from kontext_async._version import __version__
 from kontext_async.results.errors import DownloadError
 from kontext_async.wire import retry_after
 
-__all__ = ["Fetcher", "failure", "is_busy", "is_public", "refusal"]
+__all__ = ["Fetcher", "failure", "is_host_trouble", "is_public", "refusal"]
 
 _MAX_REDIRECTS = 5
 _REDIRECTS = (301, 302, 303, 307, 308)
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
-# All that IANA gives out for the Internet at large; `is_global` takes site-local ones for global.
-_GIVEN_OUT = ipaddress.IPv6Network("2000::/3")
+# Global unicast by IANA; `is_global` is also True for site-local addresses.
+_GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
 
-# Seconds; the whole of a download has a deadline of its own.
+# Seconds; the whole download has its own deadline.
 _TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=30)
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is one of the Internet at large, also where it wraps another."""
+    """Return True for a public IP address; one that embeds an IPv4 address is judged by that."""
     ip = ipaddress.ip_address(address)
     if isinstance(ip, ipaddress.IPv6Address):
-        ip = _wrapped(ip) or ip
-    if isinstance(ip, ipaddress.IPv6Address) and ip not in _GIVEN_OUT:
+        ip = _embedded(ip) or ip
+    if isinstance(ip, ipaddress.IPv6Address) and ip not in _GLOBAL_UNICAST:
         return False
     return ip.is_global and not ip.is_multicast
 
 
-def _wrapped(ip: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
+def _embedded(ip: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
     if ip in _NAT64:
         return ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
     return ip.ipv4_mapped or ip.sixtofour or (ip.teredo and ip.teredo[1])
@@ -48,10 +48,10 @@ class _AddressRefusedError(OSError):
 
 
 def _public_socket(info: tuple[int, int, int, str, tuple[Any, ...]]) -> socket.socket:
-    """A socket for an address about to be connected to: whatever a name meant a moment ago."""
+    """Return a socket for an address, checked just before it is connected to."""
     family, kind, proto, _, address = info
     if not is_public(str(address[0])):
-        # Without the address: where all of a name's are refused, only equal errors stay ours.
+        # Without the address: aiohttp keeps the error of several addresses only if all are equal.
         raise _AddressRefusedError(
             errno.EACCES, "it has no public address (allow_private=True allows it)"
         )
@@ -60,7 +60,7 @@ def _public_socket(info: tuple[int, int, int, str, tuple[Any, ...]]) -> socket.s
 
 def _new_session(**options: Any) -> aiohttp.ClientSession:
     return aiohttp.ClientSession(
-        # The saver's slots bound the connections.
+        # The saver's permits bound the connections.
         connector=aiohttp.TCPConnector(limit=0, **options),
         cookie_jar=aiohttp.DummyCookieJar(),
         headers={
@@ -76,10 +76,10 @@ def _new_session(**options: Any) -> aiohttp.ClientSession:
 def _url(text: str, task_id: str) -> URL:
     try:
         url = URL(text)
-        if url.host:  # raises where it cannot be read
-            str(url.raw_host).encode("idna")  # as the resolver will, which lets the error through
+        if url.host:  # raises if it cannot be decoded
+            str(url.raw_host).encode("idna")  # as the resolver will, without catching errors
     except ValueError as exc:
-        raise _refused(f"its URL is none: {exc}", task_id) from exc
+        raise _refused(f"its URL is not valid: {exc}", task_id) from exc
     return url
 
 
@@ -95,29 +95,29 @@ def _is_loopback(host: str) -> bool:
 
 
 class Fetcher:
-    """Sends requests for images, and follows their redirects.
+    """Send requests for images, and follow redirects.
 
-    The API's own origin is asked wherever it is; all else at public addresses, and by https
-    unless at loopback.
+    The API's own origin may be at any address. All other hosts must be at public addresses, and
+    use https except at loopback.
     """
 
     def __init__(self, base_url: str, *, allow_private: bool) -> None:
         self._api = URL(base_url).origin()
-        # Not one session for both: it would lend the one's connections to the other.
-        self._trusting = _new_session()
-        self._wary = (
-            self._trusting if allow_private else _new_session(socket_factory=_public_socket)
+        # Two sessions, because one session would reuse connections between the two rules.
+        self._any_address = _new_session()
+        self._public_only = (
+            self._any_address if allow_private else _new_session(socket_factory=_public_socket)
         )
 
     async def aclose(self) -> None:
         """Close all connections."""
         try:
-            await self._wary.close()
+            await self._public_only.close()
         finally:
-            await self._trusting.close()
+            await self._any_address.close()
 
     async def get(self, text: str, task_id: str) -> aiohttp.ClientResponse:
-        """The answer at the end of all redirects, its body unread. Raises `DownloadError`."""
+        """Return the response after all redirects, its body unread. Raises `DownloadError`."""
         url = _url(text, task_id)
         redirects = 0
         while (response := await self._get(url, task_id)).status in _REDIRECTS:
@@ -137,24 +137,24 @@ class Fetcher:
             raise failure(exc, task_id) from exc
 
     def _session(self, url: URL, task_id: str) -> aiohttp.ClientSession:
-        """Whom to ask with; raises `DownloadError` for a URL that is not to be asked."""
+        """Return the session for a URL; raises `DownloadError` if the URL is not allowed."""
         if url.scheme not in ("http", "https") or not url.host:
             raise _refused(f"its URL is not http(s): {url.scheme}:", task_id)
         if url.user is not None or url.password is not None:
-            raise _refused(f"its URL at {url.host} holds a password", task_id)
+            raise _refused(f"its URL at {url.host} contains a user name or password", task_id)
         if url.origin() == self._api:
-            return self._trusting
+            return self._any_address
         if url.scheme == "http" and not _is_loopback(url.host):
-            raise _refused(f"its URL at {url.host} is plain http", task_id)
-        return self._wary
+            raise _refused(f"its URL at {url.host} is plain http, not https", task_id)
+        return self._public_only
 
 
-# Raised where the host is not who it should be, or must not be asked.
+# A retry cannot help: the certificate does not verify, or the URL is not allowed.
 _FINAL = (aiohttp.ClientConnectorCertificateError, aiohttp.InvalidURL)
 
 
 def failure(exc: Exception, task_id: str) -> DownloadError:
-    """What a failed request or body is for the user."""
+    """Return the error of a request that failed, or of a body that broke off."""
     if isinstance(exc, aiohttp.ClientConnectorError) and isinstance(
         exc.os_error, _AddressRefusedError
     ):
@@ -166,17 +166,17 @@ def failure(exc: Exception, task_id: str) -> DownloadError:
 
 
 def refusal(response: aiohttp.ClientResponse, task_id: str) -> DownloadError:
-    """What a status that brings no image is for the user."""
+    """Return the error of a response without an image."""
     status = response.status
     return DownloadError(
-        f"{response.host} has no image for us",
+        f"{response.host} did not return an image",
         task_id=task_id,
         http_status=status,
-        retryable=is_busy(status) or status in (403, 404),
+        retryable=is_host_trouble(status) or status in (403, 404),
         retry_after=retry_after(response.headers, time.time()),
     )
 
 
-def is_busy(status: int) -> bool:
-    """Whether a status speaks of the host's state, not of the image."""
+def is_host_trouble(status: int) -> bool:
+    """Return True if a status is about the host's state, and not about the image."""
     return status >= 500 or status in (408, 425, 429)

@@ -28,7 +28,7 @@ from kontext_async.polling import (
     TaskOutcome,
 )
 from kontext_async.results.errors import DownloadError
-from kontext_async.results.images.files import SavedImage, in_thread
+from kontext_async.results.images.files import SavedImage, run_in_thread
 from kontext_async.results.images.saver import ImageSaver
 from kontext_async.results.images.saves import SavedOutcome, save_outcomes
 from kontext_async.results.ledger.journal import LedgerJournal
@@ -207,7 +207,7 @@ class _Images:
 
     async def unchanged(self, image: Row) -> SavedImage | None:
         """Return the image of a row if its file still has the checksum."""
-        return await in_thread(_unchanged, self._folder, image)
+        return await run_in_thread(_unchanged, self._folder, image)
 
     def saved(self, task_id: str, image: SavedImage) -> tuple[str, Row]:
         """Return the statement that records where an image is."""

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from kontext_async.errors import ClientStateError
 from kontext_async.results.errors import LedgerError
-from kontext_async.results.images.files import done
+from kontext_async.results.images.files import uncancellable
 
 __all__ = ["Row", "Store", "open_reader", "open_writer", "translate_errors"]
 
@@ -246,7 +246,7 @@ class Store:
         self._loop = asyncio.get_running_loop()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kontext-ledger")
         try:
-            await done(self._loop.run_in_executor(self._thread, self._open_file))
+            await uncancellable(self._loop.run_in_executor(self._thread, self._open_file))
         except BaseException:
             await self._end()
             raise
@@ -289,7 +289,7 @@ class Store:
         """Close the connections after everything the thread has been given."""
         closed = self._loop.run_in_executor(self._thread, self._close_file)
         self._thread.shutdown(wait=False)
-        await done(closed)
+        await uncancellable(closed)
 
     def _close_file(self) -> None:
         connections, self._connections = self._connections, ()

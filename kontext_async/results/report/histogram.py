@@ -1,4 +1,4 @@
-"""How long tasks took, as the bars of a chart."""
+"""The durations of tasks, as the bars of a chart."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import attrs
 __all__ = ["Bar", "Histogram", "histogram"]
 
 _MOST_BARS = 30
-# Beyond so many times the 95th percentile one bar holds all, so that a rare tail does not flatten
-# the rest: most tasks take 10 to 30 s, a few 300.
-_REACH = 1.5
+# One bar holds all durations above 1.5 times the 95th percentile, so that a rare tail does not
+# flatten the others: most tasks take 10 to 30 s, a few 300.
+_TAIL_FACTOR = 1.5
 
 
 @attrs.frozen
 class Bar:
-    """``count`` durations from ``start`` to below ``end`` (s); ``end`` is None in the last of all.
+    """``count`` durations from ``start`` to below ``end`` (s); ``end`` is None in the tail's bar.
 
     ``left`` and ``width`` are in percent of the chart's width, ``height`` of its height.
     """
@@ -34,11 +34,11 @@ class Bar:
 
 @attrs.frozen
 class Histogram:
-    """Bars over the durations (s), and what to say of them in words."""
+    """Bars over the durations (s), and the figures for their caption."""
 
     bars: Sequence[Bar]
     ticks: Sequence[tuple[float, float]]  # (percent of the width, seconds)
-    tail: float | None  # where the last bar begins that holds all above it
+    tail: float | None  # the start of the tail's bar (s)
     count: int
     median: float
     p95: float
@@ -46,67 +46,51 @@ class Histogram:
 
 
 def histogram(durations: Sequence[float]) -> Histogram | None:
-    """The chart of some durations (s); None where there are none."""
+    """Return the chart of some durations (s), or None if there are none."""
     if not durations:
         return None
     ordered = sorted(durations)
-    step = _nice(_top(ordered))
+    longest = ordered[-1]
+    p95 = ordered[math.ceil(0.95 * len(ordered)) - 1]
+    top = min(longest, _TAIL_FACTOR * p95)
+    step = _nice(top)
+    body = math.floor(top / step) + 1  # bars before the tail's
+    has_tail = longest >= body * step
     return Histogram(
-        bars=_bars(ordered, step),
-        ticks=_ticks(ordered, step),
-        tail=_tail(ordered, step),
+        bars=_bars(ordered, step, body, body + has_tail),
+        ticks=_ticks(step, body, body + has_tail),
+        tail=body * step if has_tail else None,
         count=len(ordered),
         median=statistics.median(ordered),
-        p95=_p95(ordered),
-        longest=ordered[-1],
+        p95=p95,
+        longest=longest,
     )
 
 
-def _p95(ordered: Sequence[float]) -> float:
-    return ordered[math.ceil(0.95 * len(ordered)) - 1]
-
-
-def _top(ordered: Sequence[float]) -> float:
-    return min(ordered[-1], _REACH * _p95(ordered))
-
-
 def _nice(top: float) -> float:
-    """The finest round step that reaches ``top`` in few enough bars: 1, 2 or 5 times 10ⁿ s."""
+    """Return the finest step of 1, 2 or 5 times 10ⁿ s that needs at most `_MOST_BARS` bars."""
     finest = max(top, 1.0) / _MOST_BARS
     power = 10.0 ** math.floor(math.log10(finest))
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= finest)
 
 
-def _places(ordered: Sequence[float], step: float) -> tuple[int, int]:
-    """How many bars the body takes, and how many places there are with the tail's."""
-    body = math.floor(_top(ordered) / step) + 1
-    return body, body + (ordered[-1] >= body * step)
-
-
-def _bars(ordered: Sequence[float], step: float) -> list[Bar]:
-    body, places = _places(ordered, step)
+def _bars(ordered: Sequence[float], step: float, body: int, total: int) -> list[Bar]:
     counts = Counter(min(math.floor(duration / step), body) for duration in ordered)
     highest = max(counts.values())
     return [
         Bar(
-            start=place * step,
-            end=(place + 1) * step if place < body else None,
-            count=counts[place],
-            left=100 * place / places,
-            width=100 / places,
-            height=100 * counts[place] / highest,
+            start=index * step,
+            end=(index + 1) * step if index < body else None,
+            count=counts[index],
+            left=100 * index / total,
+            width=100 / total,
+            height=100 * counts[index] / highest,
         )
-        for place in sorted(counts)
+        for index in sorted(counts)
     ]
 
 
-def _ticks(ordered: Sequence[float], step: float) -> list[tuple[float, float]]:
-    body, places = _places(ordered, step)
+def _ticks(step: float, body: int, total: int) -> list[tuple[float, float]]:
     every = math.ceil(body / 6)
-    room = body + 1 if places == body else body - every // 2  # beside the tail's own
-    return [(100 * place / places, place * step) for place in range(0, room, every)]
-
-
-def _tail(ordered: Sequence[float], step: float) -> float | None:
-    body, places = _places(ordered, step)
-    return None if places == body else body * step
+    end = body + 1 if total == body else body - every // 2  # leaves room for the tail's own label
+    return [(100 * index / total, index * step) for index in range(0, end, every)]

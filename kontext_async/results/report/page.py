@@ -1,4 +1,4 @@
-"""One HTML page about a folder of results, beside the images it shows."""
+"""The HTML page about a folder of results, in that folder."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ from urllib.parse import quote
 
 import attrs
 
-from kontext_async.errors import ConfigurationError
+from kontext_async import errors
+from kontext_async.errors import ConfigurationError, GenerationFailedError, KontextError
+from kontext_async.results import errors as results_errors
 from kontext_async.results.ledger.rows import LedgerEntry
+from kontext_async.results.partial import write_file
 from kontext_async.results.report.histogram import histogram
-from kontext_async.results.report.thumbnails import make_thumbnails, write_whole
+from kontext_async.results.report.thumbnails import make_thumbnails
 
 if TYPE_CHECKING:
     import jinja2
@@ -25,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["write_report"]
 
 _NAME = "report.html"
-# What browsers show as a picture. A link to another kind (SVG, HTML) could open a script.
+# Formats that browsers show as pictures. A link to others (SVG, HTML) could run a script.
 _SUFFIXES = {".avif", ".gif", ".jpeg", ".jpg", ".png", ".webp"}
 _LABELS = {
     "done": "Done",
@@ -41,24 +44,20 @@ _NO_PICTURE = {
     "unfinished": "Not finished",
     "waiting": "Not finished yet",
 }
-# In words, by a generation's error code or by the kind of error.
-_MEANINGS: dict[int | str | None, str] = {
-    400: "Prompt flagged",
-    500: "Internal error",
-    501: "Generation failed",
-    "AuthenticationError": "Key refused",
-    "DownloadError": "Image not saved",
-    "ResultExpiredError": "Image expired",
-    "TaskNotFoundError": "Task unknown",
-    "TransportError": "Network trouble",
-    "WaitTimeoutError": "Not finished in time",
+# The error codes of failed generations (`GenerationFailedError`).
+_CODES = {400: "Prompt flagged", 500: "Internal error", 501: "Generation failed"}
+# An entry of the ledger has the name of the error's class.
+_TITLES: dict[str, str] = {
+    error.__name__: error.title
+    for error in (*vars(errors).values(), *vars(results_errors).values())
+    if isinstance(error, type) and issubclass(error, KontextError)
 }
-_MOST_MESSAGES = 10  # of one group
+_MOST_MESSAGES = 10  # in a group
 
 
 @attrs.frozen(kw_only=True)
 class _Card:
-    """A task as the page shows it; ``image`` and ``thumbnail`` are URLs relative to the page."""
+    """A task on the page; ``image`` and ``thumbnail`` are URLs relative to the page."""
 
     entry: LedgerEntry
     prompt: str
@@ -71,7 +70,7 @@ class _Card:
 
 @attrs.frozen(kw_only=True)
 class _Group:
-    """The failures of one code and kind, with the messages that occur most often."""
+    """The failures of one code and class of error, with their most frequent messages."""
 
     title: str
     kind: str
@@ -83,10 +82,10 @@ class _Group:
 def write_report(folder: Path, entries: Iterable[LedgerEntry]) -> Path:
     """Write ``report.html`` into a folder of results and return its path.
 
-    The page refers to images that lie in the folder and to nothing else. With Pillow (extra
-    ``images``) it shows thumbnails, which are made in ``thumbnails/``; this takes a while for
-    many images, so call it in a thread where a loop runs. Raises `ConfigurationError` without
-    Jinja2 (extra ``report``), and `OSError` where the folder cannot be written.
+    The page refers only to images in the folder. With Pillow (extra ``images``) it shows
+    thumbnails, which are made in ``thumbnails/``. This takes a while for many images, so in an
+    asyncio program call it in a thread. Raises `ConfigurationError` without Jinja2 (extra
+    ``report``), and `OSError` if the folder cannot be written.
     """
     environment = _environment()
     folder = folder.resolve()
@@ -103,8 +102,8 @@ def write_report(folder: Path, entries: Iterable[LedgerEntry]) -> Path:
         **_inline("style", "report.css"),
         **_inline("script", "report.js"),
     )
-    # Half a character (a lone surrogate) in a message becomes a question mark.
-    write_whole(folder / _NAME, (part.encode("utf-8", "replace") for part in page))
+    # A lone surrogate in a message becomes a question mark.
+    write_file(folder / _NAME, (part.encode("utf-8", "replace") for part in page))
     return folder / _NAME
 
 
@@ -113,7 +112,7 @@ def _environment() -> jinja2.Environment:
         import jinja2  # noqa: PLC0415  # an extra
     except ImportError as exc:
         raise ConfigurationError(
-            "a report needs its extra: pip install 'kontext-async[report]'"
+            "a report needs Jinja2: pip install 'kontext-async[report]'"
         ) from exc
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("kontext_async.results.report"),
@@ -127,7 +126,7 @@ def _environment() -> jinja2.Environment:
 
 
 def _inline(role: str, name: str) -> dict[str, Any]:
-    """A part of the page and the digest by which its security policy admits it."""
+    """Return a part of the page, and the digest that the page's security policy allows."""
     from markupsafe import Markup  # noqa: PLC0415  # comes with Jinja2
 
     text = (files("kontext_async.results.report") / "templates" / name).read_text("utf-8")
@@ -146,11 +145,11 @@ def _cards(folder: Path, entries: Sequence[LedgerEntry]) -> list[_Card]:
 
 
 def _image(folder: Path, saved_path: str | None) -> Path | None:
-    """The saved image, where it is one and lies in the folder, links followed."""
+    """Return the path of the saved image, if it is an image in the folder, links followed."""
     try:
         path = (folder / (saved_path or "")).resolve()
         fits = path.suffix.lower() in _SUFFIXES and path.is_relative_to(folder) and path.is_file()
-    except (OSError, RuntimeError, ValueError):  # a loop of links, a name no file can have
+    except (OSError, RuntimeError, ValueError):  # a loop of links, an invalid name
         return None
     return path if fits else None
 
@@ -179,13 +178,13 @@ def _url(folder: Path, path: Path | None) -> str | None:
 
 
 def _counts(cards: Iterable[_Card]) -> dict[str, int]:
-    """How many tasks are in each state that occurs, in the order of the labels."""
+    """Return the number of tasks in each state that occurs, in the order of the labels."""
     counts: Counter[str] = Counter(card.entry.state for card in cards)
     return {state: counts[state] for state in _LABELS if counts[state]}
 
 
 def _groups(entries: Iterable[LedgerEntry]) -> list[_Group]:
-    """What went wrong, the most frequent first."""
+    """Return the failures by code and class of error, the most frequent first."""
     found: defaultdict[tuple[int | None, str], Counter[str]] = defaultdict(Counter)
     for entry in entries:
         if entry.error_type is not None:
@@ -194,11 +193,16 @@ def _groups(entries: Iterable[LedgerEntry]) -> list[_Group]:
     return sorted(groups, key=lambda group: -group.count)
 
 
+def _title(code: int | None, kind: str) -> str | None:
+    if kind == GenerationFailedError.__name__ and code in _CODES:
+        return _CODES[code]
+    return _TITLES.get(kind)
+
+
 def _group(code: int | None, kind: str, messages: Counter[str]) -> _Group:
-    meaning = _MEANINGS.get(code if kind == "GenerationFailedError" else kind)
     number = None if code is None else f"Code {code}"
     return _Group(
-        title=" · ".join(filter(None, [number, meaning])),
+        title=" · ".join(filter(None, [number, _title(code, kind)])) or kind,
         kind=kind,
         count=messages.total(),
         messages=messages.most_common(_MOST_MESSAGES),
@@ -207,7 +211,7 @@ def _group(code: int | None, kind: str, messages: Counter[str]) -> _Group:
 
 
 def _seconds(duration: float) -> str:
-    """A duration in the units one would say it in."""
+    """Return a duration in seconds, minutes or hours."""
     if duration < 59.95:
         return f"{duration:.1f} s"
     minutes, seconds = divmod(round(duration), 60)

@@ -1,4 +1,4 @@
-"""Small pictures of the images, where Pillow (extra ``images``) is there to make them."""
+"""Thumbnails of the images, made with Pillow (extra ``images``)."""
 
 from __future__ import annotations
 
@@ -7,31 +7,28 @@ import hashlib
 import importlib.util
 import io
 import os
-import secrets
-import struct
-import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-__all__ = ["make_thumbnails", "write_whole"]
+from kontext_async.results.images.files import DECODER_ERRORS
+from kontext_async.results.partial import THUMBNAILS, write_file
 
-_FOLDER = "thumbnails"
-# Twice what a card is wide, for dense screens.
+__all__ = ["make_thumbnails"]
+
+# Pixels: twice the width of a card, for screens of high density.
 _BOX = (480, 480)
-# A few KiB can announce gigapixels. The service's images have one or two million.
+# A few KiB can announce gigapixels. The service's images have one or two megapixels.
 _MAX_PIXELS = 50_000_000
-# Pillow knows dozens of formats, some by running other programs; results come in these.
+# Pillow reads dozens of formats, some by running other programs. Results have one of these.
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
-# What decoders raise for damaged files, beside OSError; `Warning` where warnings are errors.
-_DECODING = (SyntaxError, ValueError, IndexError, EOFError, struct.error, zlib.error, Warning)
 _WORKERS = min(4, os.cpu_count() or 1)  # each may hold a decoded image
 
 
 def make_thumbnails(folder: Path, images: Sequence[Path]) -> list[Path | None]:
-    """The thumbnail of each image; None where it cannot be made, for all of them without Pillow.
+    """Return the thumbnail of each image, or None if it cannot be made, as without Pillow.
 
-    One that is newer than its image is kept.
+    Thumbnails that are not older than their images are not made again.
     """
     if not images or importlib.util.find_spec("PIL") is None:
         return [None] * len(images)
@@ -40,14 +37,14 @@ def make_thumbnails(folder: Path, images: Sequence[Path]) -> list[Path | None]:
 
 
 def _thumbnail(folder: Path, image: Path) -> Path | None:
-    # Named by a digest: short and harmless whatever the image is called.
+    # Named by a digest: short and safe whatever the image's name.
     name = hashlib.sha256(os.fsencode(image.relative_to(folder))).hexdigest()[:32]
-    target = folder / _FOLDER / f"{name}.jpg"
+    target = folder / THUMBNAILS / f"{name}.jpg"
     try:
         if not _is_newer(target, image):
             target.parent.mkdir(exist_ok=True)
-            write_whole(target, [_reduced(image)])
-    except (OSError, *_DECODING):  # no image, or no room: the page shows the file itself
+            write_file(target, [_reduced(image)])
+    except (OSError, *DECODER_ERRORS):  # the page shows the file itself
         return None
     return target
 
@@ -57,7 +54,7 @@ def _is_newer(target: Path, image: Path) -> bool:
 
 
 def _reduced(path: Path) -> bytes:
-    """A JPEG within the box, of the pixels alone: no metadata comes along."""
+    """Return an image as a JPEG within the box, without its metadata."""
     from PIL import Image  # noqa: PLC0415  # an extra
 
     try:
@@ -74,14 +71,3 @@ def _reduced(path: Path) -> bytes:
     out = io.BytesIO()
     flat.save(out, "JPEG", quality=82, optimize=True)
     return out.getvalue()
-
-
-def write_whole(path: Path, parts: Iterable[bytes]) -> None:
-    """Write a file so that its name has the old contents or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        with temporary.open("xb") as file:
-            file.writelines(parts)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -1,0 +1,79 @@
+"""Files written under a temporary name and renamed when they are complete."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO
+
+__all__ = ["THUMBNAILS", "PartialFile", "remove_partial_files", "write_file"]
+
+THUMBNAILS = "thumbnails"
+"""The folder of a report's thumbnails, in the folder of the images."""
+
+_NAME = re.compile(r"\..*\.[0-9a-f]{12}\.part", re.DOTALL)
+
+
+class PartialFile:
+    """A file under a temporary name beside its own. The first `write` creates it."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        folder, name = os.path.split(path)
+        # Cut, so that a name of 255 bytes leaves room for what is added to it.
+        name = f".{name[:50]}.{secrets.token_hex(6)}.part"
+        self._temporary = os.path.join(folder, name)  # noqa: PTH118  # a quarter of the time
+        self._file: BinaryIO | None = None
+
+    @property
+    def file(self) -> BinaryIO:
+        assert self._file is not None, "it has been written to"
+        return self._file
+
+    def write(self, data: bytes) -> None:
+        if self._file is None:
+            self._file = open(self._temporary, "x+b")  # noqa: PTH123, SIM115  # as above
+        self._file.write(data)
+
+    def sync(self) -> None:
+        """Return when the contents are on disk."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def rename(self) -> None:
+        """Give the file its own name; this replaces a file of that name."""
+        self.file.close()
+        os.replace(self._temporary, self.path)  # noqa: PTH105  # as above
+        self._file = None
+
+    def discard(self) -> None:
+        """Remove the temporary file as far as the file system allows. Idempotent."""
+        if self._file is None:
+            return
+        with suppress(OSError):  # closing writes what is buffered
+            self._file.close()
+        with suppress(OSError):
+            os.unlink(self._temporary)  # noqa: PTH108  # as above
+        self._file = None
+
+
+def write_file(path: Path, parts: Iterable[bytes]) -> None:
+    """Write a file. Until it is complete, its name has the old contents."""
+    partial = PartialFile(os.fspath(path))
+    try:
+        for part in parts:
+            partial.write(part)
+        partial.rename()
+    finally:
+        partial.discard()
+
+
+def remove_partial_files(folder: Path) -> None:
+    """Remove the temporary files that killed processes left in a folder of results."""
+    for path in [*folder.iterdir(), *folder.glob(f"{THUMBNAILS}/*")]:
+        if _NAME.fullmatch(path.name):
+            path.unlink(missing_ok=True)
