@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -32,7 +32,7 @@ from kontext_async.results.images import files as _files
 
 _AT_A_TIME = 8
 
-Save = Callable[[str, Sequence[CompletedTask], Path], Awaitable[None]]
+Save = Callable[[str, Sequence[CompletedTask], Path], Coroutine[Any, Any, None]]
 
 
 @contextlib.contextmanager
