@@ -264,6 +264,21 @@ class TestCounts:
         assert at_risk[2:4] == pytest.approx(WIDTHS[2:4], rel=1e-5)
         assert at_risk[4] == pytest.approx(1.1 - EDGES[4], rel=1e-5)
 
+    def test_time_within_a_bin_counts_in_it(self):
+        """A task last seen in the first bin has spent its whole time there."""
+        model = DurationModel()
+        model.observe("a", 0.1)
+        assert bins(model)[1][:2] == [0.1, 0.0]
+
+    def test_observations_are_counted_after_500_at_the_latest(self):
+        """Memory does not grow with polls, also where nothing asks for the next age."""
+        model = DurationModel()
+        for k in range(499):
+            model.observe(str(k), 1.0, 2.0)
+        assert len(model._pending) == 499
+        model.observe("last", 1.0, 2.0)
+        assert not model._pending
+
     def test_a_bin_forgets_a_hundredth_with_each_task_that_passes_through(self):
         """Passing tasks scale both counts; at risk they level off at 100 tasks."""
         model = DurationModel.from_json(saved([1.0] * 135, [0.0] * 135))
@@ -321,6 +336,14 @@ class TestCurve:
             model.observe(str(ended), 3.0, 2.0)
             ended += 1
         assert ended == tasks
+
+    def test_a_step_is_a_quarter_of_a_second_at_least(self):
+        """The curve is never steeper than four polls a second, however cheap a request is."""
+        at_risk = [20.0 * width for width in WIDTHS]
+        text = saved([0.1 * seconds for seconds in at_risk], at_risk)
+        model = DurationModel.from_json(text, cost_per_request=1e-6)
+        assert model.next_age(30.0, 1.0) == pytest.approx(30.25)
+        assert model.next_age(30.0, 4.0) == pytest.approx(31.0)
 
     def test_the_curve_reaches_one_bin_beyond_the_prior(self):
         """A task ended in the first bin after 120 s, and the bins before are known to be empty."""
@@ -418,6 +441,10 @@ class TestSaving:
 
     def test_the_text_is_bounded(self):
         """A text longer than any saved model is not parsed."""
+        longest = self.change(more="").ljust(65_536)
+        assert DurationModel.from_json(longest).to_json() == DurationModel().to_json()
+        with pytest.raises(ConfigurationError, match="not a JSON object, or too long"):
+            DurationModel.from_json(longest + " ")
         with pytest.raises(ConfigurationError, match="not a JSON object, or too long"):
             DurationModel.from_json(self.change(more="x" * 100_000))
 
