@@ -339,9 +339,11 @@ class TestCurve:
 
     def test_a_step_is_a_quarter_of_a_second_at_least(self):
         """The curve is never steeper than four polls a second, however cheap a request is."""
-        model = taught([12.0] * 100, cost_per_request=1e-6)
-        assert model.next_age(11.6, 1.0) == pytest.approx(11.85)
-        assert model.next_age(11.6, 2.0) == pytest.approx(12.1)
+        at_risk = [20.0 * width for width in WIDTHS]
+        text = saved([0.1 * seconds for seconds in at_risk], at_risk)
+        model = DurationModel.from_json(text, cost_per_request=1e-6)
+        assert model.next_age(30.0, 1.0) == pytest.approx(30.25)
+        assert model.next_age(30.0, 4.0) == pytest.approx(31.0)
 
     def test_the_curve_reaches_one_bin_beyond_the_prior(self):
         """A task ended in the first bin after 120 s, and the bins before are known to be empty."""
