@@ -52,6 +52,10 @@ def waiter(budget, at=0.0, *, seen=True, deadline=math.inf):
     return asyncio.create_task(budget.acquire(at, seen=seen, deadline=deadline))
 
 
+def timers():
+    return [handle for handle in asyncio.get_running_loop()._scheduled if not handle.cancelled()]
+
+
 async def cancel(*waiters):
     for task in waiters:
         task.cancel()
@@ -151,6 +155,12 @@ async def test_polls_of_known_tasks_go_first_unless_they_have_time(deadline, lat
     names = await order_of_permits(budget, *first_and_known(deadline), ended=1 + late)
     assert [name.split()[0] for name in names] == order.split()
     assert sorted(names) == ["first 1", "first 2", "known 1", "known 2"]
+
+
+async def test_the_known_task_with_the_earliest_deadline_decides_if_there_is_time():
+    wanted = [("first", 0, False, 601), ("later", 1, True, 601), ("soon", 1, True, 61)]
+    order = await order_of_permits(make_budget(max_concurrency=1), *wanted, ended=6)
+    assert order == ["soon", "first", "later"]
 
 
 async def test_under_a_rate_limit_polls_of_known_tasks_go_first():
@@ -267,54 +277,61 @@ async def test_a_permit_issued_as_its_waiter_was_cancelled_goes_to_the_next():
 
 async def test_neither_timer_nor_entry_is_left_without_waiters():
     budget = make_budget(max_concurrency=1)
-    budget.try_acquire(now(), seen=True)
+    await budget.acquire(now(), seen=True)
     waiters = [waiter(budget, 1000.0), waiter(budget, seen=False), waiter(budget)]
     await asyncio.sleep(1)
     await cancel(*waiters)
     assert not [*budget._first, *budget._due, *budget._waiting]
-    assert all(handle.cancelled() for handle in asyncio.get_running_loop()._scheduled)
+    assert not timers()
+    budget.release(0.0)
+    assert await budget.acquire(2000.0, seen=True) == 2000.0
 
 
 async def test_one_timer_serves_all_waiters():
     budget = make_budget()
-    waiters = [waiter(budget, at) for at in (7.0, 9.0, 5.0, 6.0)]
+    waiters = [waiter(budget, at) for at in (7.0, 5.0)]
     await asyncio.sleep(1)
-    timers = [t for t in asyncio.get_running_loop()._scheduled if not t.cancelled()]
-    assert [timer.when() for timer in timers] == [5.0]
-    assert await asyncio.gather(*waiters) == [7.0, 9.0, 5.0, 6.0]
+    [timer] = timers()
+    waiters += [waiter(budget, at) for at in (9.0, 6.0)]
+    await asyncio.sleep(1)
+    assert timers() == [timer]
+    assert timer.when() == 5.0
+    assert await asyncio.gather(*waiters) == [7.0, 5.0, 9.0, 6.0]
+    assert not timers()
+
+
+async def test_a_timer_that_fires_a_clock_tick_early_is_good_enough():
+    budget = make_budget()
+    task = waiter(budget, 5.0)
+    await asyncio.sleep(4.999)
+    budget._wake(asyncio.get_running_loop(), 5.0)
+    assert await task == 5.0
+    assert now() == 4.999
 
 
 async def test_entries_of_cancelled_waiters_are_dropped_in_bulk():
-    """The waiters left are served in their order."""
+    """The queue stays in order."""
     budget = make_budget(max_concurrency=1)
     budget.try_acquire(now(), seen=True)
-    last = {
-        "first": waiter(budget, seen=False),
-        "due": waiter(budget, deadline=100.0),
-        "later": waiter(budget, 40.0),
-    }
-    others = [
-        waiter(budget, 50.0 * (n % 3 == 0), seen=n % 3 != 1, deadline=90.0) for n in range(3000)
+    waiters = [
+        waiter(budget, n * 37 % 101 * (n % 3 == 0), seen=n % 3 != 1, deadline=200 - n * 37 % 101)
+        for n in range(3003)
     ]
-    await asyncio.sleep(1)
+    await asyncio.sleep(0)
 
     def kept():
-        return len(budget._waiting) + len(budget._due) + len(budget._first)
+        return [*budget._waiting, *budget._due, *budget._first]
 
-    await cancel(*others[:2001])
-    assert kept() == 3003
-    await cancel(others[2001])
-    assert kept() == 1001
-    await cancel(*others[2002:])
-    assert kept() <= 1006
-    served = []
-    for name, task in last.items():
-        task.add_done_callback(lambda _, name=name: served.append(name))
+    await cancel(*waiters[:2001])
+    assert len(kept()) == 3003
+    await cancel(waiters[2001])
+    assert len(kept()) == 1001
+    for heap in (budget._waiting, budget._due):
+        assert all(heap[(n - 1) // 2] < heap[n] for n in range(1, len(heap)))
+    await cancel(*waiters[2002:-1])
+    assert len(kept()) <= 2 * 1 + 1000
     budget.release(0.0)
-    for _ in last:
-        await asyncio.sleep(30)
-        budget.release(now())
-    assert served == ["due", "first", "later"]
+    assert await waiters[-1] == 0.0
 
 
 @given(
@@ -647,16 +664,25 @@ async def test_an_outage_blocks_a_task_with_its_error():
     assert isinstance(budget.blocked_by("mine", now()), TransportError)
 
 
+async def test_a_pause_with_a_full_rate_limit_blocks_a_task_with_the_error_of_the_pause():
+    budget = make_budget(rate_limit=RateLimit(1, 10.0))
+    await request(budget, MaintenanceError("back soon", code=455))
+    assert isinstance(budget.blocked_by("mine", now()), MaintenanceError)
+    assert budget.opens_in(now()) == 10.0
+
+
 async def test_a_full_rate_limit_blocks_a_task():
     budget = make_budget(rate_limit=RateLimit(1, 10.0))
     budget.try_acquire(now(), seen=True)
     blocked = budget.blocked_by("mine", now())
     assert isinstance(blocked, RateLimitedError)
-    assert blocked.retry_after is None
+    assert (blocked.code, blocked.retry_after) == (429, None)
     assert budget.opens_in(now()) == 0.0
+    await asyncio.sleep(1)
     budget.release(0.0)
-    assert budget.blocked_by("mine", now()).retry_after == 10.0
-    assert budget.opens_in(now()) == 10.0
+    await asyncio.sleep(4)
+    assert budget.blocked_by("mine", now()).retry_after == 6.0
+    assert budget.opens_in(now()) == 6.0
 
 
 async def test_the_round_trip_is_smoothed():
@@ -670,6 +696,10 @@ async def test_the_round_trip_is_smoothed():
     sent = await budget.acquire(now(), seen=True)
     await asyncio.sleep(30)
     budget.release(sent, TransportError("reset", task_id="a"))
+    assert budget.round_trip == 1.125
+    sent = await budget.acquire(now(), seen=True)
+    await asyncio.sleep(30)
+    budget.release(sent, cancelled=True)
     assert budget.round_trip == 1.125
 
 
