@@ -421,6 +421,7 @@ def test_each_notation_of_a_time_is_read(value, instant):
         10**14,
         3 * 10**14,
         "9" * 15,
+        "0001710930600250",
         True,
         1_710_930_600_000.0,
         math.inf,
