@@ -6,7 +6,6 @@ import ipaddress
 import math
 import os
 from collections.abc import AsyncIterable, Callable, Iterable
-from types import TracebackType
 from typing import Final, Self
 
 import aiohttp
@@ -174,12 +173,7 @@ class KontextClient:
         self._transport.check_open()
         return self
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *exc_info: object) -> None:
         await self.aclose()
 
     async def aclose(self) -> None:

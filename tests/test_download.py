@@ -1083,6 +1083,18 @@ async def test_a_stream_dropped_unfinished_warns_and_ends_its_saves(
     assert len(texts) == 1
 
 
+async def test_a_consumer_that_waits_ends_when_another_closes_the_stream(client, tmp_path):
+    """Nothing more comes; after `abort` the consumer gets the error instead."""
+    async with ImageSaver(client, tmp_path) as saver:
+        for error in (None, LookupError("aborted")):
+            stream = save_outcomes(Source([], then=500), saver)
+            waiting = asyncio.create_task(anext(stream, None))
+            await asyncio.sleep(0.01)
+            await (stream.abort(error) if error else stream.aclose())
+            (ended,) = await asyncio.gather(waiting, return_exceptions=True)
+            assert ended is error
+
+
 def test_a_stream_dropped_after_its_loop_only_warns(tmp_path):
     """Its tasks ended with the loop."""
 

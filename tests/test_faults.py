@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import math
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import given, settings
@@ -24,7 +26,7 @@ from kontext_async import (
 )
 from kontext_async import batch as batch_module
 from kontext_async.simulator import Simulator
-from kontext_async.simulator.steps import http, refused
+from kontext_async.simulator.steps import http, rate_limited, refused
 
 pytestmark = pytest.mark.virtual_time
 
@@ -228,3 +230,39 @@ def test_any_share_of_broken_tasks_leaves_the_others_alone(healthy, broken, dura
 
     with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
         runner.run(main())
+
+
+async def test_a_pause_that_was_asked_for_extends_the_grace_of_a_blocked_wait(simulator, client):
+    """The failing task may poll no more before its grace ends, but that time does not count."""
+    failing = simulator.add_task(script=itertools.repeat("http_500"))
+    paused = simulator.add_task(script=["generating", rate_limited(20), "success"])
+    ended = {}
+
+    async def wait_for(task_id):
+        with contextlib.suppress(ServerError):
+            await client.wait_for_result(task_id, wait=wait_fixed(1), error_grace=3)
+        ended[task_id] = simulator.now
+
+    await asyncio.gather(wait_for(failing), wait_for(paused))
+    assert ended == {paused: pytest.approx(21), failing: pytest.approx(23)}
+
+
+async def test_an_exception_of_the_clients_own_session_is_not_hidden(simulator, client):
+    """It would be a defect, not the network."""
+    await client.record_info(simulator.add_task())
+    client._transport._session.get = Mock(side_effect=ZeroDivisionError)
+    with pytest.raises(ZeroDivisionError):
+        await client.record_info(simulator.add_task())
+    assert client.stats.in_flight == 0
+
+
+async def test_a_source_that_ends_when_it_is_cancelled_ends_with_its_batch(simulator, client):
+    async def source():
+        yield simulator.add_task(duration=math.inf)
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(math.inf)
+
+    async with client.as_completed(source()) as outcomes:
+        reading = asyncio.create_task(anext(outcomes, None))
+        await asyncio.sleep(5)
+    assert await reading is None

@@ -712,3 +712,69 @@ async def test_stats_count_requests_and_errors_by_class():
     assert stats.requests == 3
     assert dict(stats.errors) == {"ServerError": 1, "RateLimitedError": 1}
     assert (stats.rate_limited, stats.rate, stats.pause, stats.waits) == (1, 2.0, 2.0, 7)
+
+
+async def test_a_failing_task_leaves_the_probe_of_an_outage_to_others():
+    budget = make_budget()
+    for task_id in "abcde":
+        await request(budget, broken(task_id))
+    await asyncio.sleep(1)
+    healthy = waiter(budget, 31.0)
+    await asyncio.sleep(0)
+    failing = asyncio.create_task(budget.acquire(now(), seen=True, failing=True))
+    assert not budget.try_acquire(now(), seen=True, failing=True)
+    await asyncio.sleep(29)
+    assert not failing.done()
+    assert await healthy == 31.0
+    budget.release(31.0)
+    assert await failing == 31.0
+
+
+async def test_a_failing_task_probes_an_outage_if_no_other_polls_within_a_minute():
+    budget = make_budget()
+    for task_id in "abcde":
+        await request(budget, broken(task_id))
+    healthy = waiter(budget, 100.0)
+    assert await budget.acquire(now(), seen=True, failing=True) == 1.0
+    await cancel(healthy)
+
+
+async def test_new_tasks_count_a_tenth_towards_an_outage():
+    """A probe of a new task that fails does not lengthen the pause."""
+    budget = make_budget()
+    for number in range(49):
+        budget.try_acquire(now(), seen=False)
+        budget.release(now(), broken(str(number)), first=True)
+    assert budget.pause_remaining(now()) == 0.0
+    budget.try_acquire(now(), seen=False)
+    budget.release(now(), broken("49"), first=True)
+    assert budget.pause_remaining(now()) == 1.0
+    for number in range(3):
+        sent = await budget.acquire(now(), seen=False)
+        budget.release(sent, broken(f"probe {number}"), first=True)
+        assert budget.pause_remaining(now()) == 1.0
+
+
+async def test_a_task_that_fails_again_is_not_evidence_of_an_outage():
+    budget = make_budget()
+    for task_id in "abcdefgh":
+        budget.try_acquire(now(), seen=True, failing=True)
+        budget.release(now(), broken(task_id), failing=True)
+    assert budget.pause_remaining(now()) == 0.0
+
+
+async def test_probes_of_an_outage_are_spread_over_the_queue_of_first_polls():
+    """Those at its front may all be broken."""
+    budget = make_budget()
+    for task_id in "abcde":
+        await request(budget, broken(task_id))
+    waiters = [waiter(budget, seen=False) for _ in range(100)]
+    probed = []
+    for _ in range(4):
+        await asyncio.wait(waiters, return_when="FIRST_COMPLETED")
+        (done,) = [n for n, task in enumerate(waiters) if task.done() and n not in probed]
+        probed.append(done)
+        budget.release(now(), broken(f"new {done}"), first=True)
+        await asyncio.sleep(1)
+    await cancel(*waiters)
+    assert max(probed) - min(probed) > 60

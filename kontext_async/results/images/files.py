@@ -44,7 +44,7 @@ _T = TypeVar("_T")
 _HAS_PILLOW = importlib.util.find_spec("PIL") is not None
 
 DECODER_ERRORS = (SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error, Warning)
-"""What Pillow's decoders raise for damaged files, beside OSError.
+"""Exceptions of Pillow's decoders for damaged files, beside OSError.
 
 `Warning`: what it raises for very many pixels where warnings are errors.
 """

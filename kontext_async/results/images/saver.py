@@ -10,7 +10,6 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import aiohttp
@@ -257,12 +256,7 @@ class ImageSaver:
         self._fetcher = Fetcher(self._base_url, allow_private=self._allow_private)
         return self
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *exc_info: object) -> None:
         fetcher, self._fetcher = self._fetcher, None
         assert fetcher is not None, "it was entered"
         for save in self._saves:

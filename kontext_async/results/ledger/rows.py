@@ -6,11 +6,10 @@ import json
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Any, Final, Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias, cast
 
 import attrs
-from cattrs import ForbiddenExtraKeysError
-from cattrs.preconf.json import make_converter
+from cattrs import ClassValidationError
 
 from kontext_async.errors import (
     ApiError,
@@ -22,6 +21,7 @@ from kontext_async.errors import (
 from kontext_async.models import CompletedTask, TaskRecord, TaskStatus
 from kontext_async.polling import TaskOutcome
 from kontext_async.results.errors import LedgerError
+from kontext_async.results.ledger.converter import converter
 from kontext_async.results.ledger.store import Row
 
 __all__ = [
@@ -35,9 +35,6 @@ __all__ = [
     "record_text",
     "state_of",
 ]
-
-# Without groups of errors: one is enough to call a row unreadable.
-_converter: Final = make_converter(detailed_validation=False, forbid_extra_keys=True)
 
 TaskState: TypeAlias = Literal["waiting", "done", "failed", "unfinished", "error"]
 
@@ -102,7 +99,7 @@ def record_text(outcome: TaskOutcome) -> str | None:
 
 
 def _pack(task: TaskRecord | CompletedTask, **more: int) -> str:
-    fields = {**_converter.unstructure(task), **more}
+    fields = {**converter.unstructure(task), **more}
     del fields["task_id"]  # a column of its own
     return json.dumps(fields)
 
@@ -110,7 +107,7 @@ def _pack(task: TaskRecord | CompletedTask, **more: int) -> str:
 def _record(task_id: str, text: str | None) -> TaskRecord | None:
     if text is None:
         return None
-    return _converter.structure({**json.loads(text), "task_id": task_id}, TaskRecord)
+    return converter.structure({**json.loads(text), "task_id": task_id}, TaskRecord)
 
 
 def error_text(error: KontextError | None) -> str | None:
@@ -141,7 +138,7 @@ def _message(error: KontextError) -> str:
 _UNREADABLE = (
     ArithmeticError,
     AttributeError,
-    ForbiddenExtraKeysError,
+    ClassValidationError,
     LookupError,
     TypeError,
     ValueError,
@@ -192,7 +189,7 @@ def _failure(task_id: str, error: str, record: TaskRecord | None) -> GenerationF
     fields = json.loads(error)
     return GenerationFailedError(
         task_id=task_id,
-        status=_converter.structure(fields["status"], TaskStatus),
+        status=converter.structure(fields["status"], TaskStatus),
         error_code=fields["code"],
         error_message=fields["message"],
         record=record,

@@ -1,7 +1,6 @@
-"""Tasks as plain data that JSON can hold, and back: for files of our own, not for answers.
+"""Tasks as plain data that JSON can hold, and back.
 
-It is apart from what reads answers because an answer's odd field reads as absent, while an odd
-field in a file of our own is an error.
+A ledger's odd field is an error, where an odd field of an answer reads as absent.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import pytest
 from cattrs import ClassValidationError
 
 from kontext_async.models import CompletedTask, TaskRecord, TaskStatus
-from kontext_async.wire.converter import converter
+from kontext_async.results.ledger.converter import converter
 
 CREATED = datetime(2024, 3, 20, 10, 25, 0, 250, tzinfo=timezone(timedelta(hours=8)))
 RECORD = TaskRecord(
