@@ -32,6 +32,8 @@ git clone --quiet . "$root/kontext-async"
 mount -t proc proc "$root/proc"
 mount -t sysfs sysfs "$root/sys"
 mount --rbind /dev "$root/dev"
+# Waited for in the background, so that the trap runs at once: apt would keep an interrupt to itself.
 chroot "$root" env -i "${settings[@]}" HOME="$HOME" DEBIAN_FRONTEND=noninteractive \
     PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
-    /kontext-async/.ci/run readme
+    /kontext-async/.ci/run readme &
+wait $!
