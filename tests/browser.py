@@ -137,7 +137,7 @@ class Page:
         return [sent["request"]["url"] for sent in self.of("Network.requestWillBeSent")]
 
     def complaints(self):
-        """What stands in the console: uncaught errors, messages, and the browser's own entries."""
+        """The entries of the console: uncaught errors, messages, and the browser's own entries."""
         return [
             *self.of("Runtime.exceptionThrown"),
             *self.of("Runtime.consoleAPICalled"),

@@ -1,4 +1,4 @@
-"""What every test has around it.
+"""The surroundings of every test.
 
 An ``async def test_…`` needs no marker and runs on a real event loop. Marked
 ``@pytest.mark.virtual_time`` (or a whole module: ``pytestmark = pytest.mark.virtual_time``) it and

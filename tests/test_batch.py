@@ -292,7 +292,7 @@ async def test_an_id_given_twice_is_polled_and_answered_once(client, simulator):
 async def test_results_are_in_the_order_given_and_an_id_given_twice_is_in_them_twice(
     client, simulator
 ):
-    """Whatever the order in which they ended; each id is polled by one wait."""
+    """In any order of their ends; each id is polled by one wait."""
     for name, duration in {"a": 2.0, "b": 1.0, "c": 0.0}.items():
         simulator.add_task(name, duration=duration)
     outcomes = await ordered(client, ["a", "b", "a", "c", "b", "a"])
@@ -494,7 +494,7 @@ async def test_without_a_timeout_a_batch_waits_as_long_as_a_task_takes(client, s
 async def test_tasks_left_at_the_batchs_deadline_end_as_timeouts(
     client, simulator, gather, batch_timeout
 ):
-    """Whether in flight or not yet read; earlier results remain."""
+    """In flight or not yet read; earlier results remain."""
     done = simulator.add_task("done", duration=0.0)
     simulator.add_task("late", duration=50.0)
     ids = ["done", "late", *tasks(simulator, 9, duration=FOR_EVER)]
@@ -645,7 +645,7 @@ async def test_a_key_revoked_on_the_way_affects_no_earlier_result(client, simula
 
 
 async def test_ids_that_come_after_a_refused_key_get_its_error(client, simulator):
-    """However late; invalid ids are still invalid."""
+    """Even if late; invalid ids are still invalid."""
     simulator._api_key = "another"
 
     async def source():
@@ -808,7 +808,7 @@ async def test_a_wait_cancelled_from_outside_ends_the_batch(client, simulator):
 
 
 async def test_outcomes_that_are_ready_come_before_the_exception(client, simulator):
-    """However late they are taken."""
+    """Even if they are taken late."""
     done = tasks(simulator, 3, duration=1.0)
     simulator.add_task("slow", duration=FOR_EVER)
     oops = callback_raising(CallersError(), when=lambda event: event.attempt == 3)

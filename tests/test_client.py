@@ -268,7 +268,7 @@ async def pause(simulator, client, seconds, code=429):
 
 @virtual_time
 async def test_record_info_in_a_long_pause_raises_and_sends_nothing(simulator, client):
-    """Whatever task caused the pause; the error says how long it will last."""
+    """From any task that caused the pause; the error says how long it will last."""
     sent = await pause(simulator, client, 60, code=455)
     await asyncio.sleep(10)
     error = await error_of(client.record_info("task"), RateLimitedError)

@@ -69,7 +69,7 @@ class Batch:
         )
 
     def killed(self, requests, seconds):
-        """What was known and saved when a run was killed, so many requests and seconds into it."""
+        """The tasks known and saved when a run was killed after some requests and seconds."""
         begun = len(self.simulator.requests)
         with self.start() as process:
             end = time.monotonic() + 30
@@ -105,7 +105,7 @@ class Batch:
 
 
 class Known:
-    """What a killed run left on the disk, and how many requests had been made by then."""
+    """The disk that a killed run left, and the number of its requests."""
 
     def __init__(self, requests, ended, saved):
         self.requests = requests

@@ -341,7 +341,7 @@ async def test_entries_of_cancelled_waiters_are_dropped_in_bulk():
     ),
 )
 def test_a_budget_keeps_its_limits_and_ends_empty(most, wants):
-    """However waiters come, are cancelled or are served."""
+    """In any order of waiters that come, are cancelled or are served."""
 
     async def main():
         budget = make_budget(max_concurrency=3, rate_limit=RateLimit(most, 1.0))

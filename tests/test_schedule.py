@@ -111,7 +111,7 @@ class TestPollState:
         assert state.outcome.result() == "mine"
 
     def test_tenacity_may_reset_it(self):
-        """What tenacity does to its state between two attempts works on this one."""
+        """The changes that tenacity makes to its state between two attempts work on this one."""
         state = state_after()
         state.prepare_for_next_attempt()
         assert state.outcome is None

@@ -237,7 +237,7 @@ async def test_an_error_of_aiohttp_that_holds_the_request_is_not_chained():
 async def test_an_invalid_key_is_not_in_the_message_that_refuses_it(
     outlet, monkeypatch, key, from_environment
 ):
-    """Whether it is an argument or a variable."""
+    """As an argument and as a variable."""
     monkeypatch.setenv("APIKLEY_API_KEY", key)
     with pytest.raises(ConfigurationError) as caught:
         KontextClient(None if from_environment else key)

@@ -28,7 +28,7 @@ _FIRST_MAINTENANCE_PAUSE = 5.0
 _MAX_PAUSE = 60.0
 
 # Distinct tasks that must begin to fail in a row, with no success between, to count as an outage:
-# so many that had a good answer before, or ten times as many that had none. tests/test_faults.py:
+# this many that had a good answer before, or ten times as many that had none. tests/test_faults.py:
 # ids that always fail, in any share and order, then leave the others alone.
 _OUTAGE_TASKS = 5
 _NEW_TASK_SHARE = 0.1

@@ -1,4 +1,4 @@
-"""What a wait costs in CPU time, against the loop a user would write, and against other clients.
+"""The CPU time of a wait, against the loop a user would write, and against other clients.
 
 Every contestant asks the same fast server in another process. In each round each of them does the
 same number of waits; what counts is its time over that of the bare loop in the same round, as the
@@ -183,7 +183,7 @@ def _row(
 
 
 def compared(mine: Sequence[float], its: Sequence[float]) -> dict[str, Any]:
-    """How the times of each round compare: the median of the ratios, and where half of them lie."""
+    """Compare the times of each round: the median of the ratios, and where half of them lie."""
     ratios = [one / other for one, other in zip(mine, its, strict=True)]
     low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
     return {"ratio": statistics.median(ratios), "ratio_quartiles": [low, high]}

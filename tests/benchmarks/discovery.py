@@ -1,4 +1,4 @@
-"""How well an unknown rate limit is found out: batches against the simulator, on virtual time.
+"""The discovery of an unknown rate limit: batches against the simulator, on virtual time.
 
 The simulator enforces a limit that the client is not told. Counted is what its log shows from the
 first refusal on: answered requests as a share of what the limit allows, and the share of requests
@@ -103,7 +103,7 @@ async def _gather(base_url: str, task_ids: Iterable[str]) -> None:
 
 
 async def _log(case: Case, work: Callable[[str], Coroutine[Any, Any, None]]) -> list[LoggedRequest]:
-    """What the simulator's log shows of so much time of some work."""
+    """The simulator's log of some work over a span of time."""
     simulator = Simulator(
         rate_limit=case.limit(), auto_create=True, latency=_LATENCY, log_limit=None
     )
@@ -133,7 +133,7 @@ def _ways(case: Case) -> dict[str, tuple[Case, Callable[[str], Coroutine[Any, An
 
 
 def _row(case: Case, way: str, log: Sequence[LoggedRequest]) -> dict[str, Any]:
-    """What is counted, from the first refusal on, or from the start where there is none."""
+    """Count from the first refusal on, or from the start if there is none."""
     first = next((request.time for request in log if request.code == 429), 0.0)
     until = first + case.windows * case.period
     counted = [request for request in log if first <= request.time < until]
@@ -179,7 +179,7 @@ async def _deadlines(tasks: int) -> dict[str, Any]:
 
 
 def run_deadlines(*, tasks: int = 1000) -> dict[str, Any]:
-    """How many tasks get their results within ``timeout=10`` under a narrow explicit limit."""
+    """Count the tasks with results within ``timeout=10`` under a narrow explicit limit."""
     return in_process.run(_deadlines(tasks))
 
 

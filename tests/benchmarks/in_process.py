@@ -20,6 +20,6 @@ class _InProcessLoop(VirtualTimeLoop):
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:
-    """What a coroutine returns, in virtual time from 0."""
+    """Return the result of a coroutine, in virtual time from 0."""
     with asyncio.Runner(loop_factory=_InProcessLoop) as runner:
         return runner.run(work)

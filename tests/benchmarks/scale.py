@@ -84,7 +84,7 @@ WAYS: Mapping[str, Way] = {"kontext-async": _as_completed, "a plain loop each": 
 
 
 class _Collections:
-    """How long garbage collection has taken so far, in seconds."""
+    """Return the seconds of garbage collection so far."""
 
     def __init__(self) -> None:
         self.spent = self.longest = self._began = 0.0
@@ -129,7 +129,7 @@ class _Callbacks:
 
 
 def _name(callback: Any) -> str:
-    """What a callback is part of: the coroutine where it is a step of a task."""
+    """Return the owner of a callback: its coroutine if it is a step of a task."""
     owner = getattr(callback, "__self__", None)
     if isinstance(owner, asyncio.Task):
         return getattr(owner.get_coro(), "__qualname__", "")

@@ -1,4 +1,4 @@
-"""How good are polling schedules? Simulated tasks, nothing sleeps.
+"""The cost of polling schedules, for simulated tasks: nothing sleeps.
 
 A schedule costs J = mean lag + COST x mean requests for each task, in seconds; lower is better.
 The look at age 0, which every wait makes, costs all schedules the same and is not counted. Every

@@ -32,7 +32,7 @@ _REASONS = (
 
 @attrs.frozen
 class Fate:
-    """What was decided for a task."""
+    """The outcome decided for a task."""
 
     duration: float
     failure: Failure | None
@@ -40,7 +40,7 @@ class Fate:
 
 
 def fates(tasks: int, seed: int) -> dict[str, Fate]:
-    """What becomes of each task."""
+    """The outcome of each task."""
     draw = random.Random(seed)
     decided = {}
     for i in range(tasks):
@@ -52,7 +52,7 @@ def fates(tasks: int, seed: int) -> dict[str, Fate]:
 
 
 def is_right(outcome: TaskOutcome, fate: Fate, base_url: str) -> bool:
-    """Whether an outcome says what was decided."""
+    """Return True if an outcome is the one decided."""
     error = outcome.error
     if fate.failure:
         return (
@@ -108,7 +108,7 @@ async def _soak(tasks: int, fault_rate: float, seed: int) -> dict[str, Any]:
 
 
 def run(*, tasks: int = 20_000, fault_rate: float = 0.02, seed: int = 5) -> dict[str, Any]:
-    """How many of the tasks got exactly one outcome, and the right one."""
+    """Count the tasks that got exactly one outcome, and the right one."""
     began = time.perf_counter()
     result = in_process.run(_soak(tasks, fault_rate, seed))
     return {**result, "fault_rate": fault_rate, "took_s": time.perf_counter() - began}

@@ -52,7 +52,7 @@ _MIGRATIONS = (
     """,
 )
 
-# Statements within so many seconds share a transaction, and one sync of the disk
+# Statements within this many seconds share a transaction, and one sync of the disk
 # (tests/benchmarks/ledger_cost.py).
 _COMMIT_DELAY = 0.01
 
