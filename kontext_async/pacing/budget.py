@@ -134,6 +134,18 @@ class RequestBudget:
 
         ``deadline`` of the wait that asks decides its priority. ``failing``: its last poll failed.
         """
+        permit = self._enqueue(at, seen=seen, deadline=deadline, failing=failing)
+        try:
+            return await permit
+        except asyncio.CancelledError:
+            if permit.cancelled():
+                self._abandon()
+            else:
+                self.cancel(permit.result())
+            raise
+
+    # Apart from `acquire`, whose frame every sleeping wait keeps.
+    def _enqueue(self, at: float, *, seen: bool, deadline: float, failing: bool) -> _Permit:
         loop = asyncio.get_running_loop()
         now = loop.time()
         permit: _Permit = loop.create_future()
@@ -149,14 +161,7 @@ class RequestBudget:
                 heapq.heappush(heap, _Waiting(at, order, deadline, permit, failing))
         self._waiters += 1
         self._dispatch(loop, now)
-        try:
-            return await permit
-        except asyncio.CancelledError:
-            if permit.cancelled():
-                self._abandon()
-            else:
-                self.cancel(permit.result())
-            raise
+        return permit
 
     def release(
         self,
