@@ -7,6 +7,7 @@ import importlib
 import inspect
 import os
 import pkgutil
+import re
 import subprocess
 import sys
 import tarfile
@@ -224,3 +225,11 @@ def test_the_sdist_holds_what_it_takes_to_build_and_test(distributions):
         "tests",
     }
     assert not [n for n in names if "__pycache__" in n or "_build" in n]
+
+
+def test_the_hosted_ci_names_test_files_that_exist():
+    """A renamed file would make its job fail, or run fewer tests."""
+    workflow = (CHECKOUT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
+    named = re.findall(r"tests/\w+\.py", workflow)
+    assert len(named) > 5
+    assert all((CHECKOUT / name).is_file() for name in named)
