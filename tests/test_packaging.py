@@ -229,7 +229,9 @@ def test_the_sdist_holds_what_it_takes_to_build_and_test(distributions):
 
 def test_the_hosted_ci_names_test_files_that_exist():
     """A renamed file would make its job fail, or run fewer tests."""
-    workflow = (CHECKOUT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
-    named = re.findall(r"tests/\w+\.py", workflow)
+    workflow = CHECKOUT / ".github" / "workflows" / "ci.yml"
+    if not workflow.exists():
+        pytest.skip("not in a source distribution")
+    named = re.findall(r"tests/\w+\.py", workflow.read_text(encoding="utf-8"))
     assert len(named) > 5
     assert all((CHECKOUT / name).is_file() for name in named)
