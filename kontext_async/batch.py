@@ -169,7 +169,7 @@ class _Batch:
         self._ended_names: OrderedDict[str, None] = OrderedDict()
         self._ended_limit = math.inf if names_read is not None else _ENDED_IDS
         self._waits: dict[asyncio.Task[TaskOutcome], str] = {}
-        self._journaling: set[asyncio.Future[Any]] = set()
+        self._journaling: dict[asyncio.Future[Any], Callable[[Any], None]] = {}
         self._background: set[asyncio.Task[None]] = set()
         self._ready: deque[TaskOutcome] = deque()
         self._taken = 0
@@ -359,11 +359,11 @@ class _Batch:
 
     def _follow(self, future: asyncio.Future[_T], then: Callable[[_T], None]) -> None:
         """Call ``then`` with the journal's answer; end the batch if that is an exception."""
-        self._journaling.add(future)
-        future.add_done_callback(functools.partial(self._followed, then))
+        self._journaling[future] = then
+        future.add_done_callback(self._followed)
 
-    def _followed(self, then: Callable[[_T], None], future: asyncio.Future[_T]) -> None:
-        self._journaling.discard(future)
+    def _followed(self, future: asyncio.Future[Any]) -> None:
+        then = self._journaling.pop(future)
         if (failure := _exception(future)) is not None:
             self._fail(failure)
         else:

@@ -9,6 +9,7 @@ from datetime import datetime
 from typing import Any, Final, get_args
 
 from cattrs import Converter
+from cattrs.fns import identity
 
 from kontext_async.models import TaskStatus
 
@@ -33,6 +34,9 @@ raises `cattrs.ClassValidationError` for a wrong type, an unknown field, or a mi
 # cattrs' own hooks would make "None" of None, and "5" of 5.
 for _kind in (str, str | None, int | None):
     converter.register_structure_hook(_kind, _exact)
+    converter.register_unstructure_hook(_kind, identity)  # cattrs then calls nothing for it
 converter.register_structure_hook(TaskStatus, lambda value, _: _STATUSES[_exact(value, int)])
 converter.register_structure_hook(datetime, lambda value, _: datetime.fromisoformat(value))
-converter.register_unstructure_hook(datetime, datetime.isoformat)
+converter.register_unstructure_hook(
+    datetime | None, lambda instant: None if instant is None else instant.isoformat()
+)
