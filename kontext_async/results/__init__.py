@@ -1,4 +1,4 @@
-"""Keeping results: images on disk, what happened to each task, and a page to look at."""
+"""Results kept: images on disk, the outcome of each task, and an HTML report."""
 
 from kontext_async.results.errors import DownloadError, LedgerError, ResultExpiredError
 from kontext_async.results.images import ImageSaver, SavedImage, download, save_outcomes
