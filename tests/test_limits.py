@@ -47,11 +47,23 @@ def test_a_permit_leaves_the_window_a_period_after_the_answer():
     assert limit.opens_at(13.0) == 13.0
 
 
+def test_permits_leave_the_window_in_the_order_of_their_answers():
+    limit = SlidingWindow(RateLimit(2, 10.0))
+    exchange(limit, 3.0)
+    exchange(limit, 7.0)
+    assert limit.opens_at(8.0) == 13.0
+    assert limit.opens_at(14.0) == 14.0
+    limit.acquire(14.0)
+    assert limit.opens_at(14.0) == 17.0
+
+
 def test_a_cancelled_permit_leaves_the_window_at_once():
     limit = SlidingWindow(RateLimit(1, 10.0))
     limit.acquire(0.0)
     limit.cancel()
     assert limit.opens_at(0.0) == 0.0
+    limit.acquire(0.0)
+    assert limit.opens_at(0.0) == math.inf
 
 
 def test_a_window_has_its_rate():
@@ -59,12 +71,13 @@ def test_a_window_has_its_rate():
 
 
 def test_a_half_full_window_may_delay_by_a_period():
-    limit = SlidingWindow(RateLimit(4, 10.0))
-    limit.acquire(0.0)
-    assert limit.max_delay() == 0.0
-    limit.release(1.0, sent=0.0, reply="answered")
-    limit.acquire(1.0)
-    assert limit.max_delay() == 10.0
+    for size in (5, 6):
+        limit = SlidingWindow(RateLimit(size, 10.0))
+        exchange(limit, 0.0)
+        limit.acquire(0.0)
+        assert limit.max_delay() == 0.0
+        limit.acquire(1.0)
+        assert limit.max_delay() == 10.0
 
 
 @given(
@@ -195,6 +208,8 @@ def test_before_the_first_refusal_only_the_concurrency_is_limited():
     assert limit.opens_at(0.0) == math.inf
     limit.cancel()
     assert limit.opens_at(0.0) == 0.0
+    limit.acquire(0.0)
+    assert limit.opens_at(0.0) == math.inf
 
 
 def test_eight_answers_raise_the_concurrency_by_one():
@@ -408,6 +423,16 @@ def test_a_cycle_with_few_answers_is_judged_together_with_earlier_ones():
 
 
 @pytest.mark.parametrize(
+    ("first", "peak"),
+    [([0.1] * 21, (20 + 4) / (3.0 + 1.4)), ([0.1] * 5, (4 + 4) / (1.4 + 1.4))],
+)
+def test_earlier_cycles_count_in_full_up_to_forty_answers(first, peak):
+    limit, now = first_cycle(gaps=first)
+    cycle(limit, now, gaps=[0.1] * 4)
+    assert limit.rate() == pytest.approx(peak * (0.8 if len(first) == 21 else 0.93))
+
+
+@pytest.mark.parametrize(
     ("gaps", "expected"),
     [([0.1] * 7, 0.93 * (40 + 7) / (5.0 + 1.7)), ([0.1] * 8, 0.8 * 10.0 * 1.25 * 0.8 / 1.8)],
 )
@@ -415,6 +440,28 @@ def test_eight_answers_are_enough_to_judge_a_cycle_by(gaps, expected):
     limit, now = first_cycle()
     cycle(limit, now, gaps=gaps)
     assert limit.rate() == pytest.approx(expected)
+
+
+def test_a_cycle_with_eight_answers_replaces_the_earlier_ones():
+    limit, now = first_cycle()
+    now = cycle(limit, now, gaps=[0.1] * 8)
+    cycle(limit, now, gaps=[0.1] * 4)
+    assert limit.rate() == pytest.approx(0.8 * (8 + 4) / (1.8 + 1.4))
+
+
+@pytest.mark.parametrize(("more", "peak"), [([], 9 / 20.2), ([6.0], 1 / 0.9)])
+def test_few_answers_before_a_refusal_give_no_rate_or_that_between_two(more, peak):
+    """Enough answers to earlier requests come after the refusal."""
+    limit, now = first_cycle()
+    for at in more:
+        exchange(limit, at)
+    for _ in range(8):
+        limit.acquire(now + 1.0)
+    exchange(limit, now + 20.0, "refused")
+    for _ in range(8):
+        limit.release(now + 20.1, sent=now + 1.0, reply="answered")
+    exchange(limit, now + 20.2)
+    assert limit.rate() == pytest.approx(0.8 * peak)
 
 
 @pytest.mark.parametrize(("idle", "burst"), [(20, 16), (24, 8)])

@@ -50,7 +50,7 @@ ALLOWED = {
     "cli": {"", "_version", *CLIENT, "results", "simulator"},
     "__main__": {"cli"},
 }
-PURE = ["errors.py", "models.py", "pacing/limits.py", "schedule.py", "wire"]
+PURE = ["errors.py", "models.py", "pacing/limits.py", "pacing/pauses.py", "schedule.py", "wire"]
 IMPURE = {"aiohttp", "asyncio", "random", "sqlite3", "time"}
 
 
