@@ -197,8 +197,7 @@ class _Batch:
         return outcome
 
     async def end(self, error: BaseException | None = None) -> None:
-        if not self.finished:
-            self._failure = self._failure or error
+        self._failure = self._failure or error
         self._stop()
         while self._state is not _State.ENDED:
             await self._change()

@@ -49,6 +49,7 @@ DEFAULT_NOT_FOUND_GRACE: Final = 10.0
 
 # The last poll precedes the deadline by two round trips, and by this many seconds at least.
 _MIN_LEAD = 0.05
+_ROUNDING = 1e-6  # s; rounding may leave this much of a grace that is over
 
 
 @attrs.frozen(kw_only=True)
@@ -277,17 +278,14 @@ class TaskWait:
 
     def _give_up_at(self) -> float:
         """Return when to stop waiting for a permit, and see whether the wait is over."""
-        now = self._loop.time()
         if self._failures:
-            assert self._last_error is not None, "a failed poll has an error"
-            grace_left = self._grace_left(self._last_error.handling, now)
-            return min(
-                self._deadline, now + grace_left + _MIN_LEAD
-            )  # the last poll may be due then
+            now = self._loop.time()
+            # The last poll may be planned for the end of the grace.
+            return min(self._deadline, now + self._failing_grace_left(now) + _MIN_LEAD)
         if self._polls or not self._timeout_from_first_poll or self._policy.timeout is None:
             return self._deadline
         timeout = self._policy.timeout or self._poller.request_timeout
-        return min(self._deadline, max(self._began, now) + timeout)
+        return min(self._deadline, max(self._began, self._loop.time()) + timeout)
 
     def _blocked(self) -> TaskOutcome | None:
         """Return the outcome if the wait is over before a permit was acquired.
@@ -298,11 +296,14 @@ class TaskWait:
         now = self._loop.time()
         if now >= self._deadline or (not self._polls and self._poller.budget.has_outage):
             return self._timed_out()
-        if self._failures:
+        if self._failures and self._failing_grace_left(now) < _ROUNDING:
             assert self._last_error is not None, "a failed poll has an error"
-            if self._grace_left(self._last_error.handling, now) < 1e-6:
-                return self._ended_by(self._last_error)
+            return self._ended_by(self._last_error)
         return None
+
+    def _failing_grace_left(self, now: float) -> float:
+        assert self._last_error is not None, "a failed poll has an error"
+        return self._grace_left(self._last_error.handling, now)
 
     def _own_deadline(self) -> float:
         timeout = self._policy.timeout
@@ -349,7 +350,7 @@ class TaskWait:
         self._last_error = error
         self._failures += 1
         grace_left = self._grace_left(error.handling, now)
-        if grace_left < 1e-6:  # rounding may leave this much of zero
+        if grace_left < _ROUNDING:
             self._emit(now, error=error)
             return self._ended_by(error)
         self._plan_next(now, error=error, within=grace_left)

@@ -329,7 +329,7 @@ class RequestBudget:
         if self._first and (is_probe or not self._due or self._may_delay(now)):
             if self.has_outage:  # the next in line may all be broken
                 self._first.rotate(-int(_PROBE_STRIDE * len(self._first)))
-                self._has_due()
+                self._has_due()  # drops entries that are done, now at the front
             return self._first.popleft()
         if is_probe:
             live = (due for due in self._due if not due.permit.done())

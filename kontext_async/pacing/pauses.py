@@ -27,11 +27,12 @@ _FIRST_PAUSE = 1.0
 _FIRST_MAINTENANCE_PAUSE = 5.0
 _MAX_PAUSE = 60.0
 
-# Distinct tasks that must begin to fail in a row, with no success between, to count as an outage:
-# this many that had a good answer before, or ten times as many that had none. tests/test_faults.py:
-# ids that always fail, in any share and order, then leave the others alone.
-_OUTAGE_TASKS = 5
-_NEW_TASK_SHARE = 0.1
+# Evidence of an outage, from distinct tasks that begin to fail in a row with no success between:
+# 5 tasks that had a good answer before are enough, or 50 new ones. tests/test_faults.py: ids that
+# always fail, in any share and order, then leave the others alone.
+_OUTAGE_EVIDENCE = 50
+_KNOWN_TASK_EVIDENCE = 10
+_NEW_TASK_EVIDENCE = 1
 
 
 class PauseState(enum.Enum):
@@ -86,7 +87,7 @@ class Pause:
         self._until = -math.inf
         self._past = 0.0  # seconds of earlier pauses that the service asked for
         self._streak = 0  # pauses since the last good answer
-        self._newly_failing: dict[str | None, float] = {}  # tasks' shares, since a good answer
+        self._evidence: dict[str | None, int] = {}  # by task, since the last good answer
 
     def opens_at(self, now: float) -> float:
         """Return when the next permit is free; infinity if the probe must end first."""
@@ -149,7 +150,7 @@ class Pause:
             self.state = _PROBE_LOST[self.state]
 
     def _observe_success(self, sent: float) -> None:
-        self._newly_failing.clear()
+        self._evidence.clear()
         if not self.state.is_open:
             self._clear(sent=sent)
 
@@ -159,9 +160,9 @@ class Pause:
         # An unreadable answer is evidence neither of an outage nor against one. Nor is a task that
         # fails again and again: it may be broken.
         if not failing and not isinstance(error, ResponseFormatError):
-            self._newly_failing[error.task_id] = _NEW_TASK_SHARE if first else 1.0
+            self._evidence[error.task_id] = _NEW_TASK_EVIDENCE if first else _KNOWN_TASK_EVIDENCE
         probed_outage = self.state is PauseState.PROBING_OUTAGE
-        if probed_outage or sum(self._newly_failing.values()) > _OUTAGE_TASKS - 0.05:
+        if probed_outage or sum(self._evidence.values()) >= _OUTAGE_EVIDENCE:
             # The probe of a task without a good answer may have met a broken task.
             self._start(error, now=now, sent=sent, longer=not (probed_outage and first))
         else:  # the service no longer asks for time, and this task alone fails
