@@ -226,11 +226,15 @@ async def test_a_request_names_only_the_library():
         ("https:///x", "not http(s)"),
         ("https:x", "not http(s)"),
         ("", "not http(s)"),
-        ("\ud800", "not http(s)"),
+        ("\ud800", "its URL is not valid"),
         ("http://[", "its URL is not valid"),
         ("https://images.invalid:99999/x", "its URL is not valid"),
         ("https://images.invalid:x/x", "its URL is not valid"),
-        ("https://images.invalid\r\nX-A: b/x", "its URL is not valid"),
+        ("https://images.invalid\r\nX-A: b/x", "it contains a control character"),
+        ("https://images.invalid/x\r\nX-A: b", "it contains a control character"),
+        ("https://images.invalid/a\tb", "it contains a control character"),
+        ("https://images.invalid/a?b\x7f", "it contains a control character"),
+        ("https://images.invalid/\ud800", "its URL is not valid"),
         ("https://\ud800/x", "its URL is not valid"),
         ("https://a..b/x", "its URL is not valid"),
         ("https://.../x", "its URL is not valid"),
@@ -246,6 +250,71 @@ async def test_a_hostile_url_is_refused_and_not_retryable(url, said, allow_priva
         text = await refusal_of(fetcher, url)
     assert said in text
     assert "secret" not in text
+
+
+# The text of a URL, which a host may have signed
+SIGNED = [
+    *["/a%2Fb%27c%3A?x=%2F&y=a+b%20c&z=%3d", "/a'b(c)!*?sig=A%2fb/:@", "/a/../b/./c", "/%7e~//"],
+    *["/[x]|{y}?[a]=^b", "/?a=&&b", "/100%?x=%zz"],
+]
+
+
+@pytest.mark.parametrize("redirected", [False, True])
+@pytest.mark.parametrize("target", SIGNED)
+async def test_a_url_is_requested_as_it_is_written(target, redirected):
+    """Re-encoding it would break a signature of its text, also after a redirect."""
+    async with raw_server(http(b"image")) as server:
+        url = f"{server.base_url}{target}"
+        async with raw_server(redirect(url)) as first, fetching(allow_private=True) as fetcher:
+            await body_of(fetcher, first.base_url + "/x" if redirected else url)
+        assert server.heads[0].startswith(f"GET {target} HTTP/1.1\r\n")
+
+
+@pytest.mark.parametrize(
+    ("location", "want"),
+    [("/a%2Fb?c=%27", "/a%2Fb?c=%27"), ("b%2Fc", "/d%3A/b%2Fc"), ("?e=%3A", "/d%3A/x?e=%3A")],
+)
+async def test_a_relative_redirect_is_requested_as_it_is_written(location, want):
+    """The part that comes from the first URL is kept as well."""
+    async with raw_server(redirect(location)) as server, fetching(server.base_url) as fetcher:
+        await error_of(fetcher, f"{server.base_url}/d%3A/x")
+        assert server.heads[1].startswith(f"GET {want} HTTP/1.1\r\n")
+
+
+@pytest.mark.parametrize("redirected", [False, True])
+@pytest.mark.parametrize(
+    ("target", "sent"),
+    [
+        (b"/a b%20c?d e", "/a%20b%20c?d%20e"),
+        ("/\u043a%2F?\xe9=%27".encode(), "/%D0%BA%2F?%C3%A9=%27"),
+        (b"/\xe9%2F", "/%E9%2F"),
+        (b"/x?a=b ", "/x?a=b"),
+    ],
+    ids=ascii,
+)
+async def test_only_what_cannot_be_sent_is_encoded(target, sent, redirected):
+    """Spaces and other characters than ASCII's are percent-encoded; what is encoded stays so."""
+    async with raw_server(http(b"image")) as server:
+        head = f"HTTP/1.1 302 Status\r\nLocation: {server.base_url}".encode()
+        answer = head + target + b"\r\nContent-Length: 0\r\n\r\n"
+        text = server.base_url + target.decode(errors="surrogateescape")
+        async with raw_server(answer) as first, fetching(allow_private=True) as fetcher:
+            await body_of(fetcher, first.base_url + "/x" if redirected else text)
+        assert server.heads[0].startswith(f"GET {sent} HTTP/1.1\r\n")
+
+
+@pytest.mark.parametrize(
+    "host", ["B\xfccher.example", "xn--Bcher-kva.example", "b\xdccher.example"], ids=ascii
+)
+async def test_a_host_is_normalized(names, host):
+    """The API's own origin is recognized by any spelling."""
+    async with raw_server(http(b"image")) as server:
+        port = server.base_url.rpartition(":")[2]
+        names["xn--bcher-kva.example"] = ["127.0.0.1"]
+        async with fetching(f"http://b\xfccher.example:{port}") as fetcher:
+            await body_of(fetcher, f"http://{host}:{port}/%2F")
+        want = f"GET /%2F HTTP/1.1\r\nHost: xn--bcher-kva.example:{port}\r\n"
+        assert server.heads[0].startswith(want)
 
 
 # Redirects

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import re
 import socket
 import time
 from typing import Any
+from urllib.parse import quote, urljoin
 
 import aiohttp
 from yarl import URL
@@ -19,6 +21,8 @@ __all__ = ["Fetcher", "failure", "is_host_trouble", "is_public", "refusal"]
 
 _MAX_REDIRECTS = 5
 _REDIRECTS = (301, 302, 303, 307, 308)
+_CONTROL = re.compile(r"[\0-\x1f\x7f]")
+_UNSENDABLE = re.compile(r"[^!-~]+")
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 # Global unicast by IANA; `is_global` is also True for site-local addresses.
 _GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
@@ -73,14 +77,30 @@ def _new_session(**options: Any) -> aiohttp.ClientSession:
     )
 
 
-def _url(text: str, task_id: str) -> URL:
+def _url(text: str, task_id: str, base: str = "") -> URL:
+    """Return a URL that is requested as it is written, because its signature may cover its text.
+
+    Only the host is normalized, and characters that cannot be sent are percent-encoded. ``base``:
+    of a redirect's location.
+    """
     try:
-        url = URL(text)
-        if url.host:  # raises if it cannot be decoded
-            str(url.raw_host).encode("idna")  # as the resolver will, without catching errors
+        if _CONTROL.search(text):
+            raise ValueError("it contains a control character")  # noqa: TRY301  # as yarl would
+        if base and not URL(text).scheme:
+            text = urljoin(base, text)
+        normalized = URL(text)
+        url = URL(_UNSENDABLE.sub(_percent_encoded, text.strip(" ")), encoded=True)
+        if not normalized.host:  # raises if it cannot be decoded
+            return url
+        host = str(normalized.raw_host)
+        host.encode("idna")  # as the resolver will, without catching errors
+        return url if host == url.raw_host else url.with_host(host)
     except ValueError as exc:
         raise _refused(f"its URL is not valid: {exc}", task_id) from exc
-    return url
+
+
+def _percent_encoded(text: re.Match[str]) -> str:
+    return quote(text[0], errors="surrogateescape")  # aiohttp reads headers so
 
 
 def _refused(problem: str, task_id: str, status: int | None = None) -> DownloadError:
@@ -126,7 +146,7 @@ class Fetcher:
             if redirects == _MAX_REDIRECTS:
                 raise _refused(f"more than {_MAX_REDIRECTS} redirects", task_id, response.status)
             redirects += 1
-            url = url.join(_url(location, task_id))
+            url = _url(location, task_id, base=str(url))
         return response
 
     async def _get(self, url: URL, task_id: str) -> aiohttp.ClientResponse:
