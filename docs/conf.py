@@ -33,7 +33,6 @@ autodoc_typehints = "signature"
 default_role = "py:obj"
 # No inventories of other projects: the documentation builds without a network.
 nitpick_ignore_regex = [
-    ("py:class", "WaitBaseT"),  # tenacity's
     ("py:class", r"_asyncio\.Future"),  # as Python 3.11 names it
     ("py:class", r".*\.Saver"),  # a protocol that `ImageSaver` implements
     (

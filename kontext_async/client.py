@@ -9,7 +9,6 @@ from collections.abc import AsyncIterable, Callable, Iterable
 from typing import Final, Self
 
 import aiohttp
-from tenacity.wait import WaitBaseT
 from yarl import URL
 
 from kontext_async import wire
@@ -27,7 +26,7 @@ from kontext_async.polling import (
     WaitPolicy,
     check_seconds,
 )
-from kontext_async.schedule import DurationModel, wait_learned
+from kontext_async.schedule import DurationModel, PollState, wait_learned
 from kontext_async.streams import Stream
 from kontext_async.transport import Transport
 
@@ -221,7 +220,7 @@ class KontextClient:
         task_id: str,
         *,
         timeout: float | None = DEFAULT_TIMEOUT,
-        wait: WaitBaseT | None = None,
+        wait: Callable[[PollState], float] | None = None,
         error_grace: float | None = DEFAULT_ERROR_GRACE,
         not_found_grace: float | None = DEFAULT_NOT_FOUND_GRACE,
         on_event: Callable[[PollEvent], object] | None = None,
@@ -253,7 +252,7 @@ class KontextClient:
         max_in_flight: int = 10_000,
         batch_timeout: float | None = None,
         timeout: float | None = DEFAULT_TIMEOUT,
-        wait: WaitBaseT | None = None,
+        wait: Callable[[PollState], float] | None = None,
         error_grace: float | None = DEFAULT_ERROR_GRACE,
         not_found_grace: float | None = DEFAULT_NOT_FOUND_GRACE,
         on_event: Callable[[PollEvent], object] | None = None,
@@ -292,7 +291,7 @@ class KontextClient:
         max_in_flight: int = 10_000,
         batch_timeout: float | None = None,
         timeout: float | None = DEFAULT_TIMEOUT,
-        wait: WaitBaseT | None = None,
+        wait: Callable[[PollState], float] | None = None,
         error_grace: float | None = DEFAULT_ERROR_GRACE,
         not_found_grace: float | None = DEFAULT_NOT_FOUND_GRACE,
         on_event: Callable[[PollEvent], object] | None = None,
@@ -314,7 +313,7 @@ class KontextClient:
     def _policy(
         self,
         timeout: float | None,
-        wait: WaitBaseT | None,
+        wait: Callable[[PollState], float] | None,
         error_grace: float | None,
         not_found_grace: float | None,
         on_event: Callable[[PollEvent], object] | None,

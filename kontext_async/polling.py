@@ -14,8 +14,7 @@ from collections.abc import Callable
 from typing import Any, Final, Protocol
 
 import attrs
-from tenacity import RetryCallState
-from tenacity.wait import WaitBaseT, wait_base
+from tenacity.wait import wait_base
 
 from kontext_async.errors import (
     ClientStateError,
@@ -124,12 +123,12 @@ class WaitPolicy:
     """The checked keywords of a wait; `KontextClient.wait_for_result` explains each."""
 
     timeout: float | None = attrs.field(validator=_seconds)
-    wait: WaitBaseT = attrs.field(validator=_plain_callable)
+    wait: Callable[[PollState], float] = attrs.field(validator=_plain_callable)
     error_grace: float | None = attrs.field(validator=_seconds)
     not_found_grace: float | None = attrs.field(validator=_seconds)
     on_event: Callable[[PollEvent], object] | None = attrs.field(validator=_plain_callable)
 
-    def delay(self, state: RetryCallState) -> float:
+    def delay(self, state: PollState) -> float:
         """Return the strategy's delay in seconds; raise `ConfigurationError` if it is not one."""
         delay: object = self.wait(state)
         if isinstance(delay, (int, float)) and 0 <= delay < math.inf:

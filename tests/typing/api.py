@@ -20,6 +20,7 @@ from kontext_async import (
     KontextClient,
     KontextError,
     PollEvent,
+    PollState,
     RateLimit,
     Stream,
     TaskOutcome,
@@ -38,6 +39,15 @@ async def poll(client: KontextClient) -> None:
     assert_type(record.create_time, datetime | None)
     assert_type(record.result_image_url, str | None)
     assert_type(record.error_code, int | None)
+
+
+def patient(state: PollState) -> float:
+    return 2.0 if state.age < 30 else 10.0
+
+
+async def wait_patiently(client: KontextClient) -> str:
+    await client.wait_for_result("task12345", wait=wait_learned(DurationModel()))
+    return (await client.wait_for_result("task12345", wait=patient)).result_image_url
 
 
 def show(event: PollEvent) -> None:

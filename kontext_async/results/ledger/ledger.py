@@ -13,8 +13,6 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, Self
 
-from tenacity.wait import WaitBaseT
-
 from kontext_async.batch import check_source
 from kontext_async.client import KontextClient
 from kontext_async.errors import ClientStateError, KontextError
@@ -39,6 +37,7 @@ from kontext_async.results.ledger.rows import (
     error_text,
 )
 from kontext_async.results.ledger.store import Row, Store, open_reader, translate_errors
+from kontext_async.schedule import PollState
 from kontext_async.streams import Stream
 from kontext_async.wire import check_task_id
 
@@ -132,7 +131,7 @@ class Ledger:
         max_in_flight: int = 10_000,
         batch_timeout: float | None = None,
         timeout: float | None = DEFAULT_TIMEOUT,
-        wait: WaitBaseT | None = None,
+        wait: Callable[[PollState], float] | None = None,
         error_grace: float | None = DEFAULT_ERROR_GRACE,
         not_found_grace: float | None = DEFAULT_NOT_FOUND_GRACE,
         on_event: Callable[[PollEvent], object] | None = None,
