@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
+import textwrap
 from pathlib import Path
 
 import nox
@@ -50,10 +52,20 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def typing(session: nox.Session) -> None:
-    """Check the package and a user's sample, from outside as a user would."""
-    session.install("-e", ".[test]", "mypy>=2.4,<3", "pyright[nodejs]>=1.1.414")
+    """Check the package, the examples and a user's sample, from outside as a user would."""
+    session.install(
+        "-e", ".[test]", "django-stubs>=5.2", "mypy>=2.4,<3", "pyright[nodejs]>=1.1.414"
+    )
     session.run("mypy")
     session.run("pyright")
+    # A notebook's cells await at the top level: checked as the body of one coroutine.
+    notebook = json.loads(Path("docs/examples/notebook.ipynb").read_text(encoding="utf-8"))
+    cells = ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
+    program = Path(session.create_tmp()) / "notebook.py"
+    body = textwrap.indent("\n".join(cells), "    ")
+    program.write_text(f"async def notebook() -> None:\n{body}\n", encoding="utf-8")
+    session.run("mypy", str(program))
+    session.run("pyright", str(program))
 
 
 @nox.session

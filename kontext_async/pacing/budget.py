@@ -13,7 +13,6 @@ import math
 import operator
 from collections import Counter, deque
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import NamedTuple
 
 import attrs
@@ -243,7 +242,7 @@ class RequestBudget:
     def stats(self, *, waits: int, now: float) -> ClientStats:
         return ClientStats(
             requests=self._requests,
-            errors=MappingProxyType(dict(self._errors)),
+            errors=dict(self._errors),
             rate_limited=self._errors[RateLimitedError.__name__],
             rate=self._limit.rate(),
             pause=self._pause.remaining(now),

@@ -1,0 +1,3 @@
+"""The fixtures of kontext-async, for all tests in this folder."""
+
+pytest_plugins = ["kontext_async.testing"]
