@@ -29,7 +29,14 @@ from kontext_async.models import TaskRecord
 from kontext_async.pacing import RequestBudget
 from kontext_async.schedule import DurationModel
 
-__all__ = ["Transport"]
+__all__ = [
+    "UNTRUSTED_SERVER",
+    "Transport",
+    "check_for_second_login",
+    "describe_failure",
+    "request_headers",
+    "safe_cause",
+]
 
 _log = logging.getLogger("kontext_async")
 
@@ -74,14 +81,7 @@ class Transport:
         self._closed = False
         self._has_good_answer = False
         self._key_refusals: deque[str] = deque(maxlen=_KEY_REFUSALS)  # tasks, since a good answer
-        self._headers = CIMultiDict(
-            {
-                "Authorization": f"Bearer {api_key}",
-                "User-Agent": f"kontext-async/{__version__}",
-                "Accept": "application/json",
-                "Accept-Encoding": "identity",
-            }
-        )
+        self._headers = request_headers(api_key)
         # `_Deadline` bounds the whole request: aiohttp rounds 5 s and more to whole seconds.
         self._timeout = aiohttp.ClientTimeout(sock_connect=_CONNECT_TIMEOUT)
 
@@ -223,14 +223,10 @@ class Transport:
                     raise
         except (aiohttp.ClientError, OSError) as exc:  # TimeoutError is an OSError
             error = self._translate(exc, task_id)
-            cause = _cause(exc)
+            cause = safe_cause(exc)
             is_late = deadline.expired and until <= sent + self.request_timeout
         except Exception as exc:
-            if isinstance(exc, ValueError) and "AUTHORIZATION" in str(exc):  # aiohttp found two
-                raise ConfigurationError(
-                    "the session takes a login for this host from netrc, which collides with the "
-                    "API key: pass one without trust_env, or remove that login"
-                ) from None
+            check_for_second_login(exc)
             # A borrowed session's connector or middlewares may raise anything.
             if self._borrowed is None:
                 raise
@@ -248,9 +244,9 @@ class Transport:
                 f"no whole answer within {self.request_timeout:g} s", task_id=task_id
             )
         return TransportError(
-            f"{type(exc).__name__}: {_message(exc)}".replace(self._api_key, "***"),
+            f"{type(exc).__name__}: {describe_failure(exc)}".replace(self._api_key, "***"),
             task_id=task_id,
-            retryable=not isinstance(exc, _UNTRUSTED),
+            retryable=not isinstance(exc, UNTRUSTED_SERVER),
         )
 
     async def aclose(self) -> None:
@@ -311,10 +307,10 @@ class _Deadline:
 
 
 # The server is not the one it should be.
-_UNTRUSTED = (aiohttp.ClientConnectorCertificateError, aiohttp.ServerFingerprintMismatch)
+UNTRUSTED_SERVER = (aiohttp.ClientConnectorCertificateError, aiohttp.ServerFingerprintMismatch)
 
 
-def _message(exc: Exception) -> str:
+def describe_failure(exc: Exception) -> str:
     """Return the failure's text without quotes from the answer, which may echo the key."""
     if isinstance(exc, aiohttp.ClientResponseError):
         return f"{exc.status}, {exc.message.partition(':')[0]}"
@@ -323,7 +319,7 @@ def _message(exc: Exception) -> str:
     return str(exc)
 
 
-def _cause(exc: Exception) -> Exception | None:
+def safe_cause(exc: Exception) -> Exception | None:
     """Return the exception to chain: only the operating system's errors.
 
     Others hold the request's headers, or headers of the answer that may echo them. Frames are
@@ -331,6 +327,27 @@ def _cause(exc: Exception) -> Exception | None:
     """
     is_safe = isinstance(exc, OSError) and not isinstance(exc, TimeoutError)
     return exc.with_traceback(None) if is_safe else None
+
+
+def check_for_second_login(exc: Exception) -> None:
+    """Raise `ConfigurationError` if the session added a login of its own to a request."""
+    if isinstance(exc, ValueError) and "AUTHORIZATION" in str(exc):  # aiohttp found two
+        raise ConfigurationError(
+            "the session takes a login for this host from netrc, which collides with the "
+            "API key: pass one without trust_env, or remove that login"
+        ) from None
+
+
+def request_headers(api_key: str) -> CIMultiDict[str]:
+    """Return the headers of every request to the API."""
+    return CIMultiDict(
+        {
+            "Authorization": f"Bearer {api_key}",
+            "User-Agent": f"kontext-async/{__version__}",
+            "Accept": "application/json",
+            "Accept-Encoding": "identity",
+        }
+    )
 
 
 def _new_session(headers: CIMultiDict[str]) -> aiohttp.ClientSession:
