@@ -48,10 +48,10 @@ def failed(task_id="task-1", *, code=400, message="The prompt was flagged.", **f
     return entry(task_id, state="failed", **known | fields)
 
 
-def saved(folder, name, *, task_id="task-1", colour=b"\x20\x80\x70", **params):
+def saved(folder, name, *, task_id="task-1", seconds=12.5, colour=b"\x20\x80\x70", **params):
     """Write an image into the folder and return the entry of its task."""
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(plain_png(64, 48, colour))
-    known = record(task_id, **{"prompt": f"Prompt of {task_id}", **params})
+    known = record(task_id, seconds=seconds, **{"prompt": f"Prompt of {task_id}", **params})
     return entry(task_id, record=known, saved_path=name, size=path.stat().st_size)

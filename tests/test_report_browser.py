@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import csv
+import io
+import re
 import shutil
+from datetime import timedelta
 
+import attrs
 import pytest
 from browser import CHROMIUM, Browser
 from report_samples import entry, failed, record, saved
@@ -48,7 +54,7 @@ def batch(folder):
 
 
 SHOWN = """[...document.querySelectorAll('.card:not([hidden])')]
-    .map(card => card.querySelector('dd').textContent)"""
+    .map(card => card.querySelector('.id').textContent)"""
 SEE = """async image => {
     image.scrollIntoView();
     await image.decode();
@@ -141,6 +147,102 @@ async def test_a_failure_leads_to_its_tasks(page, tmp_path):
     assert page.complaints() == []
 
 
+@pytest.mark.parametrize(
+    ("order", "shown"),
+    [
+        ("seconds", ["flagged", "odd", "tram", "fox", "broken", "late"]),
+        ("-seconds", ["fox", "tram", "odd", "flagged", "broken", "late"]),
+        ("created", ["fox", "odd", "flagged", "tram", "broken", "late"]),
+        ("-created", ["tram", "fox", "odd", "flagged", "broken", "late"]),
+    ],
+)
+async def test_tasks_are_sorted_by_duration_and_by_time(order, shown, page, tmp_path):
+    """Tasks whose value is unknown come last in either direction, and the batch's order returns."""
+    later = record(seconds=20, prompt="tram")
+    later = attrs.evolve(later, create_time=later.create_time + timedelta(seconds=2))
+    entries = [
+        saved(tmp_path, "fox.png", task_id="fox", seconds=30),
+        attrs.evolve(saved(tmp_path, "tram.png", task_id="tram"), record=later),
+        saved(tmp_path, "odd.png", task_id="odd", seconds=10),
+        failed("flagged", record=record(seconds=3)),
+        failed("broken"),
+        entry("late", state="unfinished"),
+    ]
+    await page.open(write_report(tmp_path, entries))
+    assert await choose(page, order) == shown
+    assert await choose(page, "") == [entry.task_id for entry in entries]
+
+
+async def choose(page, order):
+    """Choose an order as a user does, and return the ids that are shown."""
+    await page.run(f"""(() => {{
+        const sort = document.querySelector('[name=sort]');
+        sort.value = {order!r};
+        sort.dispatchEvent(new Event('input', {{ bubbles: true }}));
+    }})()""")
+    return await page.run(SHOWN)
+
+
+async def test_ids_are_copied(page, tmp_path):
+    """One button copies a task's id; one copies the ids of the tasks shown, in their order."""
+    await page.open(batch(tmp_path))
+    await page.run("navigator.clipboard.writeText = async text => { window.copied = text; }")
+    await page.run("document.querySelectorAll('details').forEach(d => d.open = true)")
+    await page.run("document.querySelectorAll('.copy')[1].click()")
+    assert await page.run("copied") == "tram"
+    await page.run("document.querySelector('[name=state][value=failed]').click()")
+    await tab_to(page, "#copy")
+    await page.press("Enter")
+    assert await page.run("copied") == "flagged\nbroken"
+    assert await page.run(f"{FOCUS}.textContent") == "Copied"
+
+
+async def test_the_tasks_shown_are_saved_as_a_table(page, tmp_path):
+    """The file has a row for each task shown, and no cell that a spreadsheet would run."""
+    entries = [
+        saved(tmp_path, "a.png", task_id="fox", prompt='=HYPERLINK("evil"), really'),
+        failed("flagged", message="Not\nallowed"),
+    ]
+    await page.open(write_report(tmp_path, entries))
+    await page.run("URL.createObjectURL = blob => { window.saved = blob; return 'blob:x'; }")
+    await page.run("HTMLAnchorElement.prototype.click = function () { window.link = this; }")
+    await page.run("document.getElementById('export').click()")
+    assert await page.run("link.download") == "tasks.csv"
+    text = await page.run("saved.text()")
+    header, fox, flagged = csv.reader(io.StringIO(text, newline=""))
+    assert header == ["task", "state", "prompt", "model", "seconds", "file", "error"]
+    assert fox == ["fox", "done", '\'=HYPERLINK("evil"), really', "", "12.5", "a.png", ""]
+    assert flagged == ["flagged", "failed", "", "", "", "", "400 Not\nallowed"]
+
+
+async def test_the_way_back_from_an_image_keeps_the_filter(page, tmp_path):
+    """Search, state and order are as they were."""
+    await page.open(batch(tmp_path))
+    await choose(page, "seconds")
+    await page.run("document.querySelector('[name=search]').focus()")
+    await page.type("fox")
+    shown = await page.run(SHOWN)
+    await page.run("document.querySelector('.card:not([hidden]) a.picture').focus()")
+    page.events.clear()
+    await page.press("Enter")
+    await page.loaded()
+    page.events.clear()
+    await page.run("setTimeout(() => history.back())")
+    await page.loaded()
+    assert await page.run(SHOWN) == shown == ["flagged", "fox"]
+    assert await page.run("document.querySelector('[name=sort]').value") == "seconds"
+
+
+async def test_a_printed_page_holds_many_tasks(page, tmp_path):
+    """A contact sheet of 240 tasks takes at most 12 pages, and no control is printed."""
+    entries = [saved(tmp_path, f"{n}.png", task_id=f"task-{n}") for n in range(240)]
+    await page.open(write_report(tmp_path, entries))
+    printed = base64.b64decode((await page.call("Page.printToPDF"))["data"])
+    assert 1 < len(re.findall(rb"/Type\s*/Page\b", printed)) <= 12
+    await page.call("Emulation.setEmulatedMedia", media="print")
+    assert await page.run("document.getElementById('filter').offsetHeight") == 0
+
+
 async def test_the_focus_is_seen_wherever_it_is(page, tmp_path):
     """Each stop of the Tab key has an outline, and the first leads past the head."""
     await page.open(batch(tmp_path))
@@ -152,7 +254,8 @@ async def test_the_focus_is_seen_wherever_it_is(page, tmp_path):
         stops.append(await page.run(f"{FOCUS}.className || {FOCUS}.name || {FOCUS}.localName"))
         assert style == "solid", stops
     assert stops[:6] == ["skip", "show", "show", "show", "search", "state"]
-    assert stops[6:9] == ["picture", "summary", "picture"]
+    assert stops[6:9] == ["sort", "button", "button"]
+    assert stops[9:12] == ["picture", "summary", "picture"]
 
 
 async def test_everything_to_operate_has_a_name(page, tmp_path):

@@ -7,6 +7,7 @@ import hashlib
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,6 +64,7 @@ class _Card:
     prompt: str
     model: str
     duration: float | None
+    created: datetime | None
     image: str | None
     thumbnail: str | None
     no_picture: str
@@ -163,6 +165,7 @@ def _card(folder: Path, entry: LedgerEntry, image: Path | None, thumbnail: Path 
         prompt=_text(params.get("prompt")),
         model=_text(params.get("model")),
         duration=None if taken is None else taken.total_seconds(),
+        created=None if record is None else record.create_time,
         image=_url(folder, image),
         thumbnail=_url(folder, thumbnail),
         no_picture="The file is missing" if entry.saved_path else _NO_PICTURE[entry.state],
