@@ -1,8 +1,9 @@
-"""An asyncio client that waits for Flux Kontext image-generation tasks."""
+"""An asyncio client that creates Flux Kontext image-generation tasks and waits for them."""
 
 from kontext_async._version import __version__
 from kontext_async.batch import Journal
 from kontext_async.client import KontextClient
+from kontext_async.creation import SubmittedTask
 from kontext_async.errors import (
     ApiError,
     AuthenticationError,
@@ -16,6 +17,7 @@ from kontext_async.errors import (
     RateLimitedError,
     ResponseFormatError,
     ServerError,
+    SubmissionUnknownError,
     TaskNotFoundError,
     TransportError,
     WaitTimeoutError,
@@ -25,6 +27,7 @@ from kontext_async.pacing import ClientStats, RateLimit
 from kontext_async.polling import PollEvent, TaskOutcome
 from kontext_async.schedule import DurationModel, PollState, wait_learned
 from kontext_async.streams import Stream
+from kontext_async.wire import ImageRequest
 
 __all__ = [
     "ApiError",
@@ -36,6 +39,7 @@ __all__ = [
     "DurationModel",
     "GenerationFailedError",
     "Handling",
+    "ImageRequest",
     "InvalidRequestError",
     "Journal",
     "KontextClient",
@@ -48,6 +52,8 @@ __all__ = [
     "ResponseFormatError",
     "ServerError",
     "Stream",
+    "SubmissionUnknownError",
+    "SubmittedTask",
     "TaskNotFoundError",
     "TaskOutcome",
     "TaskRecord",

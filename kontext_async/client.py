@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import math
 import os
-from collections.abc import AsyncIterable, Callable, Iterable
+from collections.abc import AsyncIterable, Awaitable, Callable, Iterable
 from typing import Final, Self
 
 import aiohttp
@@ -13,6 +13,7 @@ from yarl import URL
 
 from kontext_async import wire
 from kontext_async.batch import Journal, outcome_stream, outcomes_in_order
+from kontext_async.creation import Creator, SubmittedTask, check_callback_url
 from kontext_async.errors import ConfigurationError, RateLimitedError
 from kontext_async.models import CompletedTask, TaskRecord
 from kontext_async.pacing import ClientStats, RateLimit, RequestBudget
@@ -24,15 +25,22 @@ from kontext_async.polling import (
     TaskOutcome,
     TaskWait,
     WaitPolicy,
+    check_plain_function,
     check_seconds,
 )
 from kontext_async.schedule import DurationModel, PollState, wait_learned
 from kontext_async.streams import Stream
 from kontext_async.transport import Transport
+from kontext_async.wire import ImageRequest
 
-__all__ = ["DEFAULT_BASE_URL", "KontextClient"]
+__all__ = ["DEFAULT_BASE_URL", "DEFAULT_SUBMIT_GRACE", "KontextClient"]
 
 DEFAULT_BASE_URL: Final = "https://api.apikley.ru"
+
+DEFAULT_SUBMIT_GRACE: Final = 120.0
+
+# New tasks of an account (the upstream's documentation); what exceeds it is refused, not queued.
+_CREATION_LIMIT = RateLimit(20, 10.0)
 
 _KEY_VARIABLE = "APIKLEY_API_KEY"
 
@@ -106,8 +114,13 @@ def _checked_session(session: aiohttp.ClientSession | None) -> aiohttp.ClientSes
     return session
 
 
+def _check_limit(name: str, limit: RateLimit | None) -> None:
+    if limit is not None and not isinstance(limit, RateLimit):
+        raise ConfigurationError(f"{name} must be a RateLimit or None, not {limit!r}")
+
+
 class KontextClient:
-    """A client of the Flux Kontext API that waits for image-generation tasks.
+    """A client of the Flux Kontext API: it creates image-generation tasks and waits for them.
 
     ``api_key``: None reads the environment variable ``APIKLEY_API_KEY``; surrounding white space
     is stripped. ``base_url``: https; http only to a loopback host, or with ``allow_http``.
@@ -115,6 +128,9 @@ class KontextClient:
     closed; None makes one. ``request_timeout``: seconds for one request, its body included.
     ``max_concurrency``: the most requests in flight. ``rate_limit``: None discovers it.
     ``durations``: the model of task durations to use and feed; None starts from a general guess.
+    ``callback_url``: the address that the service calls when a task ends; ``{token}`` in it is
+    replaced by a random text for each task. ``creation_limit``: the rate limit of new tasks; None
+    discovers it.
 
     A client belongs to the event loop of its first use. Closing it, with ``async with`` or
     `aclose`, ends its pending waits with `ClientStateError`.
@@ -133,6 +149,8 @@ class KontextClient:
         rate_limit: RateLimit | None = None,
         durations: DurationModel | None = None,
         allow_http: bool = False,
+        callback_url: str | None = None,
+        creation_limit: RateLimit | None = _CREATION_LIMIT,
     ) -> None:
         key = _checked_key(api_key)
         self._base_url = _checked_url(base_url, allow_http=allow_http)
@@ -143,18 +161,28 @@ class KontextClient:
             raise ConfigurationError(f"max_concurrency must be an int, not {max_concurrency!r}")
         if max_concurrency < 1:
             raise ConfigurationError("max_concurrency must be at least 1")
-        if rate_limit is not None and not isinstance(rate_limit, RateLimit):
-            raise ConfigurationError(f"rate_limit must be a RateLimit or None, not {rate_limit!r}")
+        _check_limit("rate_limit", rate_limit)
+        _check_limit("creation_limit", creation_limit)
         durations = DurationModel() if durations is None else durations
         if not isinstance(durations, DurationModel):
             raise ConfigurationError(f"durations must be a DurationModel, not {durations!r}")
+        session = _checked_session(session)
         self._transport = Transport(
             api_key=key,
             base_url=self._base_url,
-            session=_checked_session(session),
+            session=session,
             request_timeout=request_timeout,
             budget=RequestBudget(max_concurrency=max_concurrency, rate_limit=rate_limit),
             durations=durations,
+        )
+        self._creator = Creator(
+            api_key=key,
+            base_url=self._base_url,
+            session=session,
+            request_timeout=request_timeout,
+            callback_url=check_callback_url(callback_url),
+            budget=RequestBudget(max_concurrency=max_concurrency, rate_limit=creation_limit),
+            transport=self._transport,
         )
         self._default_policy = WaitPolicy(
             timeout=DEFAULT_TIMEOUT,
@@ -178,6 +206,7 @@ class KontextClient:
     async def aclose(self) -> None:
         """Close the client; its pending waits end with `ClientStateError`. Idempotent."""
         await self._transport.aclose()
+        await self._creator.aclose()
 
     @property
     def base_url(self) -> str:
@@ -189,6 +218,70 @@ class KontextClient:
         """Counts of requests and errors so far, and the present limits."""
         transport = self._transport
         return transport.budget.stats(waits=transport.waits, now=transport.loop_time)
+
+    async def submit(
+        self,
+        request: ImageRequest,
+        *,
+        submit_grace: float | None = DEFAULT_SUBMIT_GRACE,
+        token: str | None = None,
+        before_sending: Callable[[], Awaitable[object]] | None = None,
+    ) -> SubmittedTask:
+        """Create a task, and pay for it at most once.
+
+        A request that certainly created nothing is sent again, for at most ``submit_grace``
+        seconds (None is no limit, 0 raises at once): one that was not sent, or was refused with
+        429 or 455. Everything else is raised, and never sent again. `CREATION_POLICY` has each
+        case.
+
+        ``token``: replaces ``{token}`` in the client's ``callback_url``; None makes one.
+        ``before_sending``: awaited when the connection stands, just before the first byte. If it
+        raises, nothing is sent, and the caller gets the exception.
+
+        Raises `SubmissionUnknownError` if the task may have been created, `TransportError` if
+        nothing was sent, `ApiError` if the service refused it, `ConfigurationError` for a bad
+        argument, and `ClientStateError` once the client is closed.
+        """
+        if not isinstance(request, ImageRequest):
+            raise ConfigurationError(
+                f"request must be an ImageRequest, not {type(request).__name__}"
+            )
+        check_seconds("submit_grace", submit_grace)
+        return await self._creator.submit(
+            request, submit_grace=submit_grace, token=token, before_sending=before_sending
+        )
+
+    async def run(
+        self,
+        request: ImageRequest,
+        *,
+        on_submitted: Callable[[SubmittedTask], object] | None = None,
+        timeout: float | None = DEFAULT_TIMEOUT,
+        wait: Callable[[PollState], float] | None = None,
+        error_grace: float | None = DEFAULT_ERROR_GRACE,
+        not_found_grace: float | None = DEFAULT_NOT_FOUND_GRACE,
+        on_event: Callable[[PollEvent], object] | None = None,
+    ) -> CompletedTask:
+        """Create a task, and wait until it succeeds: `submit` and `wait_for_result` in one call.
+
+        ``on_submitted``: called with the `SubmittedTask` before the wait begins; its exceptions
+        reach the caller. Every error that comes later has the ``task_id``: wait for that id, and
+        do not create the task again. The other arguments are those of `wait_for_result`;
+        ``timeout`` counts from the creation.
+        """
+        check_plain_function("on_submitted", on_submitted)
+        self._policy(timeout, wait, error_grace, not_found_grace, on_event)  # before it is paid
+        task = await self.submit(request)
+        if on_submitted is not None:
+            on_submitted(task)
+        return await self.wait_for_result(
+            task.task_id,
+            timeout=timeout,
+            wait=wait,
+            error_grace=error_grace,
+            not_found_grace=not_found_grace,
+            on_event=on_event,
+        )
 
     async def record_info(self, task_id: str) -> TaskRecord:
         """Poll a task once, and return its record, whatever its status.

@@ -27,6 +27,7 @@ __all__ = [
     "RateLimitedError",
     "ResponseFormatError",
     "ServerError",
+    "SubmissionUnknownError",
     "TaskNotFoundError",
     "TransportError",
     "WaitTimeoutError",
@@ -140,9 +141,9 @@ class ApiError(KontextError):
         if self.code in (429, 455) or (self.code == 503 and self.retry_after is not None):
             return Handling.BACK_OFF
         # 505 says that the feature is disabled (the provider's sibling pages). Most 4xx without an
-        # envelope are a gateway's, and pass: a rollout, a challenge page.
+        # envelope are a gateway's, and pass: a rollout, a challenge page. 3xx is a redirect.
         is_final = self.code == 505 or (
-            self.code in (402, 404, 422)
+            self.code < 400 or self.code in (402, 404, 422)
             if self.from_gateway
             else 400 <= self.code < 500 and self.code != 408
         )
@@ -294,6 +295,39 @@ class TransportError(KontextError):
 
     def __str__(self) -> str:
         return f"{self._about()}{self._one_line(self.args[0])}"
+
+
+class SubmissionUnknownError(KontextError):
+    """Raised when the answer to the request for a task is lost: the task may have been created.
+
+    It may be paid for, so the client does not send the request again by itself. Look for the task
+    in the provider's log before you do. ``code`` is the answer's envelope code and ``http_status``
+    its HTTP status, None where there was none. ``token`` is the one in the callback's address,
+    None without one: a callback that brings it names the task.
+    """
+
+    title = "Creation uncertain"
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        code: int | None = None,
+        http_status: int | None = None,
+        token: str | None = None,
+    ) -> None:
+        super().__init__(problem)
+        self.code = code
+        self.http_status = http_status
+        self.token = token
+
+    def __str__(self) -> str:
+        code = "" if self.code is None else f", code {self.code}"
+        http = "" if self.http_status is None else f" (HTTP {self.http_status}{code})"
+        return (
+            f"the task may have been created{http}: {self._one_line(self.args[0])}; it may be "
+            "paid for: look for it in the provider's log before you send the request again"
+        )
 
 
 class WaitTimeoutError(KontextError, TimeoutError):

@@ -38,6 +38,7 @@ __all__ = [
     "TaskOutcome",
     "TaskWait",
     "WaitPolicy",
+    "check_plain_function",
     "check_seconds",
 ]
 
@@ -100,15 +101,21 @@ def _seconds(instance: object, attribute: attrs.Attribute[Any], value: object) -
     check_seconds(attribute.name, value)
 
 
-def _plain_callable(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
-    if value is None or isinstance(value, wait_base):
+def check_plain_function(name: str, value: object) -> None:
+    """Raise `ConfigurationError` unless the value is None or can be called without `await`."""
+    if value is None:
         return
     if not callable(value):
-        raise ConfigurationError(f"{attribute.name} must be callable, not {value!r}")
+        raise ConfigurationError(f"{name} must be callable, not {value!r}")
     if _is_async(value):
         raise ConfigurationError(
-            f"{attribute.name} must be a plain function: an `async def` would never be awaited"
+            f"{name} must be a plain function: an `async def` would never be awaited"
         )
+
+
+def _plain_callable(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    if not isinstance(value, wait_base):
+        check_plain_function(attribute.name, value)
 
 
 def _is_async(function: Any) -> bool:

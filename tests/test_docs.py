@@ -57,7 +57,7 @@ def is_for_pytest(code):
 @pytest.fixture(scope="module")
 def simulator():
     """Serve the tasks that the pages name."""
-    with serving() as running:
+    with serving(durations=0.0) as running:
         for task_id in ("task12345", "task12346", "task12347"):
             running.add_task(task_id, duration=12.0, outcome="success", age=60.0)
         running.add_task("task-flagged", duration=1.0, outcome=Failure(400, "flagged"), age=60.0)

@@ -8,13 +8,20 @@ from pathlib import Path
 
 import pytest
 
-from kontext_async.simulator import FAULTS, IMAGE_STEPS, STEPS, Simulator, StepRequest
+from kontext_async.simulator import (
+    CREATION_STEPS,
+    FAULTS,
+    IMAGE_STEPS,
+    STEPS,
+    Simulator,
+    StepRequest,
+)
 from kontext_async.simulator.clock import Clock
 from kontext_async.simulator.replies import Reply
 from kontext_async.simulator.tasks import Task
 
 PAGE = (Path(__file__).parent.parent / "docs" / "simulator.md").read_text(encoding="utf-8")
-RECORDS, IMAGES = PAGE.partition("(steps-by-name)=")[2].split("(steps-for-images)=")
+_, RECORDS, CREATIONS, IMAGES = re.split(r"\(steps-[a-z-]+\)=", PAGE)
 ROW = re.compile(r"^\| `(\w+)`( ⏹)?( ✱)? \|", re.MULTILINE)
 
 
@@ -42,6 +49,10 @@ def test_every_image_step_has_its_row_in_one_of_the_tables():
     own = set(rows(IMAGES))
     assert own <= set(IMAGE_STEPS)
     assert set(IMAGE_STEPS) - own <= set(rows(RECORDS))
+
+
+def test_every_step_of_a_request_to_generate_has_its_row():
+    assert set(rows(CREATIONS)) == set(CREATION_STEPS) - set(STEPS)
 
 
 def test_every_parameter_has_its_row_with_its_default():

@@ -57,7 +57,7 @@ GOOD = [
     {"enableTranslation": True},
     {"uploadCn": False},
     {"inputImage": "https://example.com/a.png", "safetyTolerance": 2},
-    *({"aspectRatio": ratio} for ratio in ("21:9", "16:9", "4:3", "1:1", "3:4", "9:16")),
+    *({"aspectRatio": ratio} for ratio in ("21:9", "16:9", "4:3", "1:1", "3:4", "9:16", "16:21")),
     {"outputFormat": "png"},
     {"outputFormat": "jpeg"},
     {"promptUpsampling": True},
@@ -85,14 +85,11 @@ BAD = [
     ({"inputImage": "a.png"}, "inputImage"),
     ({"inputImage": 5}, "inputImage"),
     ({"inputImage": "http://[::1"}, "inputImage"),
-    ({"inputImage": "https://example.com/a.png", "safetyTolerance": 3}, "0 to 2"),
     ({"aspectRatio": "2:1"}, "aspectRatio"),
     ({"outputFormat": "webp"}, "outputFormat"),
     ({"promptUpsampling": None}, "promptUpsampling"),
     ({"model": "flux"}, "model"),
     ({"callBackUrl": "ftp://example.com"}, "callBackUrl"),
-    ({"safetyTolerance": 7}, "safetyTolerance"),
-    ({"safetyTolerance": -1}, "safetyTolerance"),
     ({"safetyTolerance": True}, "safetyTolerance"),
     ({"safetyTolerance": "2"}, "safetyTolerance"),
     ({"watermark": 1}, "watermark"),
@@ -142,3 +139,55 @@ async def test_a_task_exists_although_the_reply_is_lost():
         with pytest.raises(aiohttp.ClientPayloadError):
             await post(simulator, {"prompt": "a"})
         assert simulator.polls(simulator.requests[-1].task_id) == 0
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"safetyTolerance": 7},
+        {"safetyTolerance": -1},
+        {"safetyTolerance": 3, "inputImage": "https://example.com/a.png"},
+    ],
+    ids=str,
+)
+async def test_a_tolerance_out_of_range_is_an_internal_error(simulator, params):
+    """As the service answers it, and no task is created."""
+    _, answer = await post(simulator, {"prompt": "a", **params})
+    assert (answer["code"], answer["data"]) == (500, None)
+    assert "out of range" in answer["msg"]
+    assert simulator.created == []
+
+
+async def test_credits_are_spent_by_tasks_alone():
+    """One for each; at zero there is code 402."""
+    async with Simulator(credits=2, generate_script=["code_422", "made_no_id"]) as simulator:
+        codes = [(await post(simulator, {"prompt": "a"}))[1]["code"] for _ in range(5)]
+        assert codes == [422, 200, 200, 402, 402]
+        assert len(simulator.created) == 2
+
+
+async def test_requests_to_generate_have_a_limit_of_their_own():
+    async with Simulator(creation_limit=FixedWindow(2, 10.0), retry_after=True) as simulator:
+        codes = [(await post(simulator, {"prompt": "a"}))[1]["code"] for _ in range(3)]
+        assert codes == [200, 200, 429]
+        assert len(simulator.created) == 2
+
+
+async def test_some_answers_are_lost_although_the_task_is_created():
+    """By the rate that is asked for; the tasks are known in order."""
+    lost = 0
+    async with Simulator(lost_answer_rate=0.3) as simulator:
+        for _ in range(60):
+            try:
+                status, answer = await post(simulator, {"prompt": "a"})
+            except (aiohttp.ClientError, ValueError):
+                lost += 1
+            else:
+                lost += not (status == 200 and answer["code"] == 200 and answer["data"])
+        assert len(simulator.created) == 60
+    assert 8 <= lost <= 28
+
+
+def test_a_rate_outside_of_zero_to_one_is_refused():
+    with pytest.raises(ValueError, match="lost_answer_rate"):
+        Simulator(lost_answer_rate=1.5)

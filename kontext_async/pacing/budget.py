@@ -206,6 +206,11 @@ class RequestBudget:
         self._pause.probe_lost(sent=sent)
         self._dispatch(loop, loop.time())
 
+    def pause_for(self, error: KontextError) -> None:
+        """Pause as for this error of a request that had no permit of this budget."""
+        now = asyncio.get_running_loop().time()
+        self._pause.observe(error, now=now, sent=now)
+
     def blocked_by(self, task_id: str, now: float) -> KontextError | None:
         """Return the error that keeps a request of this task back, None if nothing does.
 

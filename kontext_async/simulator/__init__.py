@@ -3,6 +3,7 @@
 It uses only this library's models, so a defect elsewhere in the library cannot hide itself here.
 """
 
+from kontext_async.simulator.creations import CREATION_STEPS
 from kontext_async.simulator.images import IMAGE_STEPS
 from kontext_async.simulator.limits import FixedWindow, Limit, SlidingWindow, TokenBucket
 from kontext_async.simulator.log import LoggedRequest
@@ -12,6 +13,7 @@ from kontext_async.simulator.steps import FAULTS, STEPS, StepLike
 from kontext_async.simulator.tasks import Durations, Failure, Step, StepRequest, lognormal
 
 __all__ = [
+    "CREATION_STEPS",
     "FAULTS",
     "IMAGE_STEPS",
     "STEPS",

@@ -37,8 +37,8 @@ def _is_http_url(value: Any) -> bool:
     return parts.scheme in ("http", "https") and bool(parts.netloc)
 
 
-def _is_tolerance(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 6
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 _STRING = _Rule(_is_string, "a string")
@@ -50,34 +50,35 @@ _RULES: Mapping[str, _Rule] = {
     "enableTranslation": _BOOLEAN,
     "uploadCn": _BOOLEAN,
     "inputImage": _URL,
-    "aspectRatio": _one_of("21:9", "16:9", "4:3", "1:1", "3:4", "9:16"),
+    "aspectRatio": _one_of("21:9", "16:9", "4:3", "1:1", "3:4", "9:16", "16:21"),
     "outputFormat": _one_of("jpeg", "png"),
     "promptUpsampling": _BOOLEAN,
     "model": _one_of("flux-kontext-pro", "flux-kontext-max"),
     "callBackUrl": _URL,
-    "safetyTolerance": _Rule(_is_tolerance, "an integer from 0 to 6"),
+    "safetyTolerance": _Rule(_is_integer, "an integer"),
     "watermark": _STRING,
 }
 
 
-def problem_with(params: Any) -> str | None:
-    """Return the API's reason to refuse a request with code 422; None for a valid one.
+def problem_with(params: Any) -> tuple[int, str] | None:
+    """Return the API's code and reason to refuse a request; None for a valid one.
 
     Unknown fields are ignored.
     """
     if not isinstance(params, dict):
-        return "the body must be a JSON object"
+        return 422, "the body must be a JSON object"
     fields = cast("dict[str, Any]", params)
     for name, rule in _RULES.items():
         if name in fields and not rule.is_valid(fields[name]):
-            return f"{name} must be {rule.wanted}"
+            return 422, f"{name} must be {rule.wanted}"
     prompt = fields.get("prompt", "")
     if not prompt.strip():
-        return "prompt is required"
+        return 422, "prompt is required"
     if not fields.get("enableTranslation", True) and not _is_latin(prompt):
-        return "prompt must be in English unless enableTranslation is true"
-    if "inputImage" in fields and fields.get("safetyTolerance", 2) > 2:
-        return "safetyTolerance must be from 0 to 2 where inputImage is given"
+        return 422, "prompt must be in English unless enableTranslation is true"
+    highest = 2 if "inputImage" in fields else 6
+    if not 0 <= fields.get("safetyTolerance", 2) <= highest:
+        return 500, f"The security tolerance level is out of range and should be 0-{highest}."
     return None
 
 

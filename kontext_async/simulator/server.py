@@ -13,6 +13,7 @@ from urllib.parse import unquote
 from aiohttp import web
 
 from kontext_async.simulator.clock import Clock
+from kontext_async.simulator.creations import CREATION_STEPS, LOST_ANSWERS
 from kontext_async.simulator.generation import problem_with
 from kontext_async.simulator.images import IMAGE_STEPS, make_image
 from kontext_async.simulator.limits import Limit
@@ -70,12 +71,19 @@ class Simulator:
     - ``api_key``: the only key accepted. None: any key.
     - ``latency``: seconds before each reply.
     - ``auto_create``: True creates a task at the first poll of an unknown id.
-    - ``generate_script``: steps for the first requests to generate, one each.
+    - ``generate_script``: steps for the first requests to generate, one each, by the names in
+      `CREATION_STEPS`.
+    - ``lost_answer_rate``: fraction of the requests to generate, 0 to 1, that create a task
+      although the answer is lost. Scripted requests are not.
+    - ``creation_limit``: requests to generate above it are refused with 429. None: no limit.
+    - ``credits``: the balance; a task costs 1, and at 0 requests to generate are refused with
+      402. None: no end.
     - ``image_bytes``: minimum size of an image.
     - ``log_limit``: number of requests that ``requests`` keeps, the latest. None: all.
     - ``seed``: the same seed gives the same id the same duration, outcome and faults.
 
-    ``requests`` is the log. ``answered`` and ``refused`` count the requests to the API that the
+    ``requests`` is the log, and ``created`` the ids of the tasks that requests created, in order.
+    ``answered`` and ``refused`` count the requests to the API that the
     rate limit admitted and refused. ``max_in_flight`` is the most requests served at once.
 
     Raises ValueError for a rate outside 0 to 1, and for an unknown step.
@@ -95,12 +103,15 @@ class Simulator:
         latency: float = 0.0,
         auto_create: bool = False,
         generate_script: Iterable[StepLike] = (),
+        lost_answer_rate: float = 0.0,
+        creation_limit: Limit | None = None,
+        credits: int | None = None,  # noqa: A002  # the API's word
         image_bytes: int = 0,
         log_limit: int | None = 10_000,
         seed: int = 0,
     ) -> None:
-        if not (0 <= failure_rate <= 1 and 0 <= fault_rate <= 1):
-            raise ValueError("failure_rate and fault_rate must be from 0 to 1")
+        if not all(0 <= rate <= 1 for rate in (failure_rate, fault_rate, lost_answer_rate)):
+            raise ValueError("failure_rate, fault_rate and lost_answer_rate must be from 0 to 1")
         self._port = port
         self._store = TaskStore(durations=durations, failure_rate=failure_rate, seed=seed)
         self._random = KeyedRandom(seed)
@@ -112,7 +123,12 @@ class Simulator:
         self._api_key = api_key
         self._latency = latency
         self._auto_create = auto_create
-        self._generate_script = as_script(generate_script)
+        self._generate_script = as_script(generate_script, CREATION_STEPS)
+        self._lost_answer_rate = lost_answer_rate
+        self._lost_answers = [CREATION_STEPS[name] for name in LOST_ANSWERS]
+        self._creation_limit = copy.deepcopy(creation_limit)
+        self._credits = credits
+        self._creations = 0
         self._image_bytes = image_bytes
         self._clock = Clock()
         self._runner: web.ServerRunner | None = None
@@ -120,6 +136,7 @@ class Simulator:
         self._running: set[asyncio.Task[None]] = set()
         self._sent, self._sent_last = _Sent(reusable=True), _Sent(reusable=False)
         self.requests: deque[LoggedRequest] = deque(maxlen=log_limit)
+        self.created: list[str] = []
         self.answered = 0
         self.refused = 0
         self.max_in_flight = 0
@@ -283,15 +300,26 @@ class Simulator:
             params = json.loads(body)
         except ValueError:
             return refused(422, "the body must be JSON")
-        problem = problem_with(params)
-        if problem:
-            return refused(422, problem)
+        refusal = problem_with(params)
+        if refusal is not None:
+            return refused(*refusal)
+        if self._credits == 0:
+            return refused(402)
+        wait = self._creation_limit.admit(self._clock.now) if self._creation_limit else 0.0
+        if wait:
+            return refused(429, status=429, retry_after=wait if self._retry_after else None)
         task = self._store.make(self._store.new_id(), self._clock.now, params=params)
-        step = next(self._generate_script, None)
+        self._creations += 1
+        step = next(self._generate_script, None) or self._random.step(
+            f"generate/{self._creations}", self._lost_answer_rate, self._lost_answers
+        )
         return self._step_reply(step, request, task, lambda: self._created_reply(task, logged))
 
     def _created_reply(self, task: Task, logged: LoggedRequest) -> Reply:
         logged.task_id = self._store.add(task).task_id
+        self.created.append(task.task_id)
+        if self._credits is not None:
+            self._credits -= 1
         return envelope({"taskId": task.task_id})
 
     def _image(

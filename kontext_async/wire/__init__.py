@@ -1,6 +1,37 @@
 """The API's HTTP contract as pure functions: requests to send, and answers to read."""
 
+from kontext_async.wire.creations import (
+    CREATION_POLICY,
+    GENERATE,
+    LOST,
+    NOT_SENT,
+    UNTRUSTED,
+    Action,
+    Creation,
+    CreationRule,
+    ImageRequest,
+    Verdict,
+    read_creation,
+)
 from kontext_async.wire.envelope import MAX_BODY, retry_after
 from kontext_async.wire.records import RECORD_INFO, check_task_id, decode, server_age
 
-__all__ = ["MAX_BODY", "RECORD_INFO", "check_task_id", "decode", "retry_after", "server_age"]
+__all__ = [
+    "CREATION_POLICY",
+    "GENERATE",
+    "LOST",
+    "MAX_BODY",
+    "NOT_SENT",
+    "RECORD_INFO",
+    "UNTRUSTED",
+    "Action",
+    "Creation",
+    "CreationRule",
+    "ImageRequest",
+    "Verdict",
+    "check_task_id",
+    "decode",
+    "read_creation",
+    "retry_after",
+    "server_age",
+]
