@@ -176,7 +176,7 @@ class TestBatch:
                 writers.callback(connection.close)
             result = kontext("batch", "--from", "-", "--into", "out", input=text)
         assert result.exit_code == 4
-        assert "another process is writing to it" in result.stderr
+        assert "it is open in another batch" in result.stderr
         assert requested(simulator, task_id) == []
 
     def test_a_report_without_its_extra_is_wrong_usage(self, kontext, simulator, monkeypatch):

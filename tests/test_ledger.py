@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import random
 import sqlite3
 import tempfile
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import anyio
 import attrs
 import pytest
 from client_world import KEY, error_of, make_client
@@ -157,6 +159,27 @@ async def test_a_ledger_may_be_opened_again(client, simulator, path):
 # Ids
 
 
+@pytest.mark.parametrize("steps", [30, 50, 80])
+async def test_leaving_by_an_anyio_scope_leaves_the_file_free(client, simulator, path, steps):
+    """Such a scope cancels each await until it is left; the next run opens the file at once."""
+    ids = [simulator.add_task(duration=3600.0) for _ in range(20)]
+    with anyio.CancelScope() as scope:
+        async with asyncio.TaskGroup() as group:
+
+            async def leave():
+                for _ in range(steps):
+                    await asyncio.sleep(0.001)
+                scope.cancel()
+
+            group.create_task(leave())
+            async with Ledger(path) as ledger:
+                outcomes = ledger.as_completed(client, ids)
+                await anext(outcomes)
+    async with Ledger(path):
+        assert scope.cancelled_caught
+    await outcomes.aclose()
+
+
 async def test_ids_may_be_added_before_they_are_waited_for(client, simulator, path):
     """In their order; those that are known stay as they are."""
     simulator.add_task("b", duration=0)
@@ -242,6 +265,27 @@ async def test_an_unreadable_entry_ends_the_batch_that_needs_it(client, simulato
     assert "task 'done' is unreadable" in str(
         await error_of(run(path, client, ["done"]), LedgerError)
     )
+
+
+async def test_flipped_bytes_are_named_or_harmless(path):
+    """Whatever a bad disk makes of the file, reading and opening give entries or a `LedgerError`."""
+    async with Ledger(path) as ledger:
+        await ledger.add(f"t\N{LATIN SMALL LETTER A WITH DIAERESIS}sk-{n}" for n in range(200))
+    whole = path.read_bytes()
+    refused = 0
+    for seed in range(300):
+        choice = random.Random(seed)
+        damaged = bytearray(whole)
+        for _ in range(choice.choice([1, 3, 30])):
+            damaged[choice.randrange(len(damaged))] = choice.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            list(Ledger.read(path))
+            async with Ledger(path):
+                pass
+        except LedgerError:
+            refused += 1
+    assert 0 < refused < 300
 
 
 async def test_a_ledger_without_its_table_is_refused(path):

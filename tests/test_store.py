@@ -321,7 +321,7 @@ async def test_a_second_writer_is_refused_and_a_reader_is_not(store, path):
     """In the same process; the second may write when the first has closed."""
     await store.run(ADD, ("a",))
     error = await error_of(Store(path).open(), LedgerError)
-    assert "another process is writing to it: one batch at a time" in str(error)
+    assert "it is open in another batch, of this process or another" in str(error)
     assert read(path) == ["a"]
     await store.run(ADD, ("b",))
     await store.aclose()
@@ -350,7 +350,7 @@ async def test_another_process_is_a_second_writer_too(path):
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as other:
         assert other.stdout.readline() == b"open\n"
-        assert "another process" in str(await error_of(Store(path).open(), LedgerError))
+        assert "open in another batch" in str(await error_of(Store(path).open(), LedgerError))
         assert read(path) == ["theirs"]
         other.kill()
     await make(path, "ours")

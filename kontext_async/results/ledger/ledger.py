@@ -94,9 +94,11 @@ class Ledger:
 
         Batches under way end with `ClientStateError`. Raises `LedgerError` if a write failed.
         """
-        for stream in list(self._streams):
-            await stream.abort(ClientStateError(f"ledger {self._path}: it was closed"))
-        await self._store.aclose()
+        try:
+            for stream in list(self._streams):
+                await stream.abort(ClientStateError(f"ledger {self._path}: it was closed"))
+        finally:  # also while cancelled: an open store keeps the file locked
+            await self._store.aclose()
         self._images.raise_failure()
 
     @staticmethod

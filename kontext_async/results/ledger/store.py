@@ -57,7 +57,7 @@ _MIGRATIONS = (
 _COMMIT_DELAY = 0.01
 
 _ADVICE = {
-    sqlite3.SQLITE_BUSY: "another process is writing to it: one batch at a time",
+    sqlite3.SQLITE_BUSY: "it is open in another batch, of this process or another: one at a time",
     sqlite3.SQLITE_CANTOPEN: "it cannot be opened: check that its folder is writable",
     sqlite3.SQLITE_CORRUPT: "it is damaged; it has been left as it is",
     sqlite3.SQLITE_FULL: "the disk is full; what was recorded before is safe",
@@ -75,6 +75,9 @@ def translate_errors(path: Path) -> Generator[None]:
         code = getattr(exc, "sqlite_errorcode", 0) & 0xFF  # without the details
         advice = _ADVICE.get(code)
         raise LedgerError(f"ledger {path}: {f'{advice} ({exc})' if advice else exc}") from exc
+    except UnicodeDecodeError as exc:  # SQLite's message quotes bytes of a damaged file
+        advice = _ADVICE[sqlite3.SQLITE_CORRUPT]
+        raise LedgerError(f"ledger {path}: {advice}") from exc
     except OSError as exc:
         raise LedgerError(f"ledger {path}: {exc.strerror or exc}") from exc
 
