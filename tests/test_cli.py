@@ -23,7 +23,9 @@ from kontext_async import (
     GenerationFailedError,
     KontextClient,
     KontextError,
+    PollEvent,
     TaskOutcome,
+    TaskRecord,
     TaskStatus,
     TransportError,
     WaitTimeoutError,
@@ -42,6 +44,7 @@ from kontext_async.simulator import (
 
 KEY = "marker-key-5f1c"
 ANSI = "\x1b"
+GENERATING = TaskRecord(task_id="t", status=TaskStatus.GENERATING)
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +68,12 @@ def kontext(simulator, monkeypatch):
 
 def lines(result):
     return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def polled(task_id, record, error=None):
+    return PollEvent(
+        task_id=task_id, attempt=1, elapsed=0.1, record=record, error=error, next_delay=1.0
+    )
 
 
 def failing(outcome=None, **task):
@@ -198,7 +207,7 @@ class TestWait:
     @pytest.mark.parametrize(
         ("line", "problem"),
         [
-            ("{not json}", "not a JSON object"),
+            ("{not json}", "not JSON: Expecting"),
             ('{"id": "x"}', "without taskId"),
             ('{"taskId": 5}', "must be a str"),
             ('{"taskId": " "}', "blank"),
@@ -225,13 +234,20 @@ class TestWait:
         result = kontext("wait", "--from", "-", input=f"{line}\r\n")
         assert [line["taskId"] for line in lines(result)] == [task_id]
 
-    def test_of_many_bad_lines_ten_are_named(self, kontext):
+    def test_of_many_bad_lines_ten_are_named(self, kontext, tmp_path):
         """Each has a line of its own, and the rest are counted."""
-        result = kontext("wait", "--from", "-", input="{\n" * 15)
-        assert "standard input, line 2: not a JSON object\n" in result.stderr
+        file = tmp_path / "ids.txt"
+        file.write_text("{\n" * 15)
+        result = kontext("wait", "--from", str(file))
+        assert f"{file}, line 2: not JSON: " in result.stderr
         assert "line 10" in result.stderr
         assert "line 11" not in result.stderr
         assert "and 5 more" in result.stderr
+        result = kontext("wait", "--from", "-", input="{\n" * 15)
+        assert result.exit_code == 2
+        assert "standard input, line 10: not JSON: " in result.stderr
+        assert "line 11" not in result.stderr
+        assert "5 more lines hold no id" in result.stderr
 
     def test_no_ids_is_wrong_usage(self, kontext):
         """A call without ids, or with an empty file, ends with exit code 2."""
@@ -272,10 +288,22 @@ class TestWait:
         assert by_id[refused]["outcome"] == "failed"
 
     def test_only_the_first_errors_are_shown(self, kontext, simulator):
-        """Twenty errors go to standard error; every outcome is printed."""
-        result = kontext("wait", *(simulator.add_task(**failing()) for _ in range(25)))
-        assert len(lines(result)) == 25
-        assert result.stderr.count("It was flagged.") == 20
+        """One of each kind goes to standard error, and the others are counted by their kind."""
+        ids = [simulator.add_task(**failing()) for _ in range(25)]
+        broken = [simulator.add_task(**failing(Failure(501, f"no {n}"))) for n in range(2)]
+        result = kontext("wait", *ids, *broken)
+        assert len(lines(result)) == 27
+        assert result.stderr.count("It was flagged.") == 1
+        assert "24 more with GenerationFailedError 400: " in result.stderr
+        assert "1 more with GenerationFailedError 501: " in result.stderr
+        assert sum(task_id in result.stderr for task_id in ids) == 4
+
+    def test_of_many_kinds_of_errors_ten_are_shown(self, kontext, simulator):
+        """The results have them all."""
+        failures = [Failure(500 + n, "no") for n in range(12)]
+        result = kontext("wait", *(simulator.add_task(**failing(f)) for f in failures))
+        assert len(lines(result)) == 12
+        assert result.stderr.count("GENERATE_FAILED") == 10
         assert result.stderr.count("More errors are in the results") == 1
 
     def test_text_from_outside_is_not_interpreted(self, kontext, simulator):
@@ -419,14 +447,25 @@ class TestResuming:
     def test_few_ids_are_all_named(self, capsys):
         """The command that resumes can be copied."""
         tally = Tally(["task 1", "task2"])
-        waiting.say_how_to_resume(tally, None)
+        for task_id in tally.unfinished:
+            tally.count_poll(polled(task_id, GENERATING))
+        waiting.say_how_to_resume(tally, None, "--base-url http://127.0.0.1:1 ")
         said = capsys.readouterr().err
-        assert "Still generating: task 1, task2" in said
-        assert "kontext wait 'task 1' task2" in said
+        assert "Still generating: task 1, task2\nThey are paid for.\n" in said
+        assert "kontext wait --base-url http://127.0.0.1:1 'task 1' task2" in said
+
+    def test_nothing_is_said_of_payment_for_ids_that_nobody_has_seen(self, capsys):
+        """While the API is down, an id may be anything."""
+        tally = Tally(["task1", "task2"])
+        tally.count_poll(polled("task1", None, TransportError("refused")))
+        waiting.say_how_to_resume(tally, None, "")
+        said = capsys.readouterr().err
+        assert said.startswith("2 tasks have not been seen yet.\n")
+        assert "paid" not in said
 
     def test_an_id_is_not_taken_for_an_option(self, capsys):
         """Two dashes come before ids of which one begins with a dash."""
-        waiting.say_how_to_resume(Tally(["-x1", "task2"]), None)
+        waiting.say_how_to_resume(Tally(["-x1", "task2"]), None, "")
         assert "kontext wait -- -x1 task2" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
@@ -434,14 +473,17 @@ class TestResuming:
     )
     def test_many_ids_are_named_in_part(self, capsys, source, file):
         """The first twenty are named, and the command reads all from a file."""
-        waiting.say_how_to_resume(Tally(f"task{n}" for n in range(1000)), source)
+        tally = Tally(f"task{n}" for n in range(1000))
+        for task_id in tally.unfinished:
+            tally.count_poll(polled(task_id, GENERATING))
+        waiting.say_how_to_resume(tally, source, "")
         said = capsys.readouterr().err
         assert "task19 and 980 more" in said
         assert f"kontext wait --from {file}" in said
 
     def test_nothing_is_left_to_resume(self, capsys):
         """An interrupt after the last outcome prints nothing."""
-        waiting.say_how_to_resume(Tally([]), None)
+        waiting.say_how_to_resume(Tally([]), None, "")
         assert capsys.readouterr().err == ""
 
 
@@ -473,7 +515,7 @@ class TestProgress:
         assert code == 0
         said = capsys.readouterr().err
         assert said.startswith("Waiting for 3 tasks\n")
-        assert "1 done, 0 failed, 2 in flight, 0.1/s, ETA 0:00:20\n" in said
+        assert "1 of 3, 1 done, 0 failed, 2 in flight, 0.1/s, 0:00:20 left\n" in said
         assert said.splitlines()[-1].startswith("3 done, 0 failed in ")
         assert ANSI not in said
         assert len(tally.lags) == 3
@@ -493,7 +535,7 @@ class TestProgress:
         )
         said = screen.getvalue()
         assert "Waiting for 1 task\n" in said
-        assert "0 done, 0 failed, 1 in flight" in said
+        assert "0 of 1, 0 done, 0 failed, 1 in flight" in said
         assert f"\x1b[2K<{task_id}>\n" in said
 
     @pytest.mark.virtual_time

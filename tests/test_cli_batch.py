@@ -138,9 +138,10 @@ class TestBatch:
     def test_a_bad_line_is_reported_before_any_request(self, kontext, simulator):
         """The message has the line's number, no folder is made, and the exit code is 2."""
         before = len(simulator.requests)
-        result = kontext("batch", "--from", "-", "--into", "out", input="task-1\n{}\n")
+        Path("ids").write_text("task-1\n{}\n")
+        result = kontext("batch", "--from", "ids", "--into", "out")
         assert result.exit_code == 2
-        assert "standard input, line 2: a JSON object without taskId" in result.stderr
+        assert "ids, line 2: a JSON object without taskId" in result.stderr
         assert len(simulator.requests) == before
         assert not Path("out").exists()
 
@@ -315,7 +316,7 @@ def test_an_interrupted_batch_says_how_to_continue(finished, capsys):
         tally.count_outcome(
             TaskOutcome(task_id=task_id, error=TransportError("reset", task_id=task_id))
         )
-    batch.say_how_to_continue(tally, Path("out"))
+    batch.say_how_to_continue(tally, Path("out"), "--report ")
     said = capsys.readouterr().err
-    assert ("paid for" in said) is (finished == 0)
-    assert said.endswith("kontext batch --into out\n")
+    assert ("2 tasks have not been seen yet" in said) is (finished == 0)
+    assert said.endswith("kontext batch --report --into out\n")

@@ -19,6 +19,7 @@ from background import serving
 
 import kontext_async
 from kontext_async.results import Ledger
+from kontext_async.simulator import Failure
 
 KEY = "marker-key-77aa"
 COMMAND = [sys.executable, "-P", "-m", "kontext_async"]
@@ -107,7 +108,7 @@ def test_ctrl_c_names_the_unfinished_tasks(start, simulator):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=5)
     assert process.returncode == 130
-    assert f"kontext wait {running[0]} {running[1]}" in err
+    assert f"kontext wait --base-url {simulator.base_url} {running[0]} {running[1]}" in err
     assert done not in err
     assert "Traceback" not in err
 
@@ -126,7 +127,7 @@ def test_ctrl_c_says_how_to_continue_a_batch(start, simulator, tmp_path):
     _, err = process.communicate(timeout=10)
     assert process.returncode == 130
     assert "1 done, 0 failed, 1 saved, of 2 tasks" in err
-    assert f"kontext batch --into '{folder}'" in err
+    assert f"kontext batch --base-url {simulator.base_url} --into '{folder}'" in err
     assert "Traceback" not in err
     states = {entry.task_id: entry.state for entry in Ledger.read(folder / "kontext.sqlite3")}
     assert states == {good: "done", running: "waiting"}
@@ -187,3 +188,134 @@ def test_a_crash_shows_no_locals(start, simulator):
     out, err = process.communicate(timeout=20)
     assert "ZeroDivisionError" in err
     assert KEY not in out + err
+
+
+def test_ids_are_polled_while_standard_input_is_still_being_written(start, simulator, tmp_path):
+    """The first result comes before the second id, and a bad line is named at once."""
+    first, second = (simulator.add_task(duration=0.0, outcome="success") for _ in range(2))
+    options = ("--from", "-", "--into", tmp_path / "out", "--base-url", simulator.base_url)
+    process = start("batch", *options, stdin=subprocess.PIPE)
+    process.stdin.write(f"{first}\n")
+    process.stdin.flush()
+    assert json.loads(process.stdout.readline())["taskId"] == first
+    process.stdin.write(f"{second}\nx,y\n{first}\n")
+    process.stdin.flush()
+    assert json.loads(process.stdout.readline())["taskId"] == second
+    out, err = process.communicate(timeout=10)
+    assert (process.returncode, out) == (2, "")
+    assert "standard input, line 3: several columns" in err
+    assert "2 done, 0 failed, 2 saved in" in err
+    entries = Ledger.read(tmp_path / "out" / "kontext.sqlite3")
+    assert [entry.task_id for entry in entries] == [first, second]
+
+
+def test_an_interrupt_does_not_wait_for_standard_input(start, simulator):
+    """Nobody writes, and Ctrl-C ends it."""
+    running = simulator.add_task(duration=math.inf)
+    process = start(
+        "wait", running, "--from", "-", "--base-url", simulator.base_url, stdin=subprocess.PIPE
+    )
+    wait_until_polled(simulator, running)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=5) == 130
+    assert "Traceback" not in process.stderr.read()
+    process.stdin.close()
+
+
+def test_standard_input_without_ids_is_wrong_usage(start, simulator):
+    """The message says so."""
+    process = start(
+        "wait", "--from", "-", "--base-url", simulator.base_url, stdin=subprocess.DEVNULL
+    )
+    _, err = process.communicate(timeout=10)
+    assert process.returncode == 2
+    assert "no task ids on standard input" in err
+
+
+def test_sigterm_says_what_is_left(start, simulator):
+    """As Ctrl-C does, with an exit code of its own."""
+    running = simulator.add_task(duration=math.inf)
+    process = start("wait", running, "--base-url", simulator.base_url)
+    wait_until_polled(simulator, running)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=5)
+    assert process.returncode == 143
+    assert f"Still generating: {running}\n" in err
+    assert "Traceback" not in err
+
+
+HANGING_RESOLVER = """
+import socket, sys, time
+socket.getaddrinfo = lambda *args, **options: (print("asked", flush=True), time.sleep(60))
+from kontext_async.cli import main
+main()
+"""
+
+
+def test_ctrl_c_does_not_wait_for_name_resolution(start):
+    """The thread that resolves a name cannot be interrupted, so it is left behind."""
+    process = start(
+        *("wait", "task1", "--base-url", "https://api.invalid"),
+        command=[sys.executable, "-P", "-c", HANGING_RESOLVER],
+    )
+    assert process.stdout.readline() == "asked\n"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=5)
+    assert process.returncode == 130
+    assert "1 task has not been seen yet" in err
+    assert "paid" not in err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")  # noqa: PTH110
+def test_a_full_disk_is_named(start, simulator):
+    """A message and exit code 4, without a traceback."""
+    task_id = simulator.add_task(duration=0.0, outcome="success")
+    with open("/dev/full", "w") as full:  # noqa: PTH123
+        process = start("wait", task_id, "--base-url", simulator.base_url, stdout=full)
+        err = process.stderr.read()
+    assert process.wait(timeout=20) == 4
+    assert "kontext: cannot write to standard output: No space left on device\n" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(("closed", "code"), [(">&-", 4), ("2>&-", 0), ("2>/dev/full", 0)])
+def test_a_closed_stream_is_named_or_does_not_matter(closed, code, simulator):
+    """Results need standard output; messages are lost where they cannot be written."""
+    task_id = simulator.add_task(duration=0.0, outcome="success")
+    command = f"{sys.executable} -m kontext_async wait {task_id} --summary {closed}"
+    done = subprocess.run(
+        ["sh", "-c", command],
+        env=os.environ | {"APIKLEY_API_KEY": KEY, "KONTEXT_BASE_URL": simulator.base_url},
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr
+    assert (closed == ">&-") == ("cannot write to standard output: it is closed" in done.stderr)
+    assert (task_id in done.stdout) == (code == 0)
+
+
+def test_a_terminal_gets_a_line_for_people(start, simulator):
+    """The address is a link, and with --json a terminal gets what a pipe gets."""
+    task_id = simulator.add_task(duration=12.0, outcome="success", age=60.0)
+    flagged = simulator.add_task(duration=1.0, outcome=Failure(400, "flagged"), age=60.0)
+    written = {}
+    for option in ("--json", "--quiet"):
+        screen, end = pty.openpty()
+        ids = (task_id, flagged, option, "--base-url", simulator.base_url)
+        process = start("wait", *ids, stdout=end)
+        os.close(end)
+        assert process.wait(timeout=20) == 1
+        written[option] = os.read(screen, 65536).decode()
+        os.close(screen)
+    assert {json.loads(line)["taskId"] for line in written["--json"].splitlines()} == {
+        task_id,
+        flagged,
+    }
+    url = f"{simulator.base_url}/images/{task_id}"
+    assert f"{task_id}  12 s  " in written["--quiet"]
+    assert "\x1b]8;id=" in written["--quiet"]
+    assert f";{url}" in written["--quiet"]
+    assert f"{flagged}  1 s    400: flagged" in written["--quiet"]

@@ -268,7 +268,7 @@ async def test_an_unreadable_entry_ends_the_batch_that_needs_it(client, simulato
 
 
 async def test_flipped_bytes_are_named_or_harmless(path):
-    """Whatever a bad disk makes of the file, reading and opening give entries or a `LedgerError`."""
+    """Whatever a bad disk makes of the file, it can be read, or a `LedgerError` says why not."""
     async with Ledger(path) as ledger:
         await ledger.add(f"t\N{LATIN SMALL LETTER A WITH DIAERESIS}sk-{n}" for n in range(200))
     whole = path.read_bytes()

@@ -11,8 +11,13 @@ def main() -> None:
     """Run the command line in ``sys.argv`` and exit."""
     try:
         from kontext_async.cli.app import app  # noqa: PLC0415 - needs the extra
+        from kontext_async.cli.running import leave_at_once  # noqa: PLC0415
     except ModuleNotFoundError as error:
         if error.name not in {"rich", "typer"}:
             raise
         sys.exit("kontext: the command line needs its extra: pip install 'kontext-async[cli]'")
-    app(prog_name="kontext")
+    try:
+        app(prog_name="kontext")
+    except SystemExit as end:
+        leave_at_once(end.code)
+        raise

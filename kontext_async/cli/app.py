@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import errno
 import math
+import shlex
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,17 +29,18 @@ from kontext_async.cli.output import (
     error_console,
     exit_code,
     fail,
+    log_polls,
     outcome_line,
-    print_outcome,
     record_line,
     say,
-    write_line,
+    write_result,
 )
 from kontext_async.cli.running import run
 from kontext_async.cli.tally import BatchTally, Tally
 from kontext_async.cli.waiting import say_how_to_resume, wait_for_all
 from kontext_async.client import DEFAULT_BASE_URL, KontextClient
 from kontext_async.errors import KontextError
+from kontext_async.pacing import RateLimit
 from kontext_async.polling import DEFAULT_TIMEOUT, TaskOutcome
 from kontext_async.simulator import (
     FixedWindow,
@@ -50,15 +52,16 @@ from kontext_async.simulator import (
 )
 
 app = typer.Typer(
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     pretty_exceptions_enable=False,  # plain tracebacks show no locals, which may hold the key
     rich_markup_mode=None,
     help="Wait for Flux Kontext image-generation tasks.",
     epilog=(
         "Exit codes: 0 all done; 1 a generation failed; 2 wrong usage; 3 a deadline passed; "
-        "4 the API or the network failed; 130 interrupted by Ctrl-C; 141 the reader of the output "
-        "closed it. Where tasks end differently, the highest code counts."
+        "4 the API or the network failed, or the output could not be written; 130 interrupted by "
+        "Ctrl-C; 141 the reader of the output closed it; 143 ended by SIGTERM. Where tasks end "
+        "differently, the highest code counts."
     ),
 )
 
@@ -73,7 +76,21 @@ def _seconds(help_text: str) -> Any:
     return typer.Option(min=0, callback=_limit, metavar="SECONDS", help=help_text)
 
 
-BaseUrl = Annotated[str, typer.Option(metavar="URL", help="Address of the API.")]
+BaseUrl = Annotated[
+    str,
+    typer.Option(
+        metavar="URL",
+        envvar="KONTEXT_BASE_URL",
+        show_envvar=False,
+        help="Address of the API; also the environment variable KONTEXT_BASE_URL.",
+    ),
+]
+AllowHttp = Annotated[
+    bool,
+    typer.Option(
+        "--allow-http", help="Permit plain http to another machine; the key travels unencrypted."
+    ),
+]
 KeyFile = Annotated[
     Path | None,
     typer.Option(
@@ -86,8 +103,9 @@ Source = Annotated[
     typer.Option(
         "--from",
         metavar="FILE|-",
-        help="File with task ids, or - for standard input. A line holds an id, or a JSON object "
-        "with taskId. Blank lines and lines that begin with # are skipped.",
+        help="File with task ids, or - for standard input, which is read while it is being "
+        "written. A line holds an id, or JSON with taskId. CSV has a first line with the names of "
+        "its columns, one of them taskId. Blank lines and lines that begin with # are skipped.",
     ),
 ]
 Timeout = Annotated[
@@ -96,6 +114,34 @@ Timeout = Annotated[
 ]
 BatchTimeout = Annotated[
     float | None, _seconds("Time limit of all tasks together; inf is no limit.")
+]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Write JSON Lines to a terminal too, as to a pipe.")
+]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Print no progress and no summary, only results.")
+]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log each poll to standard error.")]
+
+
+def _rate(text: str) -> RateLimit:
+    """Read ``20/10``: 20 requests in any 10 seconds."""
+    requests, _, seconds = text.partition("/")
+    try:
+        return RateLimit(int(requests), float(seconds or 1))
+    except ValueError as error:
+        raise typer.BadParameter("give REQUESTS/SECONDS, such as 20/10") from error
+
+
+KnownLimit = Annotated[
+    RateLimit | None,
+    typer.Option(
+        "--rate-limit",
+        parser=_rate,
+        metavar="REQUESTS/SECONDS",
+        help="The account's limit, if you know it: 20/10 is 20 requests in any 10 seconds. The "
+        "default is to discover it.",
+    ),
 ]
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of a batch.")]
 
@@ -119,24 +165,47 @@ def _kontext(
     pass
 
 
+def _ids(given: Iterable[str], source: str | None) -> list[str]:
+    """Return the ids that are known at once; those on standard input come later."""
+    given = list(given)
+    if source == "-":
+        return distinct_ids(given, None) if given else []
+    return distinct_ids(given, source)
+
+
+def _options(*, base_url: str, allow_http: bool, api_key_file: Path | None) -> str:
+    """Return the options of a command that its repetition needs, as a shell reads them."""
+    words: list[str] = []
+    if base_url != DEFAULT_BASE_URL:
+        words += ["--base-url", base_url]
+    if allow_http:
+        words.append("--allow-http")
+    if api_key_file is not None:
+        words += ["--api-key-file", str(api_key_file)]
+    return "".join(f"{shlex.quote(word)} " for word in words)
+
+
 @app.command()
 def get(
     task_id: Annotated[str, typer.Argument(metavar="ID", help="Task id.")],
     *,
+    as_json: AsJson = False,
     base_url: BaseUrl = DEFAULT_BASE_URL,
+    allow_http: AllowHttp = False,
     api_key_file: KeyFile = None,
 ) -> None:
-    """Poll a task once, and print its state as a JSON line."""
+    """Poll a task once, and print its state."""
     (known_id,) = distinct_ids([task_id], None)
+    key = read_key(api_key_file)
 
     async def poll() -> Exit:
-        async with KontextClient(read_key(api_key_file), base_url=base_url) as client:
+        async with KontextClient(key, base_url=base_url, allow_http=allow_http) as client:
             try:
                 line = record_line(await client.record_info(known_id))
             except KontextError as error:
                 say(str(error))
                 line = outcome_line(TaskOutcome(task_id=known_id, error=error))
-        write_line(line)
+        write_result(line, as_json=as_json)
         return exit_code([line["outcome"]])
 
     run(poll())
@@ -154,22 +223,41 @@ def wait(
     summary: Annotated[
         bool, typer.Option("--summary", help="Print a table of counts and times at the end.")
     ] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    rate_limit: KnownLimit = None,
     base_url: BaseUrl = DEFAULT_BASE_URL,
+    allow_http: AllowHttp = False,
     api_key_file: KeyFile = None,
 ) -> None:
-    """Wait for tasks, and print each as a JSON line when it ends."""
-    tally = Tally(distinct_ids(task_ids or [], source))
+    """Wait for tasks, and print each when it ends.
+
+    A terminal gets a line for people, a pipe or a file JSON Lines.
+    """
+    tally = Tally(_ids(task_ids or [], source))
+    tally.is_complete = source != "-"
+    key = read_key(api_key_file)
+    log_polls(verbose)
 
     async def wait_for_tasks() -> Exit:
-        async with KontextClient(read_key(api_key_file), base_url=base_url) as client:
+        async with KontextClient(
+            key, base_url=base_url, rate_limit=rate_limit, allow_http=allow_http
+        ) as client:
             code = await wait_for_all(
-                client, tally, print_outcome, timeout=timeout, batch_timeout=batch_timeout
+                client,
+                tally,
+                lambda outcome: write_result(outcome_line(outcome), as_json=as_json),
+                source=source,
+                timeout=timeout,
+                batch_timeout=batch_timeout,
             )
         if summary:
             error_console().print(tally.summary())
         return code
 
-    run(wait_for_tasks(), on_interrupt=lambda: say_how_to_resume(tally, source))
+    options = _options(base_url=base_url, allow_http=allow_http, api_key_file=api_key_file)
+    run(wait_for_tasks(), on_interrupt=lambda: say_how_to_resume(tally, source, options))
 
 
 @app.command()
@@ -185,7 +273,12 @@ def batch(
     ] = False,
     timeout: Timeout = DEFAULT_TIMEOUT,
     batch_timeout: BatchTimeout = math.inf,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    rate_limit: KnownLimit = None,
     base_url: BaseUrl = DEFAULT_BASE_URL,
+    allow_http: AllowHttp = False,
     api_key_file: KeyFile = None,
 ) -> None:
     """Wait for tasks, save their images, and record both in a ledger.
@@ -197,23 +290,30 @@ def batch(
     if report:
         require_report()
     tally = BatchTally(batch_ids(source, into))
+    tally.is_complete = source != "-"
     key = read_key(api_key_file)
     make_folder(into)
+    log_polls(verbose)
 
     async def save_tasks() -> Exit:
-        async with KontextClient(key, base_url=base_url) as client:
+        async with KontextClient(
+            key, base_url=base_url, rate_limit=rate_limit, allow_http=allow_http
+        ) as client:
             code = await run_batch(
                 client,
                 tally,
                 into,
-                print_outcome,
+                lambda outcome, saved: write_result(outcome_line(outcome, saved), as_json=as_json),
+                source=source,
                 timeout=timeout,
                 batch_timeout=batch_timeout,
                 retry_failed=retry_failed,
             )
         return max(code, make_report(into)) if report else code
 
-    run(save_tasks(), on_interrupt=lambda: say_how_to_continue(tally, into))
+    options = _options(base_url=base_url, allow_http=allow_http, api_key_file=api_key_file)
+    options += "--report " if report else ""
+    run(save_tasks(), on_interrupt=lambda: say_how_to_continue(tally, into, options))
 
 
 @app.command()

@@ -17,6 +17,7 @@ from kontext_async.cli.output import Exit, Saved, error_console, exit_code, fail
 from kontext_async.cli.progress import Display
 from kontext_async.cli.running import exit_on_error
 from kontext_async.cli.tally import BatchTally
+from kontext_async.cli.waiting import ids_to_wait_for, say_what_is_left
 from kontext_async.client import KontextClient
 from kontext_async.errors import KontextError
 from kontext_async.polling import TaskOutcome
@@ -35,7 +36,12 @@ def read_ledger(folder: Path) -> Iterator[LedgerEntry]:
 
 
 def batch_ids(source: str | None, folder: Path) -> list[str]:
-    """Return the ids in a file; without a file, those in the folder's ledger."""
+    """Return the ids in a file; without a file, those in the folder's ledger.
+
+    Those on standard input come later.
+    """
+    if source == "-":
+        return []
     if source is not None:
         return distinct_ids([], source)
     return [entry.task_id for entry in read_ledger(folder)]
@@ -66,6 +72,7 @@ async def run_batch(
     folder: Path,
     handle: Callable[[TaskOutcome, Saved], None],
     *,
+    source: str | None = None,
     timeout: float | None,
     batch_timeout: float | None = None,
     retry_failed: bool = False,
@@ -84,7 +91,7 @@ async def run_batch(
         await ledger.add(tally.unfinished)
         waiting = ledger.as_completed(
             client,
-            tally.start(),
+            ids_to_wait_for(tally, source, display, ledger.add),
             retry_failed=retry_failed,
             timeout=timeout,
             batch_timeout=batch_timeout,
@@ -128,12 +135,11 @@ def make_report(folder: Path) -> Exit:
     return Exit.DONE
 
 
-def say_how_to_continue(tally: BatchTally, folder: Path) -> None:
+def say_how_to_continue(tally: BatchTally, folder: Path, options: str) -> None:
     """Print the counts after Ctrl-C, and the command that continues the batch."""
     say(f"Interrupted: {tally.counts()}, of {tally.total} tasks. These results are in {folder}.")
-    if tally.unfinished:
-        say("The other tasks may still be generating, and are paid for.")
-    say(f"To continue, with the same options: kontext batch --into {shlex.quote(str(folder))}")
+    say_what_is_left(tally)
+    say(f"To continue: kontext batch {options}--into {shlex.quote(str(folder))}")
 
 
 def show_status(folder: Path) -> Exit:

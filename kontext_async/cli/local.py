@@ -17,7 +17,6 @@ from kontext_async.cli.output import (
     error_console,
     outcome_line,
     plain,
-    print_outcome,
     say,
     write_line,
 )
@@ -65,7 +64,7 @@ async def demonstrate(folder: Path) -> Exit:
     def handle(outcome: TaskOutcome, saved: Saved) -> None:
         outcomes.append(outcome)
         if not sys.stdout.isatty():
-            print_outcome(outcome, saved)
+            write_line(outcome_line(outcome, saved))
 
     async with Simulator() as simulator:
         say(f"The API is simulated at {simulator.base_url}")

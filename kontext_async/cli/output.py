@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import enum
+import io
 import json
+import logging
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, Final, NoReturn, TypeAlias
+from typing import Any, Final, NoReturn, TextIO, TypeAlias, cast
+from urllib.parse import quote
 
+import click
 import typer
 from rich.console import Console
+from rich.style import Style
+from rich.text import Text
 
 from kontext_async.errors import ApiError, GenerationFailedError, KontextError, WaitTimeoutError
 from kontext_async.models import CompletedTask, TaskRecord, TaskStatus
@@ -26,6 +33,11 @@ Saved: TypeAlias = SavedImage | KontextError | None
 _DEFAULT_WIDTH = 200
 
 
+_STYLES = {"success": "green", "failed": "red", "error": "red", "timeout": "yellow"}
+# Characters of a URL that stay as they are in a terminal's link.
+_URL_CHARACTERS = "%/:=&?~#+!$,;'@()*[]"
+
+
 class Exit(enum.IntEnum):
     """The command's exit codes. Where tasks end differently, the highest counts."""
 
@@ -36,6 +48,7 @@ class Exit(enum.IntEnum):
     ERROR = 4
     INTERRUPTED = 130
     BROKEN_PIPE = 141
+    TERMINATED = 143
 
 
 # Of a wait's outcomes, a ledger's states, and images.
@@ -131,19 +144,56 @@ def _line(
     }
 
 
+class OutputError(Exception):
+    """Raised when standard output cannot be written, other than by a reader that closed it."""
+
+
 def write_line(fields: Mapping[str, Any]) -> None:
     """Write a JSON object to standard output at once; its escapes are safe for a terminal."""
-    sys.stdout.write(json.dumps(fields, default=_time_to_json) + "\n")
-    sys.stdout.flush()
+    with _translate_errors() as stdout:
+        stdout.write(json.dumps(fields, default=_time_to_json) + "\n")
+        stdout.flush()
+
+
+@contextmanager
+def _translate_errors() -> Generator[TextIO]:
+    """Raise `OutputError` where writing to standard output fails, as on a full disk."""
+    stdout: TextIO | None = sys.stdout  # None if the command was started without one
+    if stdout is None:
+        raise OutputError("it is closed")
+    try:
+        yield stdout
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(error.strerror) from error
+
+
+def write_row(fields: Mapping[str, Any]) -> None:
+    """Write the same for people, on one line with a clickable link, to a terminal."""
+    outcome, duration = fields["outcome"], fields["duration"]
+    row = Text().append(f"{outcome:<10} ", style=_STYLES.get(outcome, ""))
+    row.append(f"{plain(fields['taskId'])}  ")
+    if duration is not None:
+        row.append(f"{duration.total_seconds():.0f} s  ")
+    if url := fields["file"] or fields["resultImageUrl"]:
+        link = Path(url).absolute().as_uri() if fields["file"] else url
+        row.append(plain(url), style=Style(link=quote(link, safe=_URL_CHARACTERS)))
+    if fields["message"]:
+        code = "" if fields["errorCode"] is None else f"{fields['errorCode']}: "
+        row.append(plain(f"  {code}{fields['message']}"))
+    with _translate_errors():
+        Console(markup=False, highlight=False, emoji=False).print(row, soft_wrap=True)
+
+
+def write_result(fields: Mapping[str, Any], *, as_json: bool = False) -> None:
+    """Write a task's result to standard output: for people on a terminal, else as JSON."""
+    is_for_people = not as_json and sys.stdout is not None and sys.stdout.isatty()
+    (write_row if is_for_people else write_line)(fields)
 
 
 def _time_to_json(time: datetime | timedelta) -> str | float:
     return time.isoformat() if isinstance(time, datetime) else time.total_seconds()
-
-
-def print_outcome(outcome: TaskOutcome, saved: Saved = None) -> None:
-    """Write the JSON line of a task that needs no more work."""
-    write_line(outcome_line(outcome, saved))
 
 
 def plain(text: str) -> str:
@@ -151,11 +201,38 @@ def plain(text: str) -> str:
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
+class _Forgiving:
+    """A stream that loses what cannot be written: messages must not stop the results."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _is_quiet() -> bool:
+    context = click.get_current_context(silent=True)
+    return context is not None and context.params.get("quiet") is True
+
+
 def error_console() -> Console:
     """Return a console on standard error that shows text as it is, without markup."""
-    terminal = sys.stderr.isatty()
+    stderr: TextIO | None = sys.stderr  # None if the command was started without one
+    stream = io.StringIO() if stderr is None else stderr
+    terminal = stream.isatty()
     return Console(
-        stderr=True,
+        file=cast("TextIO", _Forgiving(stream)),
+        quiet=_is_quiet(),
         markup=False,
         highlight=False,
         emoji=False,
@@ -169,14 +246,26 @@ def say(text: str) -> None:
     error_console().print(plain(text), soft_wrap=True)
 
 
+def log_polls(wanted: bool) -> None:  # noqa: FBT001 - a command's option as it comes
+    """Log each poll to standard error, if wanted."""
+    if wanted:
+        handler = logging.StreamHandler(cast("TextIO", _Forgiving(sys.stderr or io.StringIO())))
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log = logging.getLogger("kontext_async")
+        log.setLevel(logging.DEBUG)
+        log.handlers = [handler]
+
+
 def fail(problem: str) -> NoReturn:
     """Exit because of wrong usage; nothing has been sent."""
+    console = error_console()
+    console.quiet = False
     for line in f"kontext: {problem}".split("\n"):
-        say(line)
+        console.print(plain(line), soft_wrap=True)
     raise typer.Exit(Exit.USAGE)
 
 
 def silence_stdout() -> None:
     """Redirect standard output after a broken pipe, so that the interpreter's flush succeeds."""
-    with Path(os.devnull).open("wb") as nowhere:
+    with Path(os.devnull).open("wb") as nowhere, suppress(AttributeError, OSError, ValueError):
         os.dup2(nowhere.fileno(), sys.stdout.fileno())

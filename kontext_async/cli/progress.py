@@ -1,24 +1,30 @@
-"""Progress of a batch: a live bar on a terminal, plain lines elsewhere."""
+"""Progress of a batch: a live line on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import sys
+from collections import Counter
 from collections.abc import Generator
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
-from kontext_async.cli.output import error_console, plain
+from kontext_async.cli.output import code_of, error_console, plain
 from kontext_async.cli.tally import Tally
 from kontext_async.client import KontextClient
 from kontext_async.errors import KontextError
 
-# Seconds between two drawings of the bar, and between two lines elsewhere.
-_BAR_INTERVAL = 0.1
+# Seconds between two drawings of the line on a terminal, and between two lines elsewhere.
+_DRAWING_INTERVAL = 0.1
 _LINE_INTERVAL = 10.0
 
-_MAX_ERRORS_SHOWN = 20
+# Columns of a terminal that the spinner, the bar and the spaces take.
+_BAR_WIDTH = 16
+_BESIDE_TEXT = _BAR_WIDTH + 4
+
+_MAX_KINDS_SHOWN = 10
+_MAX_IDS_SHOWN = 3
 
 
 class Display:
@@ -29,59 +35,121 @@ class Display:
         self._client = client
         self._console = error_console()
         self._is_live = self._console.is_terminal and not self._console.is_dumb_terminal
-        self._interval = _BAR_INTERVAL if self._is_live else _LINE_INTERVAL
         self._loop = asyncio.get_running_loop()
         self._bar = Progress(
             SpinnerColumn(),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
+            BarColumn(bar_width=_BAR_WIDTH),
             TextColumn("{task.description}", markup=False),
             console=self._console,
             auto_refresh=False,  # a timer of the loop redraws it: a thread would delay Ctrl-C
             transient=True,
             redirect_stdout=False,  # results belong to the pipe, not to this console
             redirect_stderr=False,
-            disable=not self._is_live,
+            disable=not self._is_live or self._console.quiet,
         )
-        self._row = self._bar.add_task("", total=tally.total)
+        self._row = self._bar.add_task("")
+        self._has_trouble = False
+        self._next_line = 0.0
+        self._kinds: Counter[str] = Counter()
+        self._ids: dict[str, list[str]] = {}
 
     @contextlib.contextmanager
     def shown(self) -> Generator[None]:
-        """Show the progress until the block ends."""
+        """Show the progress until the block ends, and then the errors by their kind."""
         self._began = self._loop.time()
-        tasks = "1 task" if self._tally.total == 1 else f"{self._tally.total} tasks"
-        self._say(f"Waiting for {tasks}")
-        self._next = self._loop.call_later(self._interval, self._tick)
+        self._next_line = self._began + _LINE_INTERVAL
+        self._say(f"Waiting for {self._subject()}")
+        self._next = self._loop.call_later(_DRAWING_INTERVAL, self._tick)
         try:
             with self._bar:
                 yield
         finally:
             self._next.cancel()
+        self._say_repeated_errors()
         self._say(f"{self._tally.counts()} in {self._loop.time() - self._began:.1f} s")
 
+    def _subject(self) -> str:
+        if not self._tally.is_complete:
+            return "the tasks on standard input"
+        return "1 task" if self._tally.total == 1 else f"{self._tally.total} tasks"
+
     def _tick(self) -> None:
-        self._next = self._loop.call_later(self._interval, self._tick)
-        progress = self._tally.progress(self._loop.time() - self._began)
-        if pause := self._client.stats.pause:
-            progress += f", paused for {pause:.0f} s"
+        self._next = self._loop.call_later(_DRAWING_INTERVAL, self._tick)
+        now = self._loop.time()
+        parts = self._parts(now)
         if self._is_live:
+            tally = self._tally
             self._bar.update(
-                self._row, description=progress, completed=self._tally.finished, refresh=True
+                self._row,
+                description=self._fitting(parts),
+                completed=tally.finished,
+                total=tally.total if tally.is_complete else None,
+                refresh=True,
             )
-        else:
-            self._say(progress)
+            return
+        began, self._has_trouble = (
+            self._tally.trouble is not None and not self._has_trouble,
+            self._tally.trouble is not None,
+        )
+        if began or now >= self._next_line:
+            self._next_line = now + _LINE_INTERVAL
+            self._say(", ".join(parts))
+
+    def _parts(self, now: float) -> list[str]:
+        count, *rest = self._tally.progress(now - self._began)
+        of = f" of {self._tally.total}" if self._tally.is_complete else ""
+        return [f"{self._tally.finished}{of}", *self._waiting_for(), count, *rest]
+
+    def _waiting_for(self) -> list[str]:
+        """Return why nothing comes, if the last poll failed or the client pauses."""
+        trouble, pause = self._tally.trouble, self._client.stats.pause
+        parts = [] if trouble is None else [str(trouble.for_task(None))]
+        if pause:
+            parts.append(f"paused for {pause:.0f} s")
+        elif trouble is not None:
+            parts.append("trying again")
+        return parts
+
+    def _fitting(self, parts: list[str]) -> str:
+        """Return as many parts as the terminal is wide enough for, from the first."""
+        room = self._console.width - _BESIDE_TEXT
+        text = parts[0]
+        for part in parts[1:]:
+            if len(text) + 2 + len(part) > room:
+                break
+            text += f", {part}"
+        return text
 
     def _say(self, text: str) -> None:
         """Print a line above the bar."""
         self._console.print(plain(text), soft_wrap=True)
 
+    def show_problem(self, text: str) -> None:
+        """Print a place of the input that holds no id."""
+        if self._tally.unreadable <= _MAX_KINDS_SHOWN:
+            self._say(f"kontext: {text}")
+
     def show_error(self, error: KontextError) -> None:
-        """Print the error of a task that the tally has just counted, unless there are many."""
-        more = self._tally.unsuccessful - _MAX_ERRORS_SHOWN
-        if more <= 0:
-            self._say(str(error))
-        elif more == 1:
-            self._say("More errors are in the results")
+        """Print the first error of each kind; the others are counted at the end."""
+        kind = _kind(error)
+        self._kinds[kind] += 1
+        ids = self._ids.setdefault(kind, [])
+        if self._kinds[kind] == 1:
+            if len(self._kinds) <= _MAX_KINDS_SHOWN:
+                self._say(str(error))
+            elif len(self._kinds) == _MAX_KINDS_SHOWN + 1:
+                self._say("More errors are in the results")
+        elif error.task_id and len(ids) < _MAX_IDS_SHOWN:
+            ids.append(error.task_id)
+
+    def _say_repeated_errors(self) -> None:
+        if (more := self._tally.unreadable - _MAX_KINDS_SHOWN) > 0:
+            self._say(f"kontext: {more} more lines hold no id")
+        for kind, count in self._kinds.most_common(_MAX_KINDS_SHOWN):
+            if count > 1:
+                shown = self._ids[kind]
+                others = " …" if count - 1 > len(shown) else ""
+                self._say(f"{count - 1} more with {kind}: {', '.join(shown)}{others}")
 
     @contextlib.contextmanager
     def bar_hidden(self) -> Generator[None]:
@@ -92,3 +160,9 @@ class Display:
         yield
         if is_shared:
             self._bar.start()
+
+
+def _kind(error: KontextError) -> str:
+    """Return the name of a group of alike errors."""
+    code = code_of(error)
+    return type(error).__name__ + ("" if code is None else f" {code}")

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
+import sys
 from collections.abc import Callable, Coroutine, Generator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from types import FrameType
 from typing import Any, NoReturn
 
 import typer
 
-from kontext_async.cli.output import Exit, say, silence_stdout
+from kontext_async.cli.output import Exit, OutputError, say, silence_stdout
 from kontext_async.errors import ConfigurationError, KontextError
 
 
@@ -27,14 +32,54 @@ def exit_on_error() -> Generator[None]:
 def run(
     main: Coroutine[Any, Any, Exit], on_interrupt: Callable[[], None] = lambda: None
 ) -> NoReturn:
-    """Run a command and exit with its code; call ``on_interrupt`` after Ctrl-C."""
+    """Run a command and exit with its code; call ``on_interrupt`` after Ctrl-C or SIGTERM."""
     try:
-        with exit_on_error():
-            code = asyncio.run(main)
-    except KeyboardInterrupt:
-        on_interrupt()
-        code = Exit.INTERRUPTED
+        with _terminable() as was_terminated, exit_on_error(), asyncio.Runner() as runner:
+            try:
+                code = runner.run(main)
+            except KeyboardInterrupt:
+                on_interrupt()
+                code = Exit.TERMINATED if was_terminated() else Exit.INTERRUPTED
+                # The threads of name resolution cannot be interrupted; closing would await them.
+                runner.get_loop().set_default_executor(ThreadPoolExecutor(1))
     except BrokenPipeError:
         silence_stdout()
         code = Exit.BROKEN_PIPE
+    except OutputError as error:
+        silence_stdout()
+        say(f"kontext: cannot write to standard output: {error}")
+        code = Exit.ERROR
     raise typer.Exit(code)
+
+
+@contextmanager
+def _terminable() -> Generator[Callable[[], bool]]:
+    """Treat SIGTERM as Ctrl-C; the value tells whether it has come.
+
+    A handler of our own is heeded as process 1 of a container too, where the system's is not.
+    """
+    terminated = False
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal terminated
+        terminated = True
+        signal.raise_signal(signal.SIGINT)
+
+    try:
+        before = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # not in the main thread
+        yield lambda: terminated
+        return
+    try:
+        yield lambda: terminated
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def leave_at_once(code: object) -> None:
+    """End the process if it was interrupted, without waiting for threads that hang."""
+    if code in {Exit.INTERRUPTED, Exit.TERMINATED}:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(AttributeError, OSError, ValueError):
+                stream.flush()
+        os._exit(int(code))  # type: ignore[call-overload]

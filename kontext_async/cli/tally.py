@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from kontext_async.cli.output import Exit, Saved, classify, code_of, exit_code
+from kontext_async.errors import KontextError
 from kontext_async.polling import PollEvent, TaskOutcome
 from kontext_async.results import SavedImage
+
+_MIN_WINDOW = 10.0  # s; the rate is of this time, or of the last half if that is longer
 
 
 class Tally:
@@ -22,16 +25,22 @@ class Tally:
     the time since the poll before; a task that had ended at its first poll has no lag.
     """
 
-    def __init__(self, ids: Iterable[str]) -> None:
+    def __init__(self, ids: Iterable[str] = ()) -> None:
         self.unfinished = dict.fromkeys(ids)
         self.total = len(self.unfinished)
+        self.is_complete = True  # False while more ids may come
+        self.unreadable = 0  # places of the input that hold no id
+        self.trouble: KontextError | None = None  # the last poll's; None after a good answer
         self.polls = 0
         self.outcomes: Counter[str] = Counter()
         self.errors: Counter[str] = Counter()
         self.durations: list[float] = []
         self.lags: list[float] = []
+        self._known = set(self.unfinished)
         self._started = 0
         self._last_polls: dict[str, float] = {}
+        self._generating: set[str] = set()
+        self._progress: deque[tuple[float, int]] = deque()  # seconds, and tasks finished by then
 
     @property
     def finished(self) -> int:
@@ -43,18 +52,38 @@ class Tally:
         return self.finished - self.outcomes["success"]
 
     @property
-    def exit_code(self) -> Exit:
-        return exit_code(self.outcomes)
+    def generating(self) -> list[str]:
+        """Unfinished tasks that the API has said it is working on."""
+        return [task_id for task_id in self.unfinished if task_id in self._generating]
 
-    def start(self) -> Iterator[str]:
-        """Yield the unfinished ids, and count each as started."""
-        for task_id in tuple(self.unfinished):
+    @property
+    def exit_code(self) -> Exit:
+        return max(exit_code(self._results), Exit.USAGE if self.unreadable else Exit.DONE)
+
+    @property
+    def _results(self) -> Counter[str]:
+        return self.outcomes
+
+    def add(self, ids: Iterable[str]) -> list[str]:
+        """Add tasks, and return those that are new."""
+        new = [task_id for task_id in dict.fromkeys(ids) if task_id not in self._known]
+        self._known.update(new)
+        self.unfinished.update(dict.fromkeys(new))
+        self.total += len(new)
+        return new
+
+    def start(self, ids: Iterable[str]) -> Iterator[str]:
+        """Yield the ids, and count each as started."""
+        for task_id in ids:
             self._started += 1
             yield task_id
 
     def count_poll(self, event: PollEvent) -> None:
         """Count a poll; this is a wait's ``on_event``."""
         self.polls += 1
+        self.trouble = event.error
+        if event.record is not None:
+            self._generating.add(event.task_id)
         before = self._last_polls.get(event.task_id)
         self._last_polls[event.task_id] = event.elapsed
         ended_at = event.record and event.record.complete_time
@@ -66,6 +95,7 @@ class Tally:
         """Count a task that has ended."""
         self.outcomes[classify(outcome.error)] += 1
         self._last_polls.pop(outcome.task_id, None)
+        self._generating.discard(outcome.task_id)
         self.unfinished.pop(outcome.task_id, None)
         if (error := outcome.error) is not None:
             code = code_of(error)
@@ -79,20 +109,40 @@ class Tally:
         done = f"{self.outcomes['success']} done, {failed} failed"
         return f"{done}, {late} timed out" if (late := self.outcomes["timeout"]) else done
 
-    def progress(self, elapsed: float) -> str:
-        """Return the counts after ``elapsed`` seconds, with the rate and the time left."""
-        rate = self.finished / max(elapsed, 1e-3)
-        left = timedelta(seconds=math.ceil(len(self.unfinished) / rate)) if rate else "?"
-        in_flight = self._started - self.finished
-        return f"{self.counts()}, {in_flight} in flight, {rate:.1f}/s, ETA {left}"
+    def progress(self, elapsed: float) -> list[str]:
+        """Return the counts after ``elapsed`` seconds, the most important first."""
+        return [
+            self.counts(),
+            f"{self._started - self.finished} in flight",
+            *self._pace(elapsed),
+        ]
+
+    def _pace(self, elapsed: float) -> list[str]:
+        """Return the rate of late and the time left, once a tenth of the tasks has ended.
+
+        Before that it would be far too long: the first task has to end before any can.
+        """
+        samples = self._progress
+        samples.append((elapsed, self.finished))
+        while len(samples) > 2 and samples[1][0] <= elapsed - max(elapsed / 2, _MIN_WINDOW):
+            samples.popleft()
+        seconds, finished = elapsed - samples[0][0], self.finished - samples[0][1]
+        if not (seconds and finished) or self.finished < self.total / 10:
+            return []
+        rate = finished / seconds
+        if not self.is_complete:
+            return [f"{rate:.1f}/s"]
+        left = timedelta(seconds=math.ceil(len(self.unfinished) / rate))
+        return [f"{rate:.1f}/s", f"{left} left"]
 
     def summary(self) -> Table:
         """Return a table of outcomes, errors, durations, lags, and polls per task."""
-        table = Table("Summary", "", title_justify="left")
+        table = Table("Summary", Column("Value", justify="right"))
         for name, count in (*self.outcomes.most_common(), *self.errors.most_common()):
             table.add_row(name, str(count))
-        table.add_row("duration p50, p95", _percentiles(self.durations))
-        table.add_row("lag p50, p95", _percentiles(self.lags))
+        for name, seconds in (("duration", self.durations), ("lag", self.lags)):
+            if seconds:
+                table.add_row(f"{name} p50, p95", _percentiles(seconds))
         table.add_row("polls per task", f"{self.polls / max(self.finished, 1):.1f}")
         return table
 
@@ -100,7 +150,7 @@ class Tally:
 class BatchTally(Tally):
     """A tally that counts images too."""
 
-    def __init__(self, ids: Iterable[str]) -> None:
+    def __init__(self, ids: Iterable[str] = ()) -> None:
         super().__init__(ids)
         self.images: Counter[str] = Counter()
 
@@ -109,8 +159,8 @@ class BatchTally(Tally):
         return super().unsuccessful + self.images["notSaved"]
 
     @property
-    def exit_code(self) -> Exit:
-        return exit_code(self.outcomes + self.images)
+    def _results(self) -> Counter[str]:
+        return self.outcomes + self.images
 
     def count_image(self, saved: Saved) -> None:
         """Count an image that was saved, or could not be saved."""
@@ -124,8 +174,6 @@ class BatchTally(Tally):
 
 def _percentiles(seconds: Sequence[float]) -> str:
     """Return the median and the 95th percentile, by nearest rank."""
-    if not seconds:
-        return "-"
     ranked = sorted(seconds)
     p50, p95 = (ranked[math.ceil(share * len(ranked)) - 1] for share in (0.5, 0.95))
     return f"{p50:.1f} s, {p95:.1f} s"

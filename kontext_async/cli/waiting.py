@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 
-from kontext_async.cli.output import Exit, say
+from kontext_async.cli.input import Problem, ids_from_stdin
+from kontext_async.cli.output import Exit, fail, say
 from kontext_async.cli.progress import Display
 from kontext_async.cli.tally import Tally
 from kontext_async.client import KontextClient
@@ -19,13 +20,17 @@ async def wait_for_all(
     tally: Tally,
     handle: Callable[[TaskOutcome], None],
     *,
+    source: str | None = None,
     timeout: float | None,
     batch_timeout: float | None = None,
 ) -> Exit:
     """Wait for all unfinished tasks, and pass each outcome to ``handle``."""
     display = Display(tally, client)
     waiting = client.as_completed(
-        tally.start(), timeout=timeout, batch_timeout=batch_timeout, on_event=tally.count_poll
+        ids_to_wait_for(tally, source, display),
+        timeout=timeout,
+        batch_timeout=batch_timeout,
+        on_event=tally.count_poll,
     )
     with display.shown():
         async with waiting as outcomes:
@@ -38,17 +43,55 @@ async def wait_for_all(
     return tally.exit_code
 
 
-def say_how_to_resume(tally: Tally, source: str | None) -> None:
-    """Name the unfinished tasks after Ctrl-C, and the command that waits for them again."""
+async def ids_to_wait_for(
+    tally: Tally,
+    source: str | None,
+    display: Display,
+    remember: Callable[[list[str]], Awaitable[None]] | None = None,
+) -> AsyncGenerator[str]:
+    """Yield the tally's ids, then those of standard input while it is still being written.
+
+    ``remember`` is given the ids of standard input before they are yielded.
+    """
+    for task_id in tally.start(list(tally.unfinished)):
+        yield task_id
+    if source != "-":
+        return
+    async for items in ids_from_stdin():
+        for problem in items:
+            if isinstance(problem, Problem):
+                tally.unreadable += 1
+                display.show_problem(str(problem))
+        new = tally.add(item for item in items if isinstance(item, str))
+        if new and remember is not None:
+            await remember(new)
+        for task_id in tally.start(new):
+            yield task_id
+    tally.is_complete = True
+    if not (tally.total or tally.unreadable):
+        fail("no task ids on standard input")
+
+
+def say_what_is_left(tally: Tally) -> None:
+    """Name the tasks that are known to be generating, and count the others that are left."""
+    generating = tally.generating
+    if generating:
+        shown, more = generating[:_MAX_IDS_SHOWN], len(generating) - _MAX_IDS_SHOWN
+        say(f"Still generating: {', '.join(shown)}{f' and {more} more' if more > 0 else ''}")
+        say("They are paid for.")
+    if others := len(tally.unfinished) - len(generating):
+        say(f"{others} {'task has' if others == 1 else 'tasks have'} not been seen yet.")
+
+
+def say_how_to_resume(tally: Tally, source: str | None, options: str) -> None:
+    """Say what is left after Ctrl-C, and the command that waits for it again."""
     ids = list(tally.unfinished)
     if not ids:
         return
-    shown, more = ids[:_MAX_IDS_SHOWN], len(ids) - _MAX_IDS_SHOWN
-    say(f"Still generating: {', '.join(shown)}{f' and {more} more' if more > 0 else ''}")
-    if more > 0:
+    say_what_is_left(tally)
+    if len(ids) > _MAX_IDS_SHOWN:
         arguments = f"--from {shlex.quote(source) if source and source != '-' else 'FILE'}"
     else:
         is_like_option = any(task_id.startswith("-") for task_id in ids)
         arguments = ("-- " if is_like_option else "") + shlex.join(ids)
-    say("They are still paid for. To wait for them again, with the same ids and options:")
-    say(f"  kontext wait {arguments}")
+    say(f"To wait again: kontext wait {options}{arguments}")
