@@ -64,10 +64,11 @@ BROKEN_OFF = {
 }
 
 
-def answers(reply, *, made=False):
+def answers(*pieces, made=False):
     async def script(connection):
         await (connection.make() if made else connection.whole())
-        await connection.send(reply)
+        for piece in pieces:
+            await connection.send(piece)
 
     return script
 
@@ -104,6 +105,14 @@ ODD = {
     "an_id_with_code_500": (answers(envelope(500, CREATED), made=True), ACCEPTED),
     "an_id_with_http_502": (answers(envelope(200, CREATED, status=502), made=True), ACCEPTED),
     "an_id_outside_data": (answers(answer({"code": 200, **CREATED}), made=True), ACCEPTED),
+    "an_id_before_a_bad_chunk": (
+        answers(
+            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n",
+            b'1c\r\n{"data": {"taskId": "task-1"\r\nZZ\r\n',
+            made=True,
+        ),
+        ACCEPTED,
+    ),
     "an_id_in_half_the_chunks": (
         answers(
             b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -340,7 +349,7 @@ async def test_a_proxy_that_cannot_be_reached_sends_nothing():
 
 @pytest.mark.parametrize(
     ("script", "expected"),
-    [(losing(answer(b"no", status=502))), (refusing(envelope(402))), (accepts, UNKNOWN)],
+    [losing(answer(b"no", status=502)), refusing(envelope(402)), (accepts, UNKNOWN)],
 )
 async def test_a_proxy_for_plain_http_is_judged_like_the_service(script, expected):
     """It has the whole request in its hands."""
@@ -386,6 +395,13 @@ async def failing_after(request, handler):
     raise LookupError("cannot log")
 
 
+async def slow(request, handler):
+    """Look at the answer for a while, as one that writes a log does."""
+    response = await handler(request)
+    await asyncio.sleep(1)
+    return response
+
+
 async def reading(request, handler):
     """Read the body, as one that signs requests does."""
     assert b"lighthouse" in await request.body.as_bytes()
@@ -399,6 +415,7 @@ MIDDLEWARES = {
     "follows_a_redirect": (following, answers(answer(status=307)), UNKNOWN),
     "fails_before": (failing_before, accepts, NOT_SENT),
     "fails_after": (failing_after, answers(envelope(data=CREATED), made=True), UNKNOWN),
+    "is_slow": (slow, ends("close", after="whole", made=True, sends=AFTER_ID), ACCEPTED),
     "reads": (reading, answers(envelope(data=CREATED), made=True), ACCEPTED),
 }
 
