@@ -214,6 +214,16 @@ class KontextClient:
         return self._base_url
 
     @property
+    def callback_url(self) -> str | None:
+        """The address that the service calls when a task ends; None without one."""
+        return self._creator.callback_url
+
+    @property
+    def expects_callbacks(self) -> bool:
+        """True if each task has a callback address of its own: ``{token}`` is in the address."""
+        return self._creator.expects_token
+
+    @property
     def stats(self) -> ClientStats:
         """Counts of requests and errors so far, and the present limits."""
         transport = self._transport

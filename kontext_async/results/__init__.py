@@ -2,7 +2,7 @@
 
 from kontext_async.results.errors import DownloadError, LedgerError, ResultExpiredError
 from kontext_async.results.images import ImageSaver, SavedImage, download, save_outcomes
-from kontext_async.results.ledger import Ledger, LedgerEntry
+from kontext_async.results.ledger import Ledger, LedgerEntry, RequestOutcome, SubmissionEntry
 from kontext_async.results.report import write_report
 
 __all__ = [
@@ -11,8 +11,10 @@ __all__ = [
     "Ledger",
     "LedgerEntry",
     "LedgerError",
+    "RequestOutcome",
     "ResultExpiredError",
     "SavedImage",
+    "SubmissionEntry",
     "download",
     "save_outcomes",
     "write_report",

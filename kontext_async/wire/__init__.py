@@ -12,6 +12,7 @@ from kontext_async.wire.creations import (
     ImageRequest,
     Verdict,
     read_creation,
+    rule_of,
 )
 from kontext_async.wire.envelope import MAX_BODY, retry_after
 from kontext_async.wire.records import RECORD_INFO, check_task_id, decode, server_age
@@ -33,5 +34,6 @@ __all__ = [
     "decode",
     "read_creation",
     "retry_after",
+    "rule_of",
     "server_age",
 ]

@@ -37,6 +37,7 @@ __all__ = [
     "ImageRequest",
     "Verdict",
     "read_creation",
+    "rule_of",
 ]
 
 GENERATE: Final = "/api/v1/flux/kontext/generate"
@@ -124,6 +125,9 @@ def _extra(instance: object, attribute: attrs.Attribute[Any], value: Mapping[str
             raise ConfigurationError("extra must have names that are text")
         if name in _KNOWN:
             raise ConfigurationError(f"extra must not have {name!r}: it has an argument of its own")
+        _refuse_misspelt(name)
+        if value[name] is None:
+            raise ConfigurationError(f"extra must not have None, as {name!r} does: leave it out")
     try:
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as exc:
@@ -180,8 +184,6 @@ class ImageRequest:
             raise ConfigurationError(f"{_CALLBACK} is the client's: see callback_url")
         given = {name: value for name, value in fields.items() if value is not None}
         known = {_OWN_NAMES[name]: given.pop(name) for name in _OWN_NAMES if name in given}
-        for name in given:
-            _refuse_misspelt(name)
         if "prompt" not in known:
             raise ConfigurationError("a request needs a prompt")
         return cls(**known, extra=given)
@@ -332,8 +334,8 @@ def read_creation(
         answer = read_answer(status, headers, body, task_id="", api_key=api_key, now=now)
     except ResponseFormatError as error:
         return Creation(LOST, error=SubmissionUnknownError(str(error.args[0]), http_status=status))
-    rule = _rule(answer)
     refusal = _refusal(answer, request)
+    rule = rule_of(refusal.code, from_gateway=refusal.from_gateway)
     if rule is LOST:
         problem = f"the answer holds no task id: {refusal.msg}"
         unknown = SubmissionUnknownError(problem, code=answer.code, http_status=status)
@@ -341,11 +343,10 @@ def read_creation(
     return Creation(rule, error=refusal)
 
 
-def _rule(answer: Answer) -> CreationRule:
+def rule_of(code: int, *, from_gateway: bool) -> CreationRule:
+    """Return the rule for a code of an envelope, or for the HTTP status of another answer."""
     for rule in CREATION_POLICY:
-        if answer.code is None and answer.status in rule.statuses:
-            return rule
-        if answer.code is not None and answer.code in rule.codes:
+        if code in (rule.statuses if from_gateway else rule.codes):
             return rule
     return LOST
 

@@ -1,6 +1,8 @@
 """The outcome of each task on disk, so that a restart continues where the last run stopped."""
 
+from kontext_async.results.ledger.generation import RequestOutcome
 from kontext_async.results.ledger.ledger import Ledger
 from kontext_async.results.ledger.rows import LedgerEntry
+from kontext_async.results.ledger.submissions import SubmissionEntry
 
-__all__ = ["Ledger", "LedgerEntry"]
+__all__ = ["Ledger", "LedgerEntry", "RequestOutcome", "SubmissionEntry"]

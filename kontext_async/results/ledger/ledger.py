@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import json
 import os
@@ -15,7 +16,8 @@ from typing import Any, Self
 
 from kontext_async.batch import check_source
 from kontext_async.client import KontextClient
-from kontext_async.errors import ClientStateError, KontextError
+from kontext_async.creation import SubmittedTask
+from kontext_async.errors import ClientStateError, ConfigurationError, KontextError
 from kontext_async.models import CompletedTask
 from kontext_async.polling import (
     DEFAULT_ERROR_GRACE,
@@ -23,11 +25,18 @@ from kontext_async.polling import (
     DEFAULT_TIMEOUT,
     PollEvent,
     TaskOutcome,
+    check_plain_function,
+    check_seconds,
 )
 from kontext_async.results.errors import DownloadError
 from kontext_async.results.images.files import SavedImage, run_in_thread
 from kontext_async.results.images.saver import ImageSaver
 from kontext_async.results.images.saves import SavedOutcome, save_outcomes
+from kontext_async.results.ledger.generation import (
+    GenerationOptions,
+    Generator,
+    RequestOutcome,
+)
 from kontext_async.results.ledger.journal import LedgerJournal
 from kontext_async.results.ledger.rows import (
     COLUMNS,
@@ -36,7 +45,21 @@ from kontext_async.results.ledger.rows import (
     entry_of,
     error_text,
 )
-from kontext_async.results.ledger.store import Row, Store, open_reader, translate_errors
+from kontext_async.results.ledger.store import (
+    Row,
+    Store,
+    has_submissions,
+    open_reader,
+    translate_errors,
+)
+from kontext_async.results.ledger.submissions import (
+    ENTRIES,
+    KeyedRequest,
+    SubmissionEntry,
+    Submissions,
+    check_requests,
+    submission_of,
+)
 from kontext_async.schedule import PollState
 from kontext_async.streams import Stream
 from kontext_async.wire import check_task_id
@@ -74,13 +97,16 @@ class Ledger:
         self._store = Store(self._path)
         self._ended: dict[str, TaskState] = {}
         self._images = _Images(self._path.parent, self._store)
-        self._streams: weakref.WeakSet[Stream[TaskOutcome]] = weakref.WeakSet()
+        self._submissions = Submissions(self._store)
+        self._arrivals: dict[str, asyncio.Event] = {}  # of callbacks, by token
+        self._streams: weakref.WeakSet[Stream[Any]] = weakref.WeakSet()
 
     async def __aenter__(self) -> Self:
         await self._store.open()
         self._ended.clear()
         try:
             self._ended.update(await self._store.run(_ENDED))
+            await self._submissions.recover()
         except BaseException:
             await self.aclose()
             raise
@@ -112,6 +138,18 @@ class Ledger:
         with translate_errors(file), closing(open_reader(file)) as connection:
             for row in connection.execute(_ENTRIES):
                 yield entry_of(row)
+
+    @staticmethod
+    def read_submissions(path: str | os.PathLike[str]) -> Iterator[SubmissionEntry]:
+        """Iterate over the requests of `generate`, in the order in which they came to the ledger.
+
+        Works at any time, as `read` does, and raises the same.
+        """
+        file = Path(path)
+        with translate_errors(file), closing(open_reader(file)) as connection:
+            if has_submissions(connection):
+                for row in connection.execute(ENTRIES):
+                    yield submission_of(row)
 
     async def add(self, task_ids: Iterable[str]) -> None:
         """Add ids in the state ``"waiting"``; known ones stay as they are.
@@ -163,6 +201,123 @@ class Ledger:
         self._streams.add(stream)
         return stream
 
+    def generate(
+        self,
+        client: KontextClient,
+        requests: Iterable[KeyedRequest] | AsyncIterable[KeyedRequest],
+        *,
+        max_running: int = 100,
+        max_new: int | None = None,
+        retry_failed: bool = False,
+        callback_grace: float = 120.0,
+        on_submitted: Callable[[SubmittedTask], object] | None = None,
+        batch_timeout: float | None = None,
+        timeout: float | None = DEFAULT_TIMEOUT,
+        wait: Callable[[PollState], float] | None = None,
+        error_grace: float | None = DEFAULT_ERROR_GRACE,
+        not_found_grace: float | None = DEFAULT_NOT_FOUND_GRACE,
+        on_event: Callable[[PollEvent], object] | None = None,
+    ) -> Stream[RequestOutcome]:
+        """Create a task for each request, wait for it, and yield its outcome as it ends.
+
+        A request whose task is in the ledger is not sent again, however the run before ended. So
+        the same requests can be given again, moved or added to, and each is paid for once.
+
+        ``requests``: any iterable of `ImageRequest`, or of pairs of a key of your own and an
+        `ImageRequest`. Without a key the parameters name it, with a number for equal ones.
+        ``max_running``: the most tasks under way plus outcomes not yet taken. ``max_new``: the
+        most tasks to create in this run; the other requests are kept for another run and have no
+        outcome. ``retry_failed``: send refused requests again, and poll failed tasks again.
+        ``callback_grace``: seconds for which a request whose answer was lost waits for its
+        callback, if the client's ``callback_url`` has a ``{token}`` (see `add_candidate`).
+        ``on_submitted``: called with each `SubmittedTask`. ``batch_timeout``: seconds after which
+        no task is created, and what is left ends with `WaitTimeoutError`. The rest is as in
+        `KontextClient.as_completed`.
+
+        An uncertain request has a `SubmissionUnknownError` as its outcome in every run, until it
+        is decided by hand (`resolve`). A refusal that would meet every request (a refused key, no
+        credits), a dead network, and ten lost answers in a row end the creation of tasks, and are
+        the outcome of the requests that are left; the batch goes on waiting.
+
+        Raises `ConfigurationError` for a bad argument, from the iteration also for a key that has
+        two requests, and `LedgerError` if something cannot be recorded.
+        """
+        _check_count("max_running", max_running, at_least=1)
+        if max_new is not None:
+            _check_count("max_new", max_new, at_least=0)
+        check_seconds("callback_grace", callback_grace)
+        check_plain_function("on_submitted", on_submitted)
+        # It checks the keywords of a wait; nothing begins before the first iteration.
+        client.as_completed(
+            (),
+            batch_timeout=batch_timeout,
+            timeout=timeout,
+            wait=wait,
+            error_grace=error_grace,
+            not_found_grace=not_found_grace,
+            on_event=on_event,
+        )
+        check_requests(requests)
+        options = GenerationOptions(
+            max_running=max_running,
+            max_new=max_new,
+            retry_failed=retry_failed,
+            callback_grace=callback_grace,
+            on_submitted=on_submitted,
+            batch_timeout=batch_timeout,
+            timeout=timeout,
+            wait={
+                "wait": wait,
+                "error_grace": error_grace,
+                "not_found_grace": not_found_grace,
+                "on_event": on_event,
+            },
+        )
+        final: set[TaskState] = {"done"} if retry_failed else {"done", "failed"}
+        stream = Stream(
+            functools.partial(
+                Generator,
+                client,
+                requests,
+                options,
+                submissions=self._submissions,
+                journal=LedgerJournal(self._store, self._ended, self._images.recalled, final=final),
+                arrivals=self._arrivals,
+            )
+        )
+        self._streams.add(stream)
+        return stream
+
+    async def add_candidate(self, token: str, task_id: str) -> None:
+        """Record the task that a callback names; on disk when this returns.
+
+        ``token`` is the one in the callback's address. `generate` takes the task as the request's
+        if the request is uncertain and the task's record has its parameters.
+        """
+        await self._submissions.add_candidate(token, check_task_id(task_id))
+        if (arrived := self._arrivals.get(token)) is not None:
+            arrived.set()
+
+    async def resolve(self, key: str, task_id: str | None) -> SubmissionEntry:
+        """Decide an uncertain request by hand, and return its entry.
+
+        ``task_id``: the task that was found for it; None gives the request up, and it is not sent
+        again. Raises `ConfigurationError` if the key is unknown, the request is not uncertain, or
+        the task belongs to another request.
+        """
+        entry = await self._submissions.get(key)
+        if entry is None:
+            raise ConfigurationError(f"the ledger has no request with the key {key!r}")
+        if entry.state not in {"unknown", "abandoned"}:
+            raise ConfigurationError(f"the request {key!r} is not uncertain: it is {entry.state}")
+        if task_id is None:
+            await self._submissions.set(key, "abandoned")
+        elif not await self._submissions.bind(key, check_task_id(task_id)):
+            raise ConfigurationError(f"task {task_id!r} belongs to another request")
+        decided = await self._submissions.get(key)
+        assert decided is not None, "a request is never removed"
+        return decided
+
     def save_outcomes(
         self, outcomes: AsyncIterable[TaskOutcome], saver: ImageSaver
     ) -> Stream[SavedOutcome]:
@@ -181,6 +336,11 @@ class Ledger:
     async def record_save_failed(self, task_id: str, error: KontextError) -> None:
         """Record why a task's image could not be saved; `save_outcomes` does this by itself."""
         await self._store.run(*_not_saved(task_id, error))
+
+
+def _check_count(name: str, value: object, *, at_least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+        raise ConfigurationError(f"{name} must be an int of {at_least} or more, not {value!r}")
 
 
 def _not_saved(task_id: str, error: KontextError) -> tuple[str, Row]:

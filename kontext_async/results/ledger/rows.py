@@ -31,6 +31,7 @@ __all__ = [
     "TaskState",
     "entry_of",
     "error_text",
+    "readable",
     "recalled",
     "record_text",
     "state_of",
@@ -146,17 +147,18 @@ _UNREADABLE = (
 
 
 @contextmanager
-def _readable(task_id: object) -> Generator[None]:
+def readable(name: object, kind: str = "task") -> Generator[None]:
+    """Raise `LedgerError` for an entry that something other than this package has written."""
     try:
         yield
     except _UNREADABLE as exc:
-        raise LedgerError(f"the ledger's entry of task {task_id!r} is unreadable: {exc!r}") from exc
+        raise LedgerError(f"the ledger's entry of {kind} {name!r} is unreadable: {exc!r}") from exc
 
 
 def entry_of(row: Row) -> LedgerEntry:
     """Return the entry in a row of `COLUMNS`."""
     task_id, state, attempts, record, error, path, sha256, size, created, updated = row
-    with _readable(task_id):
+    with readable(task_id):
         fields: Mapping[str, Any] = json.loads(error) if error else {}
         return LedgerEntry(
             task_id=task_id,
@@ -177,7 +179,7 @@ def entry_of(row: Row) -> LedgerEntry:
 def recalled(row: Row) -> tuple[Row | None, TaskOutcome]:
     """Return the image columns and the outcome in a row of `RECALLED`."""
     task_id, state, text, error, *image = row
-    with _readable(task_id):
+    with readable(task_id):
         record = _record(task_id, text)
         if state == "failed":
             return None, TaskOutcome(task_id=task_id, error=_failure(task_id, error, record))

@@ -15,7 +15,14 @@ from kontext_async.errors import ClientStateError
 from kontext_async.results.errors import LedgerError
 from kontext_async.results.images.files import uncancellable
 
-__all__ = ["Row", "Store", "open_reader", "open_writer", "translate_errors"]
+__all__ = [
+    "Row",
+    "Store",
+    "has_submissions",
+    "open_reader",
+    "open_writer",
+    "translate_errors",
+]
 
 Row: TypeAlias = tuple[Any, ...]
 _T = TypeVar("_T")
@@ -49,6 +56,26 @@ _MIGRATIONS = (
         created_at REAL NOT NULL,
         updated_at REAL NOT NULL
     )
+    """,
+    """
+    CREATE TABLE submissions (
+        position INTEGER PRIMARY KEY,
+        key TEXT NOT NULL UNIQUE,
+        params TEXT NOT NULL,
+        state TEXT NOT NULL,
+        token TEXT NOT NULL UNIQUE,
+        task_id TEXT UNIQUE,
+        error TEXT,
+        created_at REAL NOT NULL,
+        updated_at REAL NOT NULL
+    )
+    """,
+    """
+    CREATE TABLE candidates (
+        token TEXT NOT NULL,
+        task_id TEXT NOT NULL,
+        PRIMARY KEY (token, task_id)
+    ) WITHOUT ROWID
     """,
 )
 
@@ -108,6 +135,11 @@ def _refuse_foreign(path: Path) -> None:
         connection.execute("PRAGMA writable_schema = ON")
         if _number(connection, "application_id") != _APPLICATION_ID:
             raise LedgerError(f"ledger {path}: it is not a ledger; it has been left as it is")
+
+
+def has_submissions(connection: sqlite3.Connection) -> bool:
+    """Return True for a ledger of a version that has requests: a reader upgrades nothing."""
+    return _number(connection, "user_version") >= 2
 
 
 def _refuse_newer(path: Path, version: int) -> None:
