@@ -81,7 +81,7 @@ class CliHelp(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         runner = CliRunner(env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"})
-        names = [command.callback.__name__ for command in kontext.registered_commands]
+        names = [c.name or c.callback.__name__ for c in kontext.registered_commands]
         parts = []
         for arguments in ([], *([name] for name in names)):
             said = runner.invoke(kontext, [*arguments, "--help"], prog_name="kontext")

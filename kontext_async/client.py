@@ -33,14 +33,14 @@ from kontext_async.streams import Stream
 from kontext_async.transport import Transport
 from kontext_async.wire import ImageRequest
 
-__all__ = ["DEFAULT_BASE_URL", "DEFAULT_SUBMIT_GRACE", "KontextClient"]
+__all__ = ["DEFAULT_BASE_URL", "DEFAULT_CREATION_LIMIT", "DEFAULT_SUBMIT_GRACE", "KontextClient"]
 
 DEFAULT_BASE_URL: Final = "https://api.apikley.ru"
 
 DEFAULT_SUBMIT_GRACE: Final = 120.0
 
 # New tasks of an account (the upstream's documentation); what exceeds it is refused, not queued.
-_CREATION_LIMIT = RateLimit(20, 10.0)
+DEFAULT_CREATION_LIMIT: Final = RateLimit(20, 10.0)
 
 _KEY_VARIABLE = "APIKLEY_API_KEY"
 
@@ -150,7 +150,7 @@ class KontextClient:
         durations: DurationModel | None = None,
         allow_http: bool = False,
         callback_url: str | None = None,
-        creation_limit: RateLimit | None = _CREATION_LIMIT,
+        creation_limit: RateLimit | None = DEFAULT_CREATION_LIMIT,
     ) -> None:
         key = _checked_key(api_key)
         self._base_url = _checked_url(base_url, allow_http=allow_http)
@@ -292,6 +292,14 @@ class KontextClient:
             not_found_grace=not_found_grace,
             on_event=on_event,
         )
+
+    async def credits(self) -> float:
+        """Return the account's balance of credits, with one request.
+
+        Raises `ApiError`, `TransportError`, `ResponseFormatError`, and `ClientStateError` once the
+        client is closed.
+        """
+        return await self._creator.credits()
 
     async def record_info(self, task_id: str) -> TaskRecord:
         """Poll a task once, and return its record, whatever its status.

@@ -175,6 +175,7 @@ class Creator:
         self.callback_url = callback_url
         self._api_key = api_key
         self._endpoint = URL(base_url + wire.GENERATE)
+        self._balance = URL(base_url + wire.CREDITS)
         self._headers = request_headers(api_key)
         self._borrowed = session
         self._session: aiohttp.ClientSession | None = None
@@ -282,6 +283,28 @@ class Creator:
         assert answer.status is not None, "the answer is whole"
         return self._judge(answer, answer.status, request, broken_off=None)
 
+    async def credits(self) -> float:
+        """Return the account's balance, with one request."""
+        self._transport.check_open()
+        answer = _Answer()
+        try:
+            async with asyncio.timeout(self._request_timeout):
+                response = await self._open_session().get(
+                    self._balance,
+                    headers=self._headers,
+                    allow_redirects=False,
+                    raise_for_status=False,
+                    auto_decompress=True,
+                )
+                await answer.read(response)
+        except (aiohttp.ClientError, OSError) as exc:  # TimeoutError is an OSError
+            problem = self._problem(exc, missing="whole answer", seconds=self._request_timeout)
+            raise TransportError(problem) from safe_cause(exc)
+        assert answer.status is not None, "the answer is whole"
+        return wire.read_credits(
+            answer.status, answer.headers, answer.body, api_key=self._api_key, now=time.time()
+        )
+
     async def _exchange(
         self, session: aiohttp.ClientSession, body: _OneShotBody, answer: _Answer
     ) -> None:
@@ -312,23 +335,22 @@ class Creator:
         """Judge a request that ended with an exception."""
         if body.failure is not None:
             raise body.failure
-        problem = self._problem(exc, body)
         if body.revoke():
+            problem = self._problem(exc, missing="connection", seconds=self._request_timeout)
             is_untrusted = isinstance(exc, UNTRUSTED_SERVER)
             error = TransportError(f"not sent: {problem}", retryable=not is_untrusted)
             error.__cause__ = safe_cause(exc)
             return Creation(wire.UNTRUSTED if is_untrusted else wire.NOT_SENT, error=error)
+        problem = self._problem(exc, missing="whole answer", seconds=_ANSWER_TIMEOUT)
         if answer.status is None:
             unknown = SubmissionUnknownError(problem)
             unknown.__cause__ = safe_cause(exc)
             return Creation(wire.LOST, error=unknown)
         return self._judge(answer, answer.status, request, broken_off=problem)
 
-    def _problem(self, exc: Exception, body: _OneShotBody) -> str:
+    def _problem(self, exc: Exception, *, missing: str, seconds: float) -> str:
         if isinstance(exc, TimeoutError) and not isinstance(exc, aiohttp.ClientError):
-            is_sent = body.state is _BodyState.HANDED_OVER
-            seconds = _ANSWER_TIMEOUT if is_sent else self._request_timeout
-            return f"no {'whole answer' if is_sent else 'connection'} within {seconds:g} s"
+            return f"no {missing} within {seconds:g} s"
         return f"{type(exc).__name__}: {describe_failure(exc)}".replace(self._api_key, "***")
 
     def _judge(

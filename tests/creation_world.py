@@ -40,6 +40,10 @@ class Connection:
         self._left = int(re.search(r"(?i)content-length: (\d+)", head)[1])
         self.service.heads.append(head)
 
+    async def get(self):
+        """Read a request without a body."""
+        await self._reader.readuntil(b"\r\n\r\n")
+
     async def half(self):
         """Read the head and half of the body."""
         await self.head()

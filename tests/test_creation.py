@@ -31,6 +31,7 @@ from kontext_async import (
     MaintenanceError,
     RateLimit,
     RateLimitedError,
+    ResponseFormatError,
     SubmissionUnknownError,
     TransportError,
     WaitTimeoutError,
@@ -544,6 +545,40 @@ async def test_a_programming_error_of_ours_is_not_hidden(monkeypatch):
             await client.submit(REQUEST)
 
 
+# --- the balance ---------------------------------------------------------------------------------
+
+
+async def test_the_balance_is_a_number_of_credits():
+    async with Simulator(credits=5, api_key=KEY) as simulator, make_client(simulator) as client:
+        await client.submit(REQUEST)
+        assert await client.credits() == 4.0
+        async with KontextClient("other", base_url=simulator.base_url) as stranger:
+            await error_of(stranger.credits(), AuthenticationError)
+
+
+@pytest.mark.parametrize("data", ["5", None, True, [5], 1e999])
+async def test_a_balance_that_is_no_number_is_unreadable(data):
+    async def script(connection):
+        await connection.get()
+        await connection.send(envelope(data=data))
+
+    async with service(script) as served, KontextClient(KEY, base_url=served.base_url) as client:
+        error = await error_of(client.credits(), ResponseFormatError)
+        assert error.task_id is None
+
+
+@virtual_time
+async def test_a_balance_that_does_not_come_is_a_transport_error():
+    async def script(connection):
+        await connection.stall()
+
+    async with service(script) as served, KontextClient(KEY, base_url=served.base_url) as client:
+        error = await error_of(client.credits(), TransportError)
+        assert "no whole answer within 30 s" in str(error)
+        await client.aclose()
+        await error_of(client.credits(), ClientStateError)
+
+
 # --- any answer ----------------------------------------------------------------------------------
 
 BODIES = st.binary(max_size=300) | st.builds(
@@ -611,7 +646,8 @@ def test_words_of_extra_and_short_prompts_are_hidden_too():
 def test_the_page_shows_the_policy_as_the_code_has_it():
     """Never paying twice: each row of the table is a row of `CREATION_POLICY`."""
     page = Path(__file__).parent.parent / "docs" / "never-paying-twice.md"
-    rows = re.findall(r"^\| (.+) \| (.+) \| (.+) \|$", page.read_text("utf-8"), re.MULTILINE)
+    text = page.read_text("utf-8").partition("## How it is certain")[0]
+    rows = re.findall(r"^\| (.+) \| (.+) \| (.+) \|$", text, re.MULTILINE)
     assert rows[1:] == [
         (rule.came, rule.verdict.value, rule.action.value) for rule in CREATION_POLICY
     ]

@@ -144,7 +144,7 @@ def test_every_field_and_exit_code_has_a_row():
 def test_options_that_pages_name_exist():
     """The pages name only options that the command has."""
     helps = "".join(
-        CliRunner().invoke(app, [command.callback.__name__, "--help"]).output
+        CliRunner().invoke(app, [command.name or command.callback.__name__, "--help"]).output
         for command in app.registered_commands
     )
     for page in PAGES:

@@ -14,6 +14,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from datetime import UTC, datetime
 from urllib.parse import unquote_to_bytes
 
 import pytest
@@ -22,7 +23,8 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 from report_samples import entry, failed, record, saved
 
-from kontext_async import ConfigurationError, TaskStatus
+from kontext_async import ConfigurationError, ImageRequest, TaskStatus
+from kontext_async.results import SubmissionEntry
 from kontext_async.results.partial import THUMBNAILS, remove_partial_files
 from kontext_async.results.report import page as report
 from kontext_async.results.report.histogram import histogram
@@ -520,3 +522,29 @@ def test_a_rare_tail_does_not_flatten_the_chart():
 def test_no_durations_no_chart():
     """Before the first task has finished there is no chart."""
     assert histogram([]) is None
+
+
+def test_requests_without_a_task_are_shown(tmp_path):
+    """Those that were refused or are uncertain, with their prompt; the others have a task."""
+    now = datetime(2026, 1, 2, tzinfo=UTC)
+    submissions = [
+        SubmissionEntry(
+            key=f"key-{state}",
+            request=ImageRequest(prompt=f"prompt {state}", model="flux-kontext-max"),
+            state=state,
+            token="token",
+            error_type="SubmissionUnknownError",
+            error_message=f"message {state}",
+            created_at=now,
+            updated_at=now,
+        )
+        for state in ("planned", "submitted", "refused", "unknown", "abandoned")
+    ]
+    text = write_report(tmp_path, [], submissions).read_text()
+    for state, label in (("refused", "Refused"), ("unknown", "Uncertain")):
+        assert f"key-{state}" in text
+        assert f"prompt {state}" in text
+        assert f"message {state}" in text
+        assert label in text
+    assert "Creation uncertain" in text
+    assert not [s for s in ("planned", "submitted", "abandoned") if f"key-{s}" in text]

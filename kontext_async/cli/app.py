@@ -8,7 +8,7 @@ import shlex
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -22,8 +22,24 @@ from kontext_async.cli.batch import (
     say_how_to_continue,
     show_status,
 )
+from kontext_async.cli.creating import credits_left, edit, generate, resolve, unknown
 from kontext_async.cli.input import distinct_ids, read_key
 from kontext_async.cli.local import demonstrate, serve
+from kontext_async.cli.options import (
+    AllowHttp,
+    AsJson,
+    BaseUrl,
+    BatchTimeout,
+    Folder,
+    Into,
+    KeyFile,
+    KnownLimit,
+    Quiet,
+    Report,
+    Source,
+    Timeout,
+    Verbose,
+)
 from kontext_async.cli.output import (
     Exit,
     error_console,
@@ -40,7 +56,6 @@ from kontext_async.cli.tally import BatchTally, Tally
 from kontext_async.cli.waiting import say_how_to_resume, wait_for_all
 from kontext_async.client import DEFAULT_BASE_URL, KontextClient
 from kontext_async.errors import KontextError
-from kontext_async.pacing import RateLimit
 from kontext_async.polling import DEFAULT_TIMEOUT, TaskOutcome
 from kontext_async.simulator import (
     FixedWindow,
@@ -56,7 +71,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,  # plain tracebacks show no locals, which may hold the key
     rich_markup_mode=None,
-    help="Wait for Flux Kontext image-generation tasks.",
+    help="Create Flux Kontext image-generation tasks, and wait for them.",
     epilog=(
         "Exit codes: 0 all done; 1 a generation failed; 2 wrong usage; 3 a deadline passed; "
         "4 the API or the network failed, or the output could not be written; 130 interrupted by "
@@ -64,86 +79,6 @@ app = typer.Typer(
         "differently, the highest code counts."
     ),
 )
-
-
-def _limit(seconds: float) -> float | None:
-    """Return a time limit as the client takes it: None for no limit."""
-    return None if math.isinf(seconds) else seconds
-
-
-def _seconds(help_text: str) -> Any:
-    """Return an option that takes a time limit."""
-    return typer.Option(min=0, callback=_limit, metavar="SECONDS", help=help_text)
-
-
-BaseUrl = Annotated[
-    str,
-    typer.Option(
-        metavar="URL",
-        envvar="KONTEXT_BASE_URL",
-        show_envvar=False,
-        help="Address of the API; also the environment variable KONTEXT_BASE_URL.",
-    ),
-]
-AllowHttp = Annotated[
-    bool,
-    typer.Option(
-        "--allow-http", help="Permit plain http to another machine; the key travels unencrypted."
-    ),
-]
-KeyFile = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE",
-        help="File with the API key; the default is the environment variable APIKLEY_API_KEY.",
-    ),
-]
-Source = Annotated[
-    str | None,
-    typer.Option(
-        "--from",
-        metavar="FILE|-",
-        help="File with task ids, or - for standard input, which is read while it is being "
-        "written. A line holds an id, or JSON with taskId. CSV has a first line with the names of "
-        "its columns, one of them taskId. Blank lines and lines that begin with # are skipped.",
-    ),
-]
-Timeout = Annotated[
-    float | None,
-    _seconds("Time limit of each task, from its first poll; 0 polls once, inf is no limit."),
-]
-BatchTimeout = Annotated[
-    float | None, _seconds("Time limit of all tasks together; inf is no limit.")
-]
-AsJson = Annotated[
-    bool, typer.Option("--json", help="Write JSON Lines to a terminal too, as to a pipe.")
-]
-Quiet = Annotated[
-    bool, typer.Option("--quiet", "-q", help="Print no progress and no summary, only results.")
-]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log each poll to standard error.")]
-
-
-def _rate(text: str) -> RateLimit:
-    """Read ``20/10``: 20 requests in any 10 seconds."""
-    requests, _, seconds = text.partition("/")
-    try:
-        return RateLimit(int(requests), float(seconds or 1))
-    except ValueError as error:
-        raise typer.BadParameter("give REQUESTS/SECONDS, such as 20/10") from error
-
-
-KnownLimit = Annotated[
-    RateLimit | None,
-    typer.Option(
-        "--rate-limit",
-        parser=_rate,
-        metavar="REQUESTS/SECONDS",
-        help="The account's limit, if you know it: 20/10 is 20 requests in any 10 seconds. The "
-        "default is to discover it.",
-    ),
-]
-Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of a batch.")]
 
 
 def _show_version(wanted: bool) -> None:  # noqa: FBT001 - typer's way of calling it
@@ -263,11 +198,9 @@ def wait(
 @app.command()
 def batch(
     *,
-    into: Annotated[
-        Path, typer.Option(metavar="FOLDER", help="Folder for the results; it is made if missing.")
-    ],
+    into: Into,
     source: Source = None,
-    report: Annotated[bool, typer.Option("--report", help="Write report.html at the end.")] = False,
+    report: Report = False,
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Poll failed generations again.")
     ] = False,
@@ -432,3 +365,10 @@ def demo() -> None:
     folder = Path(tempfile.mkdtemp(prefix="kontext-"), "demo")
     make_folder(folder)
     run(demonstrate(folder))
+
+
+app.command()(generate)
+app.command()(edit)
+app.command()(unknown)
+app.command()(resolve)
+app.command("credits")(credits_left)

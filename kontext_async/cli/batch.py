@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterator
 from contextlib import aclosing
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -22,17 +23,18 @@ from kontext_async.client import KontextClient
 from kontext_async.errors import KontextError
 from kontext_async.polling import TaskOutcome
 from kontext_async.results import ImageSaver, Ledger, LedgerEntry, write_report
+from kontext_async.streams import Stream
 
-_LEDGER = "kontext.sqlite3"
+LEDGER = "kontext.sqlite3"
 _STATES = ("waiting", "done", "failed", "unfinished", "error")
 
 
 def read_ledger(folder: Path) -> Iterator[LedgerEntry]:
     """Iterate over a folder's ledger; exit if there is none, or if it cannot be read."""
-    if not (folder / _LEDGER).exists():
-        fail(f"{folder} holds no results of `kontext batch`: there is no {_LEDGER} in it")
+    if not (folder / LEDGER).exists():
+        fail(f"{folder} holds no results of `kontext batch`: there is no {LEDGER} in it")
     with exit_on_error():
-        yield from Ledger.read(folder / _LEDGER)
+        yield from Ledger.read(folder / LEDGER)
 
 
 def batch_ids(source: str | None, folder: Path) -> list[str]:
@@ -84,7 +86,7 @@ async def run_batch(
     """
     display = Display(tally, client)
     async with (
-        Ledger(folder / _LEDGER) as ledger,
+        Ledger(folder / LEDGER) as ledger,
         ImageSaver(client, folder, overwrite=True) as saver,
     ):
         await saver.sweep()
@@ -97,19 +99,32 @@ async def run_batch(
             batch_timeout=batch_timeout,
             on_event=tally.count_poll,
         )
-        with display.shown():
-            async with (
-                waiting as outcomes,
-                aclosing(_counted(outcomes, tally, display)) as counted,
-                ledger.save_outcomes(counted, saver) as saves,
-            ):
-                async for outcome, saved in saves:
-                    tally.count_image(saved)
-                    with display.bar_hidden():
-                        handle(outcome, saved)
-                    if isinstance(saved, KontextError):
-                        display.show_error(saved)
+        await save_all(ledger, saver, waiting, tally=tally, display=display, handle=handle)
     return tally.exit_code
+
+
+async def save_all(
+    ledger: Ledger,
+    saver: ImageSaver,
+    waiting: Stream[Any],
+    *,
+    tally: BatchTally,
+    display: Display,
+    handle: Callable[[TaskOutcome, Saved], None],
+) -> None:
+    """Save the images of a stream's outcomes while it goes on, and pass each to ``handle``."""
+    with display.shown():
+        async with (
+            waiting as outcomes,
+            aclosing(_counted(outcomes, tally, display)) as counted,
+            ledger.save_outcomes(counted, saver) as saves,
+        ):
+            async for outcome, saved in saves:
+                tally.count_image(saved)
+                with display.bar_hidden():
+                    handle(outcome, saved)
+                if isinstance(saved, KontextError):
+                    display.show_error(saved)
 
 
 async def _counted(
@@ -126,8 +141,10 @@ async def _counted(
 def make_report(folder: Path) -> Exit:
     """Write a folder's report, and print its path."""
     entries = list(read_ledger(folder))
+    with exit_on_error():
+        submissions = list(Ledger.read_submissions(folder / LEDGER))
     try:
-        path = write_report(folder, entries)
+        path = write_report(folder, entries, submissions)
     except OSError as error:
         say(f"kontext: cannot write the report into {folder}: {error.strerror}")
         return Exit.ERROR

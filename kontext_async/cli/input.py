@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import AsyncGenerator, Iterable, Iterator
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, cast
 
@@ -108,6 +108,8 @@ class IdParser:
         self._kept, self._is_first = "", False
         values = cast("list[Any]", value) if isinstance(value, list) else [value]
         for one in values:
+            if _has_no_task(one):
+                continue
             try:
                 yield check_task_id(_id_in(one))
             except ConfigurationError as error:
@@ -165,6 +167,14 @@ def _is_id_column(name: str) -> bool:
     return "".join(c for c in name.casefold() if c.isalnum()) in _ID_COLUMNS
 
 
+def _has_no_task(value: Any) -> bool:
+    """Return True for the command's own line about a request that has no task."""
+    if not isinstance(value, dict):
+        return False
+    fields = cast("dict[str, Any]", value)
+    return "key" in fields and fields.get("taskId", "") is None
+
+
 def _id_in(value: Any) -> object:
     """Return the id in a JSON value: a string, a result's or an answer's ``taskId``."""
     if not isinstance(value, dict):
@@ -211,15 +221,32 @@ def distinct_ids(given: Iterable[str], source: str | None) -> list[str]:
     if source is not None:
         decoder, parser = _Decoder(source), IdParser(source)
         items += parser.feed(decoder.decode(_read(Path(source)), final=True), final=True)
-    problems = [str(item) for item in items if isinstance(item, Problem)]
-    if problems:
-        shown = problems[:_MAX_PROBLEMS_SHOWN]
-        if more := len(problems) - len(shown):
-            shown.append(f"and {more} more")
-        fail("\n".join(shown))
+    fail_on([str(item) for item in items if isinstance(item, Problem)])
     if not items:
         fail("no task ids: give them as arguments, or in a file with --from")
     return list(dict.fromkeys(item for item in items if isinstance(item, str)))
+
+
+def fail_on(problems: Sequence[str]) -> None:
+    """Exit if there are problems with the input; name the first of them."""
+    if problems:
+        shown = list(problems[:_MAX_PROBLEMS_SHOWN])
+        if more := len(problems) - len(shown):
+            shown.append(f"and {more} more")
+        fail("\n".join(shown))
+
+
+def read_lines(source: str) -> Iterator[tuple[str, str]]:
+    """Yield the lines of a file, or of standard input, that are not blank or comments.
+
+    Each comes with its place.
+    """
+    name = "standard input" if source == "-" else source
+    data = sys.stdin.buffer.read() if source == "-" else _read(Path(source))
+    for number, line in enumerate(_Decoder(name).decode(data, final=True).split("\n"), 1):
+        text = line.strip()
+        if text and not text.startswith("#"):
+            yield f"{name}, line {number}", text
 
 
 def _argument(number: int, text: str) -> Iterator[_Item]:

@@ -21,10 +21,11 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
+from kontext_async.creation import SubmittedTask
 from kontext_async.errors import ApiError, GenerationFailedError, KontextError, WaitTimeoutError
 from kontext_async.models import CompletedTask, TaskRecord, TaskStatus
 from kontext_async.polling import TaskOutcome
-from kontext_async.results import SavedImage
+from kontext_async.results import RequestOutcome, SavedImage
 
 # An outcome's image, or the error that prevented saving it; None if nothing was to be saved.
 Saved: TypeAlias = SavedImage | KontextError | None
@@ -112,7 +113,9 @@ def outcome_line(outcome: TaskOutcome, saved: Saved = None) -> dict[str, Any]:
             task, status = record, record.status
         case _:
             pass
-    line = {**_line(outcome.task_id, task, status), "outcome": classify(error)}
+    line = {**_line(outcome.task_id or None, task, status), "outcome": classify(error)}
+    if isinstance(outcome, RequestOutcome):
+        line["key"] = outcome.key
     if isinstance(saved, SavedImage):
         line["file"] = str(saved.path)
     elif saved is not None:
@@ -123,8 +126,14 @@ def outcome_line(outcome: TaskOutcome, saved: Saved = None) -> dict[str, Any]:
     return line
 
 
+def submitted_line(task: SubmittedTask) -> dict[str, Any]:
+    """Return the same fields for a task that was created just now."""
+    fields = {"outcome": "submitted", "createTime": task.submitted_at}
+    return {**_line(task.task_id, None, None), **fields}
+
+
 def _line(
-    task_id: str, task: CompletedTask | TaskRecord | None, status: TaskStatus | None
+    task_id: str | None, task: CompletedTask | TaskRecord | None, status: TaskStatus | None
 ) -> dict[str, Any]:
     completed = task if isinstance(task, CompletedTask) else None
     return {
@@ -173,7 +182,7 @@ def write_row(fields: Mapping[str, Any]) -> None:
     """Write the same for people, on one line with a clickable link, to a terminal."""
     outcome, duration = fields["outcome"], fields["duration"]
     row = Text().append(f"{outcome:<10} ", style=_STYLES.get(outcome, ""))
-    row.append(f"{plain(fields['taskId'])}  ")
+    row.append(f"{plain(fields['taskId'] or fields['key'])}  ")
     if duration is not None:
         row.append(f"{duration.total_seconds():.0f} s  ")
     if url := fields["file"] or fields["resultImageUrl"]:

@@ -12,7 +12,7 @@ from rich.table import Column, Table
 from kontext_async.cli.output import Exit, Saved, classify, code_of, exit_code
 from kontext_async.errors import KontextError
 from kontext_async.polling import PollEvent, TaskOutcome
-from kontext_async.results import SavedImage
+from kontext_async.results import RequestOutcome, SavedImage
 
 _MIN_WINDOW = 10.0  # s; the rate is of this time, or of the last half if that is longer
 
@@ -170,6 +170,15 @@ class BatchTally(Tally):
     def counts(self) -> str:
         not_saved = f", {n} not saved" if (n := self.images["notSaved"]) else ""
         return f"{super().counts()}, {self.images['saved']} saved{not_saved}"
+
+
+class RequestTally(BatchTally):
+    """A tally of requests for tasks: ``unfinished`` are their keys."""
+
+    def count_outcome(self, outcome: TaskOutcome) -> None:
+        super().count_outcome(outcome)
+        if isinstance(outcome, RequestOutcome):
+            self.unfinished.pop(outcome.key, None)
 
 
 def _percentiles(seconds: Sequence[float]) -> str:

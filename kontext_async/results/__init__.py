@@ -2,12 +2,19 @@
 
 from kontext_async.results.errors import DownloadError, LedgerError, ResultExpiredError
 from kontext_async.results.images import ImageSaver, SavedImage, download, save_outcomes
-from kontext_async.results.ledger import Ledger, LedgerEntry, RequestOutcome, SubmissionEntry
+from kontext_async.results.ledger import (
+    KeyedRequest,
+    Ledger,
+    LedgerEntry,
+    RequestOutcome,
+    SubmissionEntry,
+)
 from kontext_async.results.report import write_report
 
 __all__ = [
     "DownloadError",
     "ImageSaver",
+    "KeyedRequest",
     "Ledger",
     "LedgerEntry",
     "LedgerError",

@@ -33,6 +33,7 @@ from kontext_async.simulator.tasks import (
 __all__ = ["Simulator"]
 
 _API = "/api/v1/flux/kontext"
+_ENDLESS = 1_000_000  # the balance of an account without an end
 # Seconds for which the images of a completed task are served, as the provider documents.
 _LIFETIMES = {"/images": 14 * 24 * 3600.0, "/origins": 600.0}
 
@@ -258,6 +259,8 @@ class Simulator:
                 return self._record_info(request, logged)
             case "POST", "/api/v1/flux/kontext", "generate":
                 return self._generate(request, logged, await request.read())
+            case "GET", "/api/v1/chat", "credit":
+                return self._balance(logged)
             case "GET", "/images" | "/origins", _:
                 return self._image(request, logged, unquote(name), _LIFETIMES[folder])
             case _:
@@ -321,6 +324,11 @@ class Simulator:
         if self._credits is not None:
             self._credits -= 1
         return envelope({"taskId": task.task_id})
+
+    def _balance(self, logged: LoggedRequest) -> Reply:
+        if not logged.key_accepted:
+            return refused(401)
+        return envelope(_ENDLESS if self._credits is None else self._credits)
 
     def _image(
         self, request: web.BaseRequest, logged: LoggedRequest, name: str, lifetime: float

@@ -14,11 +14,13 @@ from kontext_async.wire.creations import (
     read_creation,
     rule_of,
 )
+from kontext_async.wire.credits import CREDITS, read_credits
 from kontext_async.wire.envelope import MAX_BODY, retry_after
 from kontext_async.wire.records import RECORD_INFO, check_task_id, decode, server_age
 
 __all__ = [
     "CREATION_POLICY",
+    "CREDITS",
     "GENERATE",
     "LOST",
     "MAX_BODY",
@@ -33,6 +35,7 @@ __all__ = [
     "check_task_id",
     "decode",
     "read_creation",
+    "read_credits",
     "retry_after",
     "rule_of",
     "server_age",

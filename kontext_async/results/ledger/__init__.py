@@ -3,6 +3,6 @@
 from kontext_async.results.ledger.generation import RequestOutcome
 from kontext_async.results.ledger.ledger import Ledger
 from kontext_async.results.ledger.rows import LedgerEntry
-from kontext_async.results.ledger.submissions import SubmissionEntry
+from kontext_async.results.ledger.submissions import KeyedRequest, SubmissionEntry
 
-__all__ = ["Ledger", "LedgerEntry", "RequestOutcome", "SubmissionEntry"]
+__all__ = ["KeyedRequest", "Ledger", "LedgerEntry", "RequestOutcome", "SubmissionEntry"]

@@ -59,10 +59,11 @@ from kontext_async.results.ledger.submissions import (
     Submissions,
     check_requests,
     submission_of,
+    with_keys,
 )
 from kontext_async.schedule import PollState
 from kontext_async.streams import Stream
-from kontext_async.wire import check_task_id
+from kontext_async.wire import ImageRequest, check_task_id
 
 __all__ = ["Ledger"]
 
@@ -287,6 +288,15 @@ class Ledger:
         )
         self._streams.add(stream)
         return stream
+
+    @staticmethod
+    def keys_of(requests: Iterable[KeyedRequest]) -> list[tuple[str, ImageRequest]]:
+        """Return each request that `generate` would make of these, with its key in the ledger.
+
+        Raises `ConfigurationError` for what is no request, and for a key that has two.
+        """
+        check_requests(requests)
+        return with_keys(requests)
 
     async def add_candidate(self, token: str, task_id: str) -> None:
         """Record the task that a callback names; on disk when this returns.

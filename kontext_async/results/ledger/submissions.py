@@ -32,7 +32,9 @@ __all__ = [
     "check_key",
     "check_requests",
     "keyed_requests",
+    "params_text",
     "submission_of",
+    "with_keys",
 ]
 
 SubmissionState: TypeAlias = Literal[
@@ -143,17 +145,19 @@ class _Keys:
 
     def key_of(self, item: Any) -> tuple[str, ImageRequest, bool]:
         """Return a request with its key, and False if it is a repetition of a given key."""
-        given, request = item if _is_pair(item) else (None, item)
+        given, request = _pair(item)
         if not isinstance(request, ImageRequest):
             raise ConfigurationError(
                 "requests must hold ImageRequest, or pairs of a key and an ImageRequest, "
                 f"not {type(request).__name__}"
             )
         digest = hashlib.sha256(params_text(request).encode()).hexdigest()[:16]
+        key: str
         if given is None:
             self._equal[digest] += 1
             return f"{digest}#{self._equal[digest]}", request, True
-        key = check_key(given)
+        is_own = isinstance(given, str) and given.startswith(f"{digest}#")  # of `with_keys`
+        key = given if is_own else check_key(given)
         known = self._given.setdefault(key, digest)
         if known != digest:
             raise _two_requests(key)
@@ -162,11 +166,15 @@ class _Keys:
         return key, request, is_new
 
 
-def _is_pair(item: Any) -> bool:
-    if not isinstance(item, tuple):
-        return False
-    parts: tuple[Any, ...] = item
-    return len(parts) == 2
+def _pair(item: Any) -> tuple[Any, Any]:
+    """Return the key and the request in an item; the key is None where there is none."""
+    if isinstance(item, ImageRequest):
+        return None, item
+    try:
+        key, request = item
+    except (TypeError, ValueError):
+        return None, item
+    return key, request
 
 
 def _two_requests(key: str) -> ConfigurationError:
@@ -194,6 +202,13 @@ def check_requests(requests: object) -> None:
         raise ConfigurationError(
             f"requests must be an iterable of requests, not {type(requests).__name__}"
         )
+
+
+def with_keys(requests: Iterable[KeyedRequest]) -> list[tuple[str, ImageRequest]]:
+    """Return each request once, with its key."""
+    keys = _Keys()
+    found = (keys.key_of(item) for item in requests)
+    return [(key, request) for key, request, is_new in found if is_new]
 
 
 async def keyed_requests(

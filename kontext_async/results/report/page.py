@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import quote
 
 import attrs
@@ -19,6 +19,7 @@ from kontext_async import errors
 from kontext_async.errors import ConfigurationError, GenerationFailedError, KontextError
 from kontext_async.results import errors as results_errors
 from kontext_async.results.ledger.rows import LedgerEntry
+from kontext_async.results.ledger.submissions import SubmissionEntry
 from kontext_async.results.partial import write_file
 from kontext_async.results.report.histogram import histogram
 from kontext_async.results.report.thumbnails import make_thumbnails
@@ -37,6 +38,8 @@ _LABELS = {
     "error": "Error",
     "unfinished": "Unfinished",
     "waiting": "Waiting",
+    "refused": "Refused",
+    "unknown": "Uncertain",
 }
 _NO_PICTURE = {
     "done": "Not saved",
@@ -44,7 +47,11 @@ _NO_PICTURE = {
     "error": "No answer",
     "unfinished": "Not finished",
     "waiting": "Not finished yet",
+    "refused": "No task",
+    "unknown": "Perhaps a task",
 }
+# The states of requests without a task that the page shows.
+_REQUESTS = ("refused", "unknown")
 # The error codes of failed generations (`GenerationFailedError`).
 _CODES = {400: "Prompt flagged", 500: "Internal error", 501: "Generation failed"}
 # An entry of the ledger has the name of the error's class.
@@ -61,6 +68,7 @@ class _Card:
     """A task on the page; ``image`` and ``thumbnail`` are URLs relative to the page."""
 
     entry: LedgerEntry
+    named: str
     prompt: str
     model: str
     duration: float | None
@@ -81,8 +89,13 @@ class _Group:
     others: int
 
 
-def write_report(folder: Path, entries: Iterable[LedgerEntry]) -> Path:
+def write_report(
+    folder: Path, entries: Iterable[LedgerEntry], submissions: Iterable[SubmissionEntry] = ()
+) -> Path:
     """Write ``report.html`` into a folder of results and return its path.
+
+    Of the ``submissions``, it shows the requests that were refused, and those that may have been
+    paid for without an answer.
 
     The page refers only to images in the folder. With Pillow (extra ``images``) it shows
     thumbnails, which are made in ``thumbnails/``. This takes a while for many images, so in an
@@ -92,6 +105,7 @@ def write_report(folder: Path, entries: Iterable[LedgerEntry]) -> Path:
     environment = _environment()
     folder = folder.resolve()
     cards = _cards(folder, list(entries))
+    cards += [_request_card(entry) for entry in submissions if entry.state in _REQUESTS]
     page = environment.get_template("report.html.j2").generate(
         title=folder.name,
         cards=cards,
@@ -162,6 +176,7 @@ def _card(folder: Path, entry: LedgerEntry, image: Path | None, thumbnail: Path 
     taken = None if record is None else record.duration
     return _Card(
         entry=entry,
+        named="Task",
         prompt=_text(params.get("prompt")),
         model=_text(params.get("model")),
         duration=None if taken is None else taken.total_seconds(),
@@ -169,6 +184,31 @@ def _card(folder: Path, entry: LedgerEntry, image: Path | None, thumbnail: Path 
         image=_url(folder, image),
         thumbnail=_url(folder, thumbnail),
         no_picture="The file is missing" if entry.saved_path else _NO_PICTURE[entry.state],
+    )
+
+
+def _request_card(entry: SubmissionEntry) -> _Card:
+    """Return the card of a request without a task, which is named by its key."""
+    shown = LedgerEntry(
+        task_id=entry.key,
+        state=cast("Any", entry.state),
+        attempts=0,
+        error_type=entry.error_type,
+        error_code=entry.error_code,
+        error_message=entry.error_message,
+        created_at=entry.created_at,
+        updated_at=entry.updated_at,
+    )
+    return _Card(
+        entry=shown,
+        named="Request",
+        prompt=entry.request.prompt,
+        model=entry.request.model or "",
+        duration=None,
+        created=entry.created_at,
+        image=None,
+        thumbnail=None,
+        no_picture=_NO_PICTURE[entry.state],
     )
 
 

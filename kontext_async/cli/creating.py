@@ -1,0 +1,380 @@
+"""Commands that create tasks, and that decide what is uncertain about them."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import attrs
+import typer
+from rich.table import Table
+
+from kontext_async.cli.batch import (
+    LEDGER,
+    make_folder,
+    make_report,
+    require_report,
+    save_all,
+)
+from kontext_async.cli.input import read_key
+from kontext_async.cli.options import (
+    AllowHttp,
+    AsJson,
+    BaseUrl,
+    BatchTimeout,
+    Folder,
+    Into,
+    KeyFile,
+    Quiet,
+    Report,
+    Timeout,
+    Verbose,
+    read_rate,
+)
+from kontext_async.cli.output import (
+    Exit,
+    Saved,
+    error_console,
+    fail,
+    log_polls,
+    outcome_line,
+    say,
+    submitted_line,
+    write_line,
+    write_result,
+)
+from kontext_async.cli.progress import Display
+from kontext_async.cli.prompts import read_requests
+from kontext_async.cli.running import exit_on_error, run
+from kontext_async.cli.tally import RequestTally
+from kontext_async.client import DEFAULT_BASE_URL, DEFAULT_CREATION_LIMIT, KontextClient
+from kontext_async.creation import SubmittedTask
+from kontext_async.pacing import RateLimit
+from kontext_async.polling import DEFAULT_TIMEOUT, TaskOutcome
+from kontext_async.results import ImageSaver, KeyedRequest, Ledger, SubmissionEntry
+from kontext_async.wire import ImageRequest
+
+__all__ = ["credits_left", "edit", "generate", "resolve", "unknown"]
+
+
+PromptSource = Annotated[
+    str | None,
+    typer.Option(
+        "--from",
+        metavar="FILE|-",
+        help="File with prompts, or - for standard input. A line holds a prompt, or a JSON object "
+        "with the API's field names and perhaps a key. Blank lines and lines that begin with # "
+        "are skipped.",
+    ),
+]
+Model = Annotated[str | None, typer.Option(metavar="NAME", help="Model of all requests.")]
+AspectRatio = Annotated[
+    str | None, typer.Option(metavar="W:H", help="Aspect ratio of all requests.")
+]
+OutputFormat = Annotated[
+    str | None, typer.Option(metavar="FORMAT", help="Format of all images: jpeg or png.")
+]
+Limit = Annotated[
+    int | None, typer.Option(min=0, metavar="N", help="Create at most N tasks in this run.")
+]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run", help="Count what is new, known and uncertain, print the balance, and stop."
+    ),
+]
+CreationLimit = Annotated[
+    RateLimit,
+    typer.Option(
+        parser=read_rate,
+        metavar="REQUESTS/SECONDS",
+        help="Create at most this many tasks in any such time: the account's limit.",
+    ),
+]
+RetryFailed = Annotated[
+    bool, typer.Option("--retry-failed", help="Send refused requests again, poll failed tasks.")
+]
+
+
+def generate(
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="PROMPT", help="Prompts of the images.", show_default=False),
+    ] = None,
+    *,
+    into: Into,
+    source: PromptSource = None,
+    model: Model = None,
+    aspect_ratio: AspectRatio = None,
+    output_format: OutputFormat = None,
+    report: Report = False,
+    dry_run: DryRun = False,
+    limit: Limit = None,
+    creation_limit: CreationLimit = "20/10",  # type: ignore[assignment]  # typer parses it
+    retry_failed: RetryFailed = False,
+    timeout: Timeout = DEFAULT_TIMEOUT,
+    batch_timeout: BatchTimeout = math.inf,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    base_url: BaseUrl = DEFAULT_BASE_URL,
+    allow_http: AllowHttp = False,
+    api_key_file: KeyFile = None,
+) -> None:
+    """Create a task for each prompt, and save the images.
+
+    The folder holds the images and a ledger of what was paid for. The same command continues a
+    run that was stopped, and pays for no prompt twice. All prompts are checked before the first
+    task is paid for.
+    """
+    log_polls(verbose)
+    fields = {"model": model, "aspectRatio": aspect_ratio, "outputFormat": output_format}
+    _create(
+        read_requests(prompts or [], source, fields),
+        into,
+        _Account(read_key(api_key_file), base_url, allow_http=allow_http),
+        as_json=as_json,
+        report=report,
+        dry_run=dry_run,
+        creation_limit=creation_limit,
+        max_new=limit,
+        retry_failed=retry_failed,
+        timeout=timeout,
+        batch_timeout=batch_timeout,
+    )
+
+
+def edit(
+    url: Annotated[str, typer.Argument(metavar="URL", help="Public address of the input image.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The change to make.")],
+    *,
+    into: Into,
+    model: Model = None,
+    aspect_ratio: AspectRatio = None,
+    output_format: OutputFormat = None,
+    timeout: Timeout = DEFAULT_TIMEOUT,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    base_url: BaseUrl = DEFAULT_BASE_URL,
+    allow_http: AllowHttp = False,
+    api_key_file: KeyFile = None,
+) -> None:
+    """Create a task that edits an image, and save the result.
+
+    Without an aspect ratio the image keeps its own. The folder is one of `kontext generate`.
+    """
+    log_polls(verbose)
+    fields = {"model": model, "aspectRatio": aspect_ratio, "outputFormat": output_format}
+    with exit_on_error():
+        request = ImageRequest.from_json({**fields, "prompt": prompt, "inputImage": url})
+    _create(
+        [request],
+        into,
+        _Account(read_key(api_key_file), base_url, allow_http=allow_http),
+        as_json=as_json,
+        timeout=timeout,
+    )
+
+
+@attrs.frozen
+class _Account:
+    """The key and the address of the API."""
+
+    key: str = attrs.field(repr=False)
+    base_url: str
+    allow_http: bool = attrs.field(kw_only=True)
+
+    def client(self, creation_limit: RateLimit | None = None) -> KontextClient:
+        limit = creation_limit or DEFAULT_CREATION_LIMIT
+        return KontextClient(
+            self.key, base_url=self.base_url, allow_http=self.allow_http, creation_limit=limit
+        )
+
+
+def _create(
+    items: Sequence[KeyedRequest],
+    into: Path,
+    account: _Account,
+    *,
+    as_json: bool,
+    report: bool = False,
+    dry_run: bool = False,
+    creation_limit: RateLimit | None = None,
+    **keywords: Any,
+) -> None:
+    if report:
+        require_report()
+    with exit_on_error():
+        keyed = dict(Ledger.keys_of(items))
+        _check_known(keyed, into)
+    if dry_run:
+        run(_show_plan(keyed, into, account))
+    tally = RequestTally(keyed)
+    make_folder(into)
+
+    async def create() -> Exit:
+        async with account.client(creation_limit) as client:
+            await _run_requests(client, keyed, tally, into, as_json=as_json, **keywords)
+        _say_what_is_uncertain(into)
+        return max(tally.exit_code, make_report(into)) if report else tally.exit_code
+
+    run(create(), on_interrupt=lambda: _say_how_to_continue(tally, into))
+
+
+async def _run_requests(
+    client: KontextClient,
+    keyed: dict[str, ImageRequest],
+    tally: RequestTally,
+    folder: Path,
+    *,
+    as_json: bool,
+    **keywords: Any,
+) -> None:
+    display = Display(tally, client)
+
+    def print_outcome(outcome: TaskOutcome, saved: Saved) -> None:
+        write_result(outcome_line(outcome, saved), as_json=as_json)
+
+    def print_submitted(task: SubmittedTask) -> None:
+        with display.bar_hidden():
+            write_result(submitted_line(task), as_json=as_json)
+
+    async with (
+        Ledger(folder / LEDGER) as ledger,
+        ImageSaver(client, folder, overwrite=True) as saver,
+    ):
+        await saver.sweep()
+        waiting = ledger.generate(
+            client,
+            ((key, keyed[key]) for key in tally.start(keyed)),
+            on_submitted=print_submitted,
+            on_event=tally.count_poll,
+            **keywords,
+        )
+        await save_all(ledger, saver, waiting, tally=tally, display=display, handle=print_outcome)
+
+
+def _submissions(folder: Path) -> list[SubmissionEntry]:
+    if not (folder / LEDGER).exists():
+        return []
+    with exit_on_error():
+        return list(Ledger.read_submissions(folder / LEDGER))
+
+
+def _check_known(keyed: dict[str, ImageRequest], folder: Path) -> None:
+    """Exit if a key of the folder's ledger has another request."""
+    for entry in _submissions(folder):
+        if entry.key in keyed and keyed[entry.key].to_json() != entry.request.to_json():
+            fail(
+                f"key {entry.key!r} has another request already: "
+                "give the changed request a key of its own"
+            )
+
+
+async def _show_plan(keyed: dict[str, ImageRequest], folder: Path, account: _Account) -> Exit:
+    states = {entry.key: entry.state for entry in _submissions(folder)}
+    counts = Counter(_PLAN[states.get(name, "planned")] for name in keyed)
+    async with account.client() as client:
+        balance = await client.credits()
+    line = {**{name: counts[name] for name in dict.fromkeys(_PLAN.values())}, "credits": balance}
+    table = Table("Requests", "")
+    for name, count in line.items():
+        table.add_row(name, f"{count:g}")
+    error_console().print(table)
+    write_line(line)
+    return Exit.DONE
+
+
+_PLAN = {
+    "planned": "new",
+    "submitted": "known",
+    "sending": "unknown",
+    "unknown": "unknown",
+    "refused": "refused",
+    "abandoned": "abandoned",
+}
+
+
+def _say_what_is_uncertain(folder: Path) -> None:
+    count = sum(entry.state == "unknown" for entry in _submissions(folder))
+    if count:
+        tasks = "1 task" if count == 1 else f"{count} tasks"
+        say(f"{tasks} may have been created without an answer, and be paid for. To see which:")
+        say(f"  kontext unknown {shlex.quote(str(folder))}")
+
+
+def _say_how_to_continue(tally: RequestTally, folder: Path) -> None:
+    say(f"Interrupted: {tally.counts()}, of {tally.total} requests. The results are in {folder}.")
+    say("What was created is paid for. To continue, run the same command again: it pays for no")
+    say("request twice.")
+    _say_what_is_uncertain(folder)
+
+
+def unknown(folder: Folder) -> None:
+    """List the requests that may have been paid for."""
+    found = [entry for entry in _submissions(folder) if entry.state in {"unknown", "sending"}]
+    for entry in found:
+        write_line(
+            {
+                "key": entry.key,
+                "prompt": entry.request.prompt,
+                "sentAt": entry.updated_at,
+                "message": entry.error_message,
+            }
+        )
+    if found:
+        say("Look for each in the provider's web log of tasks, by its prompt and time. Then:")
+        say(f"  kontext resolve {shlex.quote(str(folder))} KEY --task-id ID")
+        say(f"  kontext resolve {shlex.quote(str(folder))} KEY --abandon")
+    raise typer.Exit(Exit.ERROR if found else Exit.DONE)
+
+
+def resolve(
+    folder: Folder,
+    key: Annotated[str, typer.Argument(metavar="KEY", help="Key of the request.")],
+    *,
+    task_id: Annotated[
+        str | None, typer.Option(metavar="ID", help="The task that was found for it.")
+    ] = None,
+    abandon: Annotated[
+        bool, typer.Option("--abandon", help="Give it up: it is not sent again.")
+    ] = False,
+) -> None:
+    """Decide an uncertain request by hand.
+
+    With a task, the next run of `kontext generate` waits for it and saves its image.
+    """
+    if (task_id is None) is not abandon:
+        fail("give either --task-id or --abandon")
+    if not (folder / LEDGER).exists():
+        fail(f"{folder} holds no results: there is no {LEDGER} in it")
+
+    async def decide() -> Exit:
+        async with Ledger(folder / LEDGER) as ledger:
+            entry = await ledger.resolve(key, task_id)
+        write_line({"key": entry.key, "state": entry.state, "taskId": entry.task_id})
+        return Exit.DONE
+
+    run(decide())
+
+
+def credits_left(
+    *,
+    base_url: BaseUrl = DEFAULT_BASE_URL,
+    allow_http: AllowHttp = False,
+    api_key_file: KeyFile = None,
+) -> None:
+    """Print the account's balance of credits."""
+    account = _Account(read_key(api_key_file), base_url, allow_http=allow_http)
+
+    async def ask() -> Exit:
+        async with account.client() as client:
+            write_line({"credits": await client.credits()})
+        return Exit.DONE
+
+    run(ask())

@@ -1,0 +1,96 @@
+"""`kontext generate` killed again and again: no prompt has two tasks, and none a wrong one.
+
+Set ``KONTEXT_CRASHES`` for more than the usual three runs: ``nox -s crash`` does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from background import serving
+
+import kontext_async
+from kontext_async.results import Ledger
+
+PROMPTS = 100
+KILLS = 4  # of one batch
+COMMAND = [sys.executable, "-P", "-c", "from kontext_async.cli import main; main()"]
+
+
+class Generation:
+    """A hundred prompts, and the command that makes images of them."""
+
+    def __init__(self, simulator, folder):
+        self.simulator = simulator
+        self.folder = folder
+        self.ledger = folder / "kontext.sqlite3"
+        self.file = folder.with_name("prompts.txt")
+        # Some are equal: each line is a request of its own.
+        self.prompts = [f"prompt {n - n % 10 // 9}" for n in range(PROMPTS)]
+        self.file.write_text("\n".join(self.prompts))
+
+    def start(self):
+        command = ["generate", "--from", self.file, "--into", self.folder]
+        command += ["--creation-limit", "100000/1"]
+        return subprocess.Popen(
+            [*COMMAND, *command, "--base-url", self.simulator.base_url],
+            env=os.environ
+            | {
+                "APIKLEY_API_KEY": "key",
+                "PYTHONPATH": str(Path(kontext_async.__file__).parent.parent),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def kill(self, created, seconds):
+        """Kill a run some seconds after it created some tasks."""
+        begun = len(self.simulator.created)
+        with self.start() as process:
+            end = time.monotonic() + 30
+            while len(self.simulator.created) < begun + created and process.poll() is None:
+                assert time.monotonic() < end, "no progress"
+                time.sleep(0.001)
+            time.sleep(seconds)
+            process.kill()
+
+    def made(self):
+        """The tasks of each prompt."""
+        params = (json.loads(self.simulator._store[t].param_json) for t in self.simulator.created)
+        return Counter(fields["prompt"] for fields in params)
+
+    def check(self):
+        entries = list(Ledger.read_submissions(self.ledger))
+        assert Counter(entry.request.prompt for entry in entries) == Counter(self.prompts)
+        assert self.made() <= Counter(self.prompts)  # never two for a line
+        bound = [entry.task_id for entry in entries if entry.task_id]
+        assert len(set(bound)) == len(bound)
+        for entry in entries:
+            assert entry.state in {"submitted", "unknown"}
+            if entry.task_id:
+                params = json.loads(self.simulator._store[entry.task_id].param_json)
+                assert params["prompt"] == entry.request.prompt
+        assert set(bound) <= set(self.simulator.created)
+
+
+@pytest.mark.parametrize("seed", range(int(os.environ.get("KONTEXT_CRASHES", "3"))))
+def test_no_prompt_is_paid_for_twice(seed, tmp_path):
+    """Over a simulator that loses 15 % of the answers to requests for tasks."""
+    chance = random.Random(seed)
+    with serving(durations=0.3, lost_answer_rate=0.15, seed=seed, log_limit=None) as simulator:
+        generation = Generation(simulator, tmp_path / "results")
+        for _ in range(KILLS):
+            generation.kill(chance.randrange(PROMPTS // KILLS), chance.uniform(0, 0.02))
+        with generation.start() as process:
+            _, errors = process.communicate(timeout=100)
+        assert process.returncode == 4, errors
+        generation.check()
