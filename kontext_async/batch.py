@@ -99,6 +99,7 @@ class _BatchPoller:
     def __init__(self, transport: Transport) -> None:
         self.budget = transport.budget
         self.durations = transport.durations
+        self.notices = transport.notices
         self.request_timeout = transport.request_timeout
         self.acquire = transport.acquire
         self.refusal: AuthenticationError | None = None

@@ -10,7 +10,7 @@ import asyncio
 import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Final, Protocol
 
 import attrs
@@ -26,6 +26,7 @@ from kontext_async.errors import (
     WaitTimeoutError,
 )
 from kontext_async.models import CompletedTask, TaskRecord
+from kontext_async.notices import Noticeboard
 from kontext_async.schedule import DurationModel, PollState
 
 __all__ = [
@@ -49,6 +50,8 @@ DEFAULT_NOT_FOUND_GRACE: Final = 10.0
 
 # The last poll precedes the deadline by two round trips, and by this many seconds at least.
 _MIN_LEAD = 0.05
+# Seconds from one poll to the next after a notice, if the task still generates.
+_FOLLOW_UPS = (1.0, 3.0)
 _ROUNDING = 1e-6  # s; rounding may leave this much of a grace that is over
 
 
@@ -167,6 +170,8 @@ class Poller(Protocol):
     @property
     def durations(self) -> DurationModel: ...
     @property
+    def notices(self) -> Noticeboard: ...
+    @property
     def request_timeout(self) -> float: ...
     async def acquire(
         self, at: float, *, until: float, seen: bool, failing: bool, deadline: float
@@ -186,10 +191,14 @@ class TaskWait:
     __slots__ = (
         "_began",
         "_born",
+        "_cancelling",
         "_deadline",
         "_failing_since",
         "_failures",
+        "_follow_ups",
         "_had_early_poll",
+        "_is_asleep",
+        "_is_woken",
         "_last_error",
         "_last_record",
         "_latest",
@@ -200,6 +209,7 @@ class TaskWait:
         "_poller",
         "_polls",
         "_state",
+        "_task",
         "_task_id",
         "_timeout_from_first_poll",
     )
@@ -231,6 +241,9 @@ class TaskWait:
         self._last_record: TaskRecord | None = None
         self._last_error: KontextError | None = None
         self._state: PollState | None = None
+        self._follow_ups: Iterator[float] | None = None  # s, delays after a notice
+        self._is_asleep = False
+        self._is_woken = False  # by a notice
 
     async def run(self) -> TaskOutcome:
         """Wait, and return the completed task or the error that ended it.
@@ -238,24 +251,37 @@ class TaskWait:
         Raises what the caller's callbacks raise, `ConfigurationError` for a strategy that returns
         something other than a delay, and `ClientStateError`.
         """
+        task = asyncio.current_task()
+        assert task is not None, "coroutines run in tasks"
+        self._task, self._cancelling = task, task.cancelling()
+        self._poller.notices.watch(self._task_id, self, self._began)
         try:
             outcome = await self._poll()
             while outcome is None:
                 outcome = await self._poll()
             return outcome
         finally:
+            self._poller.notices.unwatch(self._task_id, self)
             self._poller.durations.forget(self._task_id)
 
     async def _poll(self) -> TaskOutcome | None:
         """Poll once, when it is time to; return the outcome if that ends the wait."""
         failing = self._failures > 0
-        sent = await self._poller.acquire(
-            self._next_poll_at,
-            until=self._give_up_at(),
-            seen=self._polls > 0,
-            failing=failing,
-            deadline=self._deadline,
-        )
+        self._is_asleep = True
+        try:
+            sent = await self._poller.acquire(
+                self._next_poll_at,
+                until=self._give_up_at(),
+                seen=self._polls > 0,
+                failing=failing,
+                deadline=self._deadline,
+            )
+        except asyncio.CancelledError:
+            if not self._was_woken():
+                raise
+            return None
+        finally:
+            self._is_asleep = False
         if sent is None:
             return self._blocked()
         if self._timeout_from_first_poll and not self._polls:
@@ -281,6 +307,28 @@ class TaskWait:
         if outcome is None and self._policy.timeout == 0:
             return self._timed_out()
         return outcome
+
+    def notice(self) -> None:
+        """Poll now, because the task is said to have ended; only the first notice counts.
+
+        If it has not, two more polls follow soon, and then the schedule goes on.
+        """
+        if self._follow_ups is not None:
+            return
+        now = self._loop.time()
+        if self._is_asleep and self._polls and self._next_poll_at > now:
+            self._follow_ups = iter(_FOLLOW_UPS)
+            self._next_poll_at = now
+            self._is_woken = True
+            self._task.cancel()
+        else:  # a poll is wanted already, or one is under way that may have been too early
+            is_polling = self._polls > 0 and not self._is_asleep
+            self._follow_ups = iter((0.0, *_FOLLOW_UPS) if is_polling else _FOLLOW_UPS)
+
+    def _was_woken(self) -> bool:
+        """Return True if the sleep was cut short by a notice, and by nothing else."""
+        was_woken, self._is_woken = self._is_woken, False
+        return was_woken and self._task.uncancel() <= self._cancelling
 
     def _give_up_at(self) -> float:
         """Return when to stop waiting for a permit, and see whether the wait is over."""
@@ -397,6 +445,8 @@ class TaskWait:
         next_delay = None
         if now < last and self._policy.timeout != 0:
             delay = min(self._delay(now, record, error), within)
+            if self._follow_ups is not None:
+                delay = min(delay, next(self._follow_ups, delay))
             early = last if self._had_early_poll else last - budget.acquire_delay
             final = early if now < early else last
             self._had_early_poll = self._had_early_poll or final <= now + delay

@@ -26,6 +26,7 @@ from kontext_async.errors import (
 )
 from kontext_async.fairness import yield_to_loop
 from kontext_async.models import TaskRecord
+from kontext_async.notices import Noticeboard
 from kontext_async.pacing import RequestBudget
 from kontext_async.schedule import DurationModel
 
@@ -69,6 +70,7 @@ class Transport:
     ) -> None:
         self.budget = budget
         self.durations = durations
+        self.notices = Noticeboard()
         self.request_timeout = request_timeout
         self._acquiring: set[asyncio.Timeout] = set()
         self._in_flight: set[_Deadline] = set()

@@ -23,7 +23,16 @@ PACKAGE = Path(kontext_async.__file__).parent
 CHECKOUT = Path(__file__).parent.parent
 
 CORE = {"errors", "models"}
-WAITING = CORE | {"fairness", "pacing", "polling", "schedule", "streams", "transport", "wire"}
+WAITING = CORE | {
+    "fairness",
+    "notices",
+    "pacing",
+    "polling",
+    "schedule",
+    "streams",
+    "transport",
+    "wire",
+}
 CLIENT = WAITING | {"batch", "client", "creation"}
 
 # A module or package, and the others that it may import. "" is the package itself.
@@ -32,15 +41,17 @@ ALLOWED = {
     "models": set(),
     "errors": {"models"},
     "fairness": set(),
+    "notices": set(),
     "wire": CORE,
     "schedule": CORE,
     "pacing": {"errors"},
     "streams": {"errors"},
-    "polling": CORE | {"schedule"},
-    "transport": CORE | {"_version", "fairness", "pacing", "schedule", "wire"},
+    "polling": CORE | {"notices", "schedule"},
+    "transport": CORE | {"_version", "fairness", "notices", "pacing", "schedule", "wire"},
     "batch": CORE | {"fairness", "polling", "streams", "transport", "wire"},
     "creation": CORE | {"pacing", "transport", "wire"},
     "client": WAITING | {"batch", "creation"},
+    "callbacks": CORE | {"wire"},
     "": CLIENT | {"_version"},
     "simulator": {"models"},
     "testing": {"", "client", "simulator"},

@@ -44,6 +44,7 @@ from kontext_async import (
     TransportError,
     WaitTimeoutError,
 )
+from kontext_async.notices import Noticeboard
 from kontext_async.pacing import RequestBudget
 from kontext_async.polling import TaskWait, WaitPolicy
 from kontext_async.simulator import STEPS, Simulator
@@ -1055,6 +1056,7 @@ class _Scripted:
     def __init__(self, permits, answers=()):
         self.budget = RequestBudget(max_concurrency=1, rate_limit=None)
         self.durations = DurationModel()
+        self.notices = Noticeboard()
         self.permits = list(permits)
         self.answers = list(answers)
 
