@@ -33,7 +33,13 @@ from kontext_async.streams import Stream
 from kontext_async.transport import Transport
 from kontext_async.wire import ImageRequest
 
-__all__ = ["DEFAULT_BASE_URL", "DEFAULT_CREATION_LIMIT", "DEFAULT_SUBMIT_GRACE", "KontextClient"]
+__all__ = [
+    "DEFAULT_BASE_URL",
+    "DEFAULT_CREATION_LIMIT",
+    "DEFAULT_SUBMIT_GRACE",
+    "KontextClient",
+    "checked_session",
+]
 
 DEFAULT_BASE_URL: Final = "https://api.apikley.ru"
 
@@ -100,7 +106,8 @@ def _is_loopback(host: str) -> bool:
         return host.lower() == "localhost"
 
 
-def _checked_session(session: aiohttp.ClientSession | None) -> aiohttp.ClientSession | None:
+def checked_session(session: aiohttp.ClientSession | None) -> aiohttp.ClientSession | None:
+    """Return a session of the user's own; raise `ConfigurationError` if it cannot be used."""
     if session is None:
         return None
     if not isinstance(session, aiohttp.ClientSession):
@@ -166,7 +173,7 @@ class KontextClient:
         durations = DurationModel() if durations is None else durations
         if not isinstance(durations, DurationModel):
             raise ConfigurationError(f"durations must be a DurationModel, not {durations!r}")
-        session = _checked_session(session)
+        session = checked_session(session)
         self._transport = Transport(
             api_key=key,
             base_url=self._base_url,

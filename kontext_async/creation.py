@@ -351,7 +351,7 @@ class Creator:
     def _problem(self, exc: Exception, *, missing: str, seconds: float) -> str:
         if isinstance(exc, TimeoutError) and not isinstance(exc, aiohttp.ClientError):
             return f"no {missing} within {seconds:g} s"
-        return f"{type(exc).__name__}: {describe_failure(exc)}".replace(self._api_key, "***")
+        return describe_failure(exc).replace(self._api_key, "***")
 
     def _judge(
         self, answer: _Answer, status: int, request: ImageRequest, *, broken_off: str | None

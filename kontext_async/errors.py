@@ -143,7 +143,7 @@ class ApiError(KontextError):
         # 505 says that the feature is disabled (the provider's sibling pages). Most 4xx without an
         # envelope are a gateway's, and pass: a rollout, a challenge page. 3xx is a redirect.
         is_final = self.code == 505 or (
-            self.code < 400 or self.code in (402, 404, 422)
+            self.code < 400 or self.code in (402, 404, 407, 422)
             if self.from_gateway
             else 400 <= self.code < 500 and self.code != 408
         )
@@ -158,6 +158,10 @@ class ApiError(KontextError):
     def _hint(self) -> str:
         if self.code == 402:
             return "; the account has no credits left"
+        if self.code == 407:
+            return "; the proxy wants a login"
+        if self.from_gateway and "HTTPS port" in self.msg:  # nginx, Apache, HAProxy say so
+            return "; this address is served over https: change base_url"
         if self.code == 404:
             return "; nothing is served at this address: check base_url"
         return self._advice

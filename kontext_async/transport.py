@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import os
+import ssl
 import time
 from collections import deque
 from types import TracebackType
@@ -44,6 +46,7 @@ _log = logging.getLogger("kontext_async")
 # Seconds for which an idle connection is kept: the longest delay of the learned schedule.
 _KEEP_ALIVE = 60.0
 _CONNECT_TIMEOUT = 10.0
+_MAX_HEADER = 64 * 1024  # bytes of one header; aiohttp's default of 8 KiB is less than some send
 
 # Polls in a row that must be refused with 401 before an accepted key counts as refused.
 _KEY_REFUSALS = 3
@@ -216,6 +219,8 @@ class Transport:
                     allow_redirects=False,
                     raise_for_status=False,
                     auto_decompress=True,
+                    max_line_size=_MAX_HEADER,
+                    max_field_size=_MAX_HEADER,
                 )
                 # aiohttp releases the connection when the body is read to its end.
                 try:
@@ -246,7 +251,7 @@ class Transport:
                 f"no whole answer within {self.request_timeout:g} s", task_id=task_id
             )
         return TransportError(
-            f"{type(exc).__name__}: {describe_failure(exc)}".replace(self._api_key, "***"),
+            describe_failure(exc).replace(self._api_key, "***"),
             task_id=task_id,
             retryable=not isinstance(exc, UNTRUSTED_SERVER),
         )
@@ -313,12 +318,43 @@ UNTRUSTED_SERVER = (aiohttp.ClientConnectorCertificateError, aiohttp.ServerFinge
 
 
 def describe_failure(exc: Exception) -> str:
-    """Return the failure's text without quotes from the answer, which may echo the key."""
-    if isinstance(exc, aiohttp.ClientResponseError):
-        return f"{exc.status}, {exc.message.partition(':')[0]}"
-    if isinstance(exc, aiohttp.ServerDisconnectedError):
-        return "the connection was closed before the answer"
-    return str(exc)
+    """Return what failed, and whether the proxy, the network or TLS said no.
+
+    Without quotes from the answer, which may echo the key.
+    """
+    match exc:
+        case aiohttp.ClientConnectorError():
+            return _describe_connecting(exc)
+        case aiohttp.ClientHttpProxyError():
+            return f"the proxy refuses to forward: {exc.status} {exc.message.partition(':')[0]}"
+        case aiohttp.ServerDisconnectedError():
+            return "the connection was closed before the answer"
+        case aiohttp.ClientResponseError():
+            return f"{type(exc).__name__}: {exc.status}, {exc.message.partition(':')[0]}"
+        case _:
+            return f"{type(exc).__name__}: {exc}"
+
+
+def _describe_connecting(exc: aiohttp.ClientConnectorError) -> str:
+    match exc:
+        case aiohttp.ClientProxyConnectionError():
+            return f"the proxy {exc.host}:{exc.port} cannot be reached: {_system_error(exc)}"
+        case aiohttp.ClientConnectorDNSError():
+            return f"the name {exc.host} cannot be resolved: {_system_error(exc)}"
+        case aiohttp.ClientConnectorCertificateError():
+            return f"the certificate of {exc.host} does not verify: {exc.certificate_error}"
+        case _:
+            pass
+    if isinstance(exc.os_error, ssl.SSLError):
+        return f"no TLS connection to {exc.host}:{exc.port}: {exc.os_error}"
+    return f"{exc.host}:{exc.port} cannot be reached: {_system_error(exc)}"
+
+
+def _system_error(exc: aiohttp.ClientConnectorError) -> str:
+    """Return the operating system's words; asyncio's own name the call instead."""
+    number = exc.os_error.errno
+    words = exc.os_error.strerror or str(exc.os_error)
+    return os.strerror(number) if number and words.startswith("Connect call failed") else words
 
 
 def safe_cause(exc: Exception) -> Exception | None:
@@ -348,6 +384,7 @@ def request_headers(api_key: str) -> CIMultiDict[str]:
             "User-Agent": f"kontext-async/{__version__}",
             "Accept": "application/json",
             "Accept-Encoding": "identity",
+            "Cache-Control": "no-cache",  # a kept answer would say that a task still runs
         }
     )
 

@@ -579,8 +579,8 @@ class TestLocal:
         async def serve(simulator):
             return Exit.DONE
 
-        monkeypatch.setattr(app, "Simulator", lambda **options: built.update(options))
-        monkeypatch.setattr(app, "serve", serve)
+        monkeypatch.setattr(local, "Simulator", lambda **options: built.update(options))
+        monkeypatch.setattr(local, "serve", serve)
         return built
 
     def test_simulate_takes_its_options(self, built):
@@ -628,7 +628,7 @@ class TestLocal:
         async def serve(simulator):
             raise OSError(5, "Input/output error")
 
-        monkeypatch.setattr(app, "serve", serve)
+        monkeypatch.setattr(local, "serve", serve)
         result = CliRunner().invoke(app.app, ["simulate"])
         assert isinstance(result.exception, OSError)
 

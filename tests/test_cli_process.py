@@ -177,11 +177,11 @@ def test_a_terminal_gets_a_live_bar(start, simulator):
 def test_a_crash_shows_no_locals(start, simulator):
     """The traceback of a defect has no values of variables."""
     crash = (
-        "import kontext_async.cli.app as app\n"
+        "import kontext_async.cli.app as app, kontext_async.cli.connection as connection\n"
         "def broken(*args, **kwargs):\n"
         "    secret = args[0]\n"
         "    raise ZeroDivisionError\n"
-        "app.KontextClient = broken\n"
+        "connection.KontextClient = broken\n"
         "app.app()\n"
     )
     process = start("get", "task1", command=[sys.executable, "-P", "-c", crash])

@@ -233,7 +233,7 @@ async def test_a_long_image_is_saved_in_blocks(tmp_path):
 # What hosts do
 
 AT_ONCE = [
-    *["image", "wrong_type", "no_type", "gzip", "chunked", "slow", "closed_after"],
+    *["image", "wrong_type", "other_type", "no_type", "gzip", "chunked", "slow", "closed_after"],
     "redirect",
 ]
 FINAL = {
@@ -251,7 +251,7 @@ AGAIN = sorted(IMAGE_STEPS.keys() - {*AT_ONCE, *FINAL})
 @virtual_time
 @pytest.mark.parametrize("step", AT_ONCE)
 async def test_unusual_responses_are_accepted(step, simulator, client, tmp_path):
-    """The type is missing or general; the body is compressed, chunked, slow, or redirected."""
+    """The type is missing or wrong; the body is compressed, chunked, slow, or redirected."""
     path = await download(client, task_in(simulator, "t", step), tmp_path)
     assert path.read_bytes() == make_image('{"prompt": "a boat"}', "png", 0)
     assert len(simulator.requests) == 1 + (step == "redirect")
@@ -294,10 +294,7 @@ async def test_permanent_failures_are_not_retried(step, simulator, client, tmp_p
         ("html_as_image", "the response is not an image", 200),
         ("html_200", "the response is not an image", 200),
         ("empty", "it is empty", 200),
-        ("other_type", "announced as webp, but is png", 200),
         ("cut_short", "the png is broken", 200),
-        ("html_403", "127.0.0.1 did not return an image", 403),
-        ("html_404", "127.0.0.1 did not return an image", 404),
     ],
 )
 async def test_a_bad_response_is_retried_up_to_three_attempts(
@@ -326,26 +323,48 @@ async def test_a_jpeg_cut_short_is_not_saved(progressive, tmp_path):
 
 
 @virtual_time
-async def test_without_pillow_only_the_signature_is_checked(
+async def test_without_pillow_only_beginning_and_end_are_checked(
     simulator, client, tmp_path, monkeypatch
 ):
-    """A page is still refused."""
+    """A page and half an image are refused, and are fetched again."""
     monkeypatch.setattr(files, "_HAS_PILLOW", False)
-    await download(client, task_in(simulator, "t", "cut_short"), tmp_path)
-    page = task_in(simulator, "u", *["html_as_image"] * 3)
-    await refusal_of(download(client, page, tmp_path))
+    script = ["cut_short", "html_as_image"]
+    path = await download(client, task_in(simulator, "t", *script), tmp_path)
+    assert path.read_bytes() == make_image('{"prompt": "a boat"}', "png", 0)
+    half = task_in(simulator, "u", *["cut_short"] * 3)
+    assert "its end is missing" in str(await refusal_of(download(client, half, tmp_path)))
     assert names(tmp_path) == ["t.png"]
 
 
 @virtual_time
-@pytest.mark.parametrize("kind", ["image/jpg", "image/pjpeg", "image/jpeg", "IMAGE/JPEG; a=b"])
-async def test_a_kind_may_go_by_other_names(kind, tmp_path):
-    """Some hosts use other names for the known kinds."""
+async def test_without_pillow_half_an_image_of_unknown_length_is_not_saved(tmp_path, monkeypatch):
+    """A connection that closes early looks like the end of such a body."""
+    monkeypatch.setattr(files, "_HAS_PILLOW", False)
+    answer = [b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + LARGE[:-40], None]
+    async with raw_server(answer) as server, client_of(server) as client:
+        error = await refusal_of(download(client, task_at(server), tmp_path))
+        assert len(server.heads) == 3
+    assert (error.retryable, "the png is broken" in str(error)) == (True, True)
+    assert names(tmp_path) == []
+
+
+@virtual_time
+@pytest.mark.parametrize(
+    "announced",
+    [
+        *["image/jpg", "image/png", "IMAGE/JPEG; a=b", "image/*", "image/gif", "*/*"],
+        *["application/octet-stream", "binary/octet-stream", "text/html; charset=utf-8", "?"],
+    ],
+)
+async def test_an_image_is_saved_as_what_it_is(announced, tmp_path):
+    """One request is enough, whatever type the host announces."""
     jpeg = make_image("{}", "jpeg", 0)
-    answer = http(jpeg, f"Content-Type: {kind}")
+    answer = http(jpeg, f"Content-Type: {announced}")
     async with raw_server(answer) as server, client_of(server) as client:
         path = await download(client, task_at(server), tmp_path)
+        assert len(server.heads) == 1
     assert path.name == "t.jpg"
+    assert path.read_bytes() == jpeg
 
 
 @virtual_time
@@ -463,6 +482,54 @@ async def test_the_limit_counts_what_a_compressed_body_becomes(tmp_path):
     assert names(tmp_path) == []
 
 
+# Not there yet
+
+
+@virtual_time
+@pytest.mark.parametrize("status", [403, 404])
+async def test_an_image_may_appear_later_than_its_task_ends(status, simulator, client, tmp_path):
+    """It is asked for within the whole timeout, with growing pauses."""
+    task = task_in(simulator, "t", *[steps.http(status)] * 7)
+    path = await download(client, task, tmp_path)
+    assert path.read_bytes() == make_image('{"prompt": "a boat"}', "png", 0)
+    assert 20 < now() < 120
+    error = await refusal_of(
+        download(client, task_in(simulator, "u", *["html_404"] * 99), tmp_path)
+    )
+    assert (error.http_status, error.retryable) == (404, True)
+    assert len([r for r in simulator.requests if r.task_id == "u"]) <= 20
+
+
+@virtual_time
+@pytest.mark.parametrize("status", [403, 404])
+@pytest.mark.parametrize(("timeout", "age"), [(60, 70), (120, 130), (None, 130), (120, 9999)])
+async def test_a_missing_image_that_is_not_new_is_not_waited_for(status, timeout, age, tmp_path):
+    """Three attempts are enough once it is as old as the timeout."""
+    age = timedelta(seconds=age)
+    async with raw_server(http(status=status)) as server, client_of(server) as client:
+        await refusal_of(download(client, task_at(server, age=age), tmp_path, timeout=timeout))
+        assert len(server.heads) == 3
+    assert now() < 3
+
+
+@virtual_time
+async def test_a_missing_image_is_waited_for_while_it_is_new(tmp_path):
+    """Here 50 of 60 seconds have passed since the task's end."""
+    age = timedelta(seconds=50)
+    async with raw_server(http(status=404)) as server, client_of(server) as client:
+        await refusal_of(download(client, task_at(server, age=age), tmp_path, timeout=60))
+        assert len(server.heads) > 4
+    assert 10 < now() < 60
+
+
+@virtual_time
+async def test_without_a_timeout_a_missing_image_is_waited_for_two_minutes(tmp_path):
+    """It has to end."""
+    async with raw_server(http(status=404)) as server, client_of(server) as client:
+        await refusal_of(download(client, task_at(server), tmp_path, timeout=None))
+    assert 120 < now() < 180
+
+
 # Gone
 
 
@@ -569,7 +636,7 @@ async def test_image_hosts_never_get_the_key(tmp_path, caplog):
             saving = download(client, task, tmp_path, use_origin=True, allow_private=True)
             error = await error_of(saving, ResultExpiredError)
     heads = "".join([*api.heads, *last.heads]).lower()
-    assert (len(api.heads), len(last.heads)) == (3, 4)
+    assert 3 < len(api.heads) == len(last.heads) - 1
     for word in (KEY, "authorization", "bearer", "cookie"):
         assert word not in heads
     assert KEY not in shown(error) + caplog.text

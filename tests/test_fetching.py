@@ -30,7 +30,7 @@ NOWHERE = "https://api.invalid"
 
 @contextlib.asynccontextmanager
 async def fetching(base_url=NOWHERE, *, allow_private=False):
-    fetcher = Fetcher(base_url, allow_private=allow_private)
+    fetcher = Fetcher(base_url, session=None, allow_private=allow_private)
     try:
         yield fetcher
     finally:
@@ -117,6 +117,13 @@ def test_a_public_address_gets_a_socket(family, address):
     """The socket is not connected yet."""
     with _public_socket((family, socket.SOCK_STREAM, 6, "", address)) as made:
         assert (made.family, made.type) == (family, socket.SOCK_STREAM)
+
+
+def test_the_address_of_a_vpn_program_is_named():
+    """Its resolver answers every name from one range, so no image could be saved."""
+    made_up = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("198.18.3.7", 443))
+    with pytest.raises(OSError, match=r"198\.18\.0\.0/15, which a VPN .* --allow-private"):
+        _public_socket(made_up)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "LOCALHOST"])
@@ -458,7 +465,7 @@ def test_other_statuses_are_not_host_trouble(status):
 
 async def test_closing_closes_both_sessions_even_where_it_is_cancelled():
     """A cancellation of the first close does not leave the second open."""
-    fetcher = Fetcher(NOWHERE, allow_private=False)
+    fetcher = Fetcher(NOWHERE, session=None, allow_private=False)
     closing = asyncio.create_task(cancelled_before(fetcher.aclose()))
     with pytest.raises(asyncio.CancelledError):
         await closing

@@ -221,9 +221,25 @@ def test_a_decompression_bomb_is_not_decoded(side):
     assert "broken" in decoding_problem(io.BytesIO(wide_png(side, side)), "png")
 
 
-def test_without_pillow_only_the_signature_is_checked(no_pillow):
-    """A file that was cut short passes without the extra."""
-    assert decoding_problem(io.BytesIO(image("jpeg")[:100]), "jpeg") is None
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [(64, 48), (400, 300)])
+def test_without_pillow_an_image_without_its_end_is_broken(kind, size, no_pillow):
+    """Wherever it is cut; a few bytes after the end do no harm."""
+    out = io.BytesIO()
+    Image.effect_noise(size, 50).convert("RGB").save(out, kind)
+    data = out.getvalue()
+    for whole in (data, data + bytes(900)):
+        assert decoding_problem(io.BytesIO(whole), kind) is None
+    for length in (12, 100, len(data) // 2, len(data) * 9 // 10, len(data) - 1):
+        problem = decoding_problem(io.BytesIO(data[:length]), kind)
+        assert problem == f"the {kind} is broken: its end is missing"
+
+
+def test_without_pillow_only_the_end_is_checked(no_pillow):
+    """A changed bit passes without the extra."""
+    data = bytearray(image("png"))
+    data[len(data) // 2] ^= 1
+    assert decoding_problem(io.BytesIO(data), "png") is None
 
 
 # A partial image

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import os
 import random
 import sqlite3
 import tempfile
@@ -163,6 +164,7 @@ async def test_a_ledger_may_be_opened_again(client, simulator, path):
 async def test_leaving_by_an_anyio_scope_leaves_the_file_free(client, simulator, path, steps):
     """Such a scope cancels each await until it is left; the next run opens the file at once."""
     ids = [simulator.add_task(duration=3600.0) for _ in range(20)]
+    streams = []
     with anyio.CancelScope() as scope:
         async with asyncio.TaskGroup() as group:
 
@@ -173,11 +175,12 @@ async def test_leaving_by_an_anyio_scope_leaves_the_file_free(client, simulator,
 
             group.create_task(leave())
             async with Ledger(path) as ledger:
-                outcomes = ledger.as_completed(client, ids)
-                await anext(outcomes)
+                streams.append(ledger.as_completed(client, ids))
+                await anext(streams[0])
     async with Ledger(path):
         assert scope.cancelled_caught
-    await outcomes.aclose()
+    for stream in streams:
+        await stream.aclose()
 
 
 async def test_ids_may_be_added_before_they_are_waited_for(client, simulator, path):
@@ -325,6 +328,49 @@ async def test_a_saved_image_is_recorded_and_not_fetched_again(client, simulator
     assert (entry.sha256, entry.size) == (first[one].sha256, first[one].size)
     assert await save(path, client, [one, "bad"]) == first == {**first, "bad": None}
     assert fetched(simulator) == [one]
+
+
+async def test_a_recorded_address_that_went_stale_is_replaced(client, simulator, path):
+    """The API is asked once more, the image is saved, and the new address is recorded."""
+    task_id = simulator.add_task(duration=0.0, outcome="success", age=900.0)
+    await run(path, client, [task_id])
+    stale = f"{simulator.base_url}/images/gone-{task_id}.png"
+    fresh = entries(path)[task_id].record.result_image_url
+    alter(path, f"UPDATE tasks SET record = replace(record, '{fresh}', '{stale}')")
+    before = simulator.polls(task_id)
+    saved = await save(path, client, [task_id])
+    assert isinstance(saved[task_id], SavedImage)
+    assert simulator.polls(task_id) == before + 1
+    assert entries(path)[task_id].record.result_image_url == fresh
+
+
+@pytest.mark.parametrize("answer", ["same", "refused"])
+async def test_an_image_that_is_gone_for_good_is_its_outcome(answer, client, simulator, path):
+    """If the API has no other address, or does not answer, the first error stands."""
+    script = ["success", "code_500"] if answer == "refused" else []
+    task_id = simulator.add_task(
+        duration=0.0, outcome="success", age=900.0, script=script, image_script=["html_404"] * 9
+    )
+    await run(path, client, [task_id])
+    saved = await save(path, client, [task_id])
+    assert isinstance(saved[task_id], DownloadError)
+    assert saved[task_id].http_status == 404
+
+
+async def test_a_folder_may_have_any_bytes_in_its_name(client, simulator, path, one):
+    """What is not UTF-8 is recorded as it is, and found again."""
+    folder = path.parent / os.fsdecode(b"images-\xff")
+    for _ in range(2):
+        async with (
+            Ledger(path) as ledger,
+            ImageSaver(client, folder) as saver,
+            ledger.as_completed(client, [one]) as outcomes,
+            ledger.save_outcomes(outcomes, saver) as saves,
+        ):
+            (saved,) = [saved async for _, saved in saves]
+        assert saved.path.parent == folder
+    assert len(fetched(simulator)) == 1
+    assert entries(path)[one].saved_path == f"{folder.name}/{saved.path.name}"
 
 
 async def test_the_folder_may_be_moved(client, simulator, path, one):

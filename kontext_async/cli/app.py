@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import math
 import shlex
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,11 +21,12 @@ from kontext_async.cli.batch import (
     say_how_to_continue,
     show_status,
 )
+from kontext_async.cli.connection import connection
 from kontext_async.cli.creating import credits_left, edit, generate, resolve, unknown
-from kontext_async.cli.input import distinct_ids, read_key
-from kontext_async.cli.local import demonstrate, serve
+from kontext_async.cli.input import distinct_ids
 from kontext_async.cli.options import (
     AllowHttp,
+    AllowPrivate,
     AsJson,
     BaseUrl,
     BatchTimeout,
@@ -34,6 +34,7 @@ from kontext_async.cli.options import (
     Into,
     KeyFile,
     KnownLimit,
+    Proxy,
     Quiet,
     Report,
     Source,
@@ -44,7 +45,6 @@ from kontext_async.cli.output import (
     Exit,
     error_console,
     exit_code,
-    fail,
     log_polls,
     outcome_line,
     record_line,
@@ -54,17 +54,9 @@ from kontext_async.cli.output import (
 from kontext_async.cli.running import run
 from kontext_async.cli.tally import BatchTally, Tally
 from kontext_async.cli.waiting import say_how_to_resume, wait_for_all
-from kontext_async.client import DEFAULT_BASE_URL, KontextClient
+from kontext_async.client import DEFAULT_BASE_URL
 from kontext_async.errors import KontextError
 from kontext_async.polling import DEFAULT_TIMEOUT, TaskOutcome
-from kontext_async.simulator import (
-    FixedWindow,
-    Limit,
-    Simulator,
-    SlidingWindow,
-    TokenBucket,
-    lognormal,
-)
 
 app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -127,14 +119,17 @@ def get(
     as_json: AsJson = False,
     base_url: BaseUrl = DEFAULT_BASE_URL,
     allow_http: AllowHttp = False,
+    proxy: Proxy = None,
     api_key_file: KeyFile = None,
 ) -> None:
     """Poll a task once, and print its state."""
     (known_id,) = distinct_ids([task_id], None)
-    key = read_key(api_key_file)
+    options = connection(
+        base_url=base_url, api_key_file=api_key_file, allow_http=allow_http, proxy=proxy
+    )
 
     async def poll() -> Exit:
-        async with KontextClient(key, base_url=base_url, allow_http=allow_http) as client:
+        async with options.open() as (client, _):
             try:
                 line = record_line(await client.record_info(known_id))
             except KontextError as error:
@@ -164,6 +159,7 @@ def wait(
     rate_limit: KnownLimit = None,
     base_url: BaseUrl = DEFAULT_BASE_URL,
     allow_http: AllowHttp = False,
+    proxy: Proxy = None,
     api_key_file: KeyFile = None,
 ) -> None:
     """Wait for tasks, and print each when it ends.
@@ -172,13 +168,17 @@ def wait(
     """
     tally = Tally(_ids(task_ids or [], source))
     tally.is_complete = source != "-"
-    key = read_key(api_key_file)
+    options = connection(
+        base_url=base_url,
+        api_key_file=api_key_file,
+        allow_http=allow_http,
+        proxy=proxy,
+        rate_limit=rate_limit,
+    )
     log_polls(verbose)
 
     async def wait_for_tasks() -> Exit:
-        async with KontextClient(
-            key, base_url=base_url, rate_limit=rate_limit, allow_http=allow_http
-        ) as client:
+        async with options.open() as (client, _):
             code = await wait_for_all(
                 client,
                 tally,
@@ -191,8 +191,8 @@ def wait(
             error_console().print(tally.summary())
         return code
 
-    options = _options(base_url=base_url, allow_http=allow_http, api_key_file=api_key_file)
-    run(wait_for_tasks(), on_interrupt=lambda: say_how_to_resume(tally, source, options))
+    again = _options(base_url=base_url, allow_http=allow_http, api_key_file=api_key_file)
+    run(wait_for_tasks(), on_interrupt=lambda: say_how_to_resume(tally, source, again))
 
 
 @app.command()
@@ -212,6 +212,8 @@ def batch(
     rate_limit: KnownLimit = None,
     base_url: BaseUrl = DEFAULT_BASE_URL,
     allow_http: AllowHttp = False,
+    allow_private: AllowPrivate = False,
+    proxy: Proxy = None,
     api_key_file: KeyFile = None,
 ) -> None:
     """Wait for tasks, save their images, and record both in a ledger.
@@ -224,29 +226,35 @@ def batch(
         require_report()
     tally = BatchTally(batch_ids(source, into))
     tally.is_complete = source != "-"
-    key = read_key(api_key_file)
-    make_folder(into)
+    options = connection(
+        base_url=base_url,
+        api_key_file=api_key_file,
+        allow_http=allow_http,
+        proxy=proxy,
+        rate_limit=rate_limit,
+    )
     log_polls(verbose)
+    make_folder(into)
 
     async def save_tasks() -> Exit:
-        async with KontextClient(
-            key, base_url=base_url, rate_limit=rate_limit, allow_http=allow_http
-        ) as client:
+        async with options.open() as (client, session):
             code = await run_batch(
                 client,
                 tally,
                 into,
                 lambda outcome, saved: write_result(outcome_line(outcome, saved), as_json=as_json),
                 source=source,
+                session=session,
+                allow_private=allow_private,
                 timeout=timeout,
                 batch_timeout=batch_timeout,
                 retry_failed=retry_failed,
             )
         return max(code, make_report(into)) if report else code
 
-    options = _options(base_url=base_url, allow_http=allow_http, api_key_file=api_key_file)
-    options += "--report " if report else ""
-    run(save_tasks(), on_interrupt=lambda: say_how_to_continue(tally, into, options))
+    again = _options(base_url=base_url, allow_http=allow_http, api_key_file=api_key_file)
+    again += ("--allow-private " if allow_private else "") + ("--report " if report else "")
+    run(save_tasks(), on_interrupt=lambda: say_how_to_continue(tally, into, again))
 
 
 @app.command()
@@ -262,24 +270,11 @@ def status(folder: Folder) -> None:
     raise typer.Exit(show_status(folder))
 
 
-_LIMITS: Mapping[str, Callable[[int, float], Limit]] = {
-    "sliding": SlidingWindow,
-    "fixed": FixedWindow,
-    "bucket": lambda requests, seconds: TokenBucket(requests, requests / seconds),
-}
-_PORT_PROBLEMS = {errno.EADDRINUSE: "it is in use", errno.EACCES: "permission denied"}
-
-
-def _rate_limit(text: str) -> Limit:
+def _simulated_limit(text: str) -> Any:
     """Read ``20/10``, 20 requests in any 10 seconds, or the same with a kind: ``fixed:20/10``."""
-    kind, _, rate = text.rpartition(":")
-    requests, _, seconds = rate.partition("/")
-    try:
-        return _LIMITS[kind or "sliding"](int(requests), float(seconds or 1))
-    except (KeyError, ValueError, ZeroDivisionError) as error:
-        raise typer.BadParameter(
-            "give REQUESTS/SECONDS, such as 20/10, fixed:20/10 or bucket:20/10"
-        ) from error
+    from kontext_async.cli.local import read_limit  # noqa: PLC0415  # see `simulate`
+
+    return read_limit(text)
 
 
 @app.command()
@@ -309,9 +304,9 @@ def simulate(
         ),
     ] = 0.0,
     rate_limit: Annotated[
-        Limit | None,
+        Any,
         typer.Option(
-            parser=_rate_limit,
+            parser=_simulated_limit,
             metavar="[KIND:]REQUESTS/SECONDS",
             help="Refuse requests above this rate with 429: 20/10 is 20 in any 10 seconds. Kinds: "
             "sliding (the default) and fixed windows, or a token bucket of REQUESTS that refills "
@@ -335,33 +330,27 @@ def simulate(
 
     The first line on standard output is JSON with its address, baseUrl.
     """
-    simulator = Simulator(
+    from kontext_async.cli.local import run_simulator  # noqa: PLC0415  # only this needs it
+
+    run_simulator(
         port=port,
-        durations=lognormal(duration, spread),
+        duration=duration,
+        spread=spread,
         failure_rate=failure_rate,
         fault_rate=fault_rate,
         rate_limit=rate_limit,
         latency=latency,
         auto_create=auto_create,
         image_bytes=image_bytes,
-        log_limit=0,  # nothing outside this process could read the log
         seed=seed,
     )
-    try:
-        run(serve(simulator))
-    except OSError as error:
-        problem = _PORT_PROBLEMS.get(error.errno or 0)
-        if problem is None:
-            raise
-        fail(
-            f"cannot serve on port {port}: {problem}. "
-            "Choose another --port, or leave it out to get a free one."
-        )
 
 
 @app.command()
 def demo() -> None:
     """Save the images of a dozen simulated tasks, without a key."""
+    from kontext_async.cli.local import demonstrate  # noqa: PLC0415  # as in `simulate`
+
     folder = Path(tempfile.mkdtemp(prefix="kontext-"), "demo")
     make_folder(folder)
     run(demonstrate(folder))

@@ -11,6 +11,7 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 from rich.table import Table
 
 from kontext_async.cli.input import distinct_ids
@@ -75,6 +76,8 @@ async def run_batch(
     handle: Callable[[TaskOutcome, Saved], None],
     *,
     source: str | None = None,
+    session: aiohttp.ClientSession | None = None,
+    allow_private: bool = False,
     timeout: float | None,
     batch_timeout: float | None = None,
     retry_failed: bool = False,
@@ -87,7 +90,9 @@ async def run_batch(
     display = Display(tally, client)
     async with (
         Ledger(folder / LEDGER) as ledger,
-        ImageSaver(client, folder, overwrite=True) as saver,
+        ImageSaver(
+            client, folder, overwrite=True, allow_private=allow_private, session=session
+        ) as saver,
     ):
         await saver.sweep()
         await ledger.add(tally.unfinished)

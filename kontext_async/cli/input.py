@@ -103,10 +103,10 @@ class IdParser:
         else:
             yield from self._values(value)
 
-    def _values(self, value: Any) -> Iterator[_Item]:
+    def _values(self, value: object) -> Iterator[_Item]:
         """Yield the ids of a JSON value."""
         self._kept, self._is_first = "", False
-        values = cast("list[Any]", value) if isinstance(value, list) else [value]
+        values = cast("list[object]", value) if isinstance(value, list) else [value]
         for one in values:
             if _has_no_task(one):
                 continue
@@ -175,7 +175,7 @@ def _has_no_task(value: Any) -> bool:
     return "key" in fields and fields.get("taskId", "") is None
 
 
-def _id_in(value: Any) -> object:
+def _id_in(value: object) -> object:
     """Return the id in a JSON value: a string, a result's or an answer's ``taskId``."""
     if not isinstance(value, dict):
         return value

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import signal
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, NoReturn
 
+import typer
 from rich.table import Column, Table
 
 from kontext_async.cli.batch import can_report, make_report, run_batch
@@ -15,15 +19,25 @@ from kontext_async.cli.output import (
     Exit,
     Saved,
     error_console,
+    fail,
     outcome_line,
     plain,
     say,
     write_line,
 )
+from kontext_async.cli.running import run
 from kontext_async.cli.tally import BatchTally
 from kontext_async.client import KontextClient
 from kontext_async.polling import TaskOutcome
-from kontext_async.simulator import Failure, Simulator
+from kontext_async.simulator import (
+    Failure,
+    FixedWindow,
+    Limit,
+    Simulator,
+    SlidingWindow,
+    TokenBucket,
+    lognormal,
+)
 
 _FLAGGED = Failure(400, "The prompt was flagged as violating the content policies.")
 
@@ -42,6 +56,46 @@ _TASKS: tuple[tuple[str, float, Failure | None], ...] = (
     ("a city made of glass", 6.5, None),
     ("a field of sunflowers", 7.0, None),
 )
+
+
+_LIMITS: Mapping[str, Callable[[int, float], Limit]] = {
+    "sliding": SlidingWindow,
+    "fixed": FixedWindow,
+    "bucket": lambda requests, seconds: TokenBucket(requests, requests / seconds),
+}
+_PORT_PROBLEMS = {errno.EADDRINUSE: "it is in use", errno.EACCES: "permission denied"}
+
+
+def read_limit(text: str) -> Limit:
+    """Read ``20/10``, 20 requests in any 10 seconds, or the same with a kind: ``fixed:20/10``."""
+    kind, _, rate = text.rpartition(":")
+    requests, _, seconds = rate.partition("/")
+    try:
+        return _LIMITS[kind or "sliding"](int(requests), float(seconds or 1))
+    except (KeyError, ValueError, ZeroDivisionError) as error:
+        raise typer.BadParameter(
+            "give REQUESTS/SECONDS, such as 20/10, fixed:20/10 or bucket:20/10"
+        ) from error
+
+
+def run_simulator(*, port: int, duration: float, spread: float, **options: Any) -> NoReturn:
+    """Serve a simulator, and exit; a port that cannot be used is wrong usage."""
+    simulator = Simulator(
+        port=port,
+        durations=lognormal(duration, spread),
+        log_limit=0,  # nothing outside this process could read the log
+        **options,
+    )
+    try:
+        run(serve(simulator))
+    except OSError as error:
+        problem = _PORT_PROBLEMS.get(error.errno or 0)
+        if problem is None:
+            raise
+        fail(
+            f"cannot serve on port {port}: {problem}. "
+            "Choose another --port, or leave it out to get a free one."
+        )
 
 
 async def serve(simulator: Simulator) -> Exit:

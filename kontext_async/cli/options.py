@@ -60,6 +60,21 @@ Timeout = Annotated[
 BatchTimeout = Annotated[
     float | None, _seconds("Time limit of all tasks together; inf is no limit.")
 ]
+Proxy = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        help="HTTP proxy for the API and the images. The default is the environment's: "
+        "HTTPS_PROXY, HTTP_PROXY and NO_PROXY.",
+    ),
+]
+AllowPrivate = Annotated[
+    bool,
+    typer.Option(
+        "--allow-private",
+        help="Permit image hosts at private addresses, such as those that a VPN program makes up.",
+    ),
+]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Write JSON Lines to a terminal too, as to a pipe.")
 ]

@@ -7,6 +7,7 @@ import ipaddress
 import re
 import socket
 import time
+from contextlib import AsyncExitStack
 from typing import Any
 from urllib.parse import quote, urljoin
 
@@ -23,10 +24,17 @@ _MAX_REDIRECTS = 5
 _REDIRECTS = (301, 302, 303, 307, 308)
 _CONTROL = re.compile(r"[\0-\x1f\x7f]")
 _UNSENDABLE = re.compile(r"[^!-~]+")
+# For benchmarks of networks (RFC 2544); "fake-IP" resolvers of VPN programs answer from it.
+_FAKE = ipaddress.IPv4Network("198.18.0.0/15")
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 # Global unicast by IANA; `is_global` is also True for site-local addresses.
 _GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
 
+_HEADERS = {
+    "User-Agent": f"kontext-async/{__version__}",
+    "Accept": "image/*",
+    "Accept-Encoding": "identity",
+}
 # Seconds; the whole download has its own deadline.
 _TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=30)
 
@@ -51,14 +59,21 @@ class _AddressRefusedError(OSError):
     """Raised instead of connecting to an address that is not public."""
 
 
+def _problem(address: str) -> str:
+    if ipaddress.ip_address(address) in _FAKE:
+        return (
+            "it resolves to 198.18.0.0/15, which a VPN or proxy program on this machine makes up; "
+            "if you trust it, allow private addresses (allow_private=True, --allow-private)"
+        )
+    return "it has no public address (allow_private=True or --allow-private allows it)"
+
+
 def _public_socket(info: tuple[int, int, int, str, tuple[Any, ...]]) -> socket.socket:
     """Return a socket for an address, checked just before it is connected to."""
     family, kind, proto, _, address = info
     if not is_public(str(address[0])):
         # Without the address: aiohttp keeps the error of several addresses only if all are equal.
-        raise _AddressRefusedError(
-            errno.EACCES, "it has no public address (allow_private=True allows it)"
-        )
+        raise _AddressRefusedError(errno.EACCES, _problem(str(address[0])))
     return socket.socket(family, kind, proto)
 
 
@@ -67,13 +82,6 @@ def _new_session(**options: Any) -> aiohttp.ClientSession:
         # The saver's permits bound the connections.
         connector=aiohttp.TCPConnector(limit=0, **options),
         cookie_jar=aiohttp.DummyCookieJar(),
-        headers={
-            "User-Agent": f"kontext-async/{__version__}",
-            "Accept": "image/*",
-            "Accept-Encoding": "identity",
-        },
-        timeout=_TIMEOUT,
-        read_bufsize=2**18,  # the size of asyncio's own reads
     )
 
 
@@ -114,27 +122,43 @@ def _is_loopback(host: str) -> bool:
         return host.lower() == "localhost"
 
 
+def _is_private(host: str) -> bool:
+    """Return True for an address, not a name, that is not public."""
+    try:
+        return not is_public(host)
+    except ValueError:
+        return False
+
+
 class Fetcher:
     """Send requests for images, and follow redirects.
 
     The API's own origin may be at any address. All other hosts must be at public addresses, and
-    use https except at loopback.
+    use https except at loopback. With a session of the user's own, only addresses that are written
+    in a URL are checked.
     """
 
-    def __init__(self, base_url: str, *, allow_private: bool) -> None:
+    def __init__(
+        self, base_url: str, *, session: aiohttp.ClientSession | None, allow_private: bool
+    ) -> None:
         self._api = URL(base_url).origin()
+        self._allow_private = allow_private
+        self._own: list[aiohttp.ClientSession] = []
+        if session is not None:
+            self._any_address = self._public_only = session
+            return
         # Two sessions, because one session would reuse connections between the two rules.
-        self._any_address = _new_session()
-        self._public_only = (
-            self._any_address if allow_private else _new_session(socket_factory=_public_socket)
-        )
+        self._any_address = self._public_only = _new_session()
+        self._own.append(self._any_address)
+        if not allow_private:
+            self._public_only = _new_session(socket_factory=_public_socket)
+            self._own.append(self._public_only)
 
     async def aclose(self) -> None:
-        """Close all connections."""
-        try:
-            await self._public_only.close()
-        finally:
-            await self._any_address.close()
+        """Close all connections of the saver's own."""
+        async with AsyncExitStack() as stack:
+            for session in self._own:
+                stack.push_async_callback(session.close)
 
     async def get(self, text: str, task_id: str) -> aiohttp.ClientResponse:
         """Return the response after all redirects, its body unread. Raises `DownloadError`."""
@@ -152,8 +176,20 @@ class Fetcher:
     async def _get(self, url: URL, task_id: str) -> aiohttp.ClientResponse:
         session = self._session(url, task_id)
         try:
-            return await session.get(url, allow_redirects=False)
+            return await session.get(
+                url,
+                allow_redirects=False,
+                raise_for_status=False,
+                headers=_HEADERS,
+                timeout=_TIMEOUT,
+                read_bufsize=2**18,  # the size of asyncio's own reads
+            )
         except (aiohttp.ClientError, OSError) as exc:
+            raise failure(exc, task_id) from exc
+        except Exception as exc:
+            if session in self._own:
+                raise
+            # A connector or middlewares of the user's own may raise anything.
             raise failure(exc, task_id) from exc
 
     def _session(self, url: URL, task_id: str) -> aiohttp.ClientSession:
@@ -166,6 +202,8 @@ class Fetcher:
             return self._any_address
         if url.scheme == "http" and not _is_loopback(url.host):
             raise _refused(f"its URL at {url.host} is plain http, not https", task_id)
+        if not self._own and not self._allow_private and _is_private(url.host):
+            raise _refused(f"{url.host} is refused: {_problem(url.host)}", task_id)
         return self._public_only
 
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import importlib.util
+import itertools
 import os
 import re
 import struct
 import threading
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
@@ -50,6 +52,10 @@ DECODER_ERRORS = (SyntaxError, ValueError, EOFError, IndexError, struct.error, z
 """
 
 _ENDINGS = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
+
+# How an image ends: the chunk IEND with its checksum, the marker EOI. JPEG escapes FF in its data.
+_ENDS = {"png": b"IEND\xaeB`\x82", "jpeg": b"\xff\xd9"}
+_TAIL = 1024  # bytes in which an end is looked for
 
 # Ids that are safe as file names. Upper case is not: some file systems ignore case.
 _PLAIN = re.compile(r"[a-z0-9_][a-z0-9._-]{0,99}")
@@ -191,6 +197,7 @@ class PartialImage:
                 raise DownloadError(problem, task_id=self._target.task_id, http_status=200)
             self._file.sync()
             self._rename()
+            _sync_folder(self._target.folder)
         return SavedImage(
             path=Path(self._file.path),
             size=self._size,
@@ -210,10 +217,45 @@ class PartialImage:
             self._file.rename()
 
 
+class _FolderSync:
+    """One folder's syncs: threads that wait for one while it runs share the next."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._asked = itertools.count(1)
+        self._last_asked = 0
+        self._synced = 0
+
+    def sync(self, folder: str) -> None:
+        number = self._last_asked = next(self._asked)
+        with self._lock:
+            if self._synced >= number:
+                return
+            synced = self._last_asked
+            descriptor = os.open(folder or os.curdir, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            self._synced = synced
+
+
+_syncs: defaultdict[str, _FolderSync] = defaultdict(_FolderSync)
+
+
+def _sync_folder(folder: str) -> None:
+    """Return when the names in a folder are on disk, so that a power cut loses no image.
+
+    Windows has no such call.
+    """
+    if os.name != "nt":
+        _syncs[folder].sync(folder)
+
+
 def decoding_problem(file: BinaryIO, kind: str) -> str | None:
-    """Return why an image is broken, or None. Without Pillow nothing is checked."""
+    """Return why an image is broken, or None. Without Pillow only its end is checked."""
     if not _HAS_PILLOW:
-        return None
+        return None if _has_end(file, kind) else f"the {kind} is broken: its end is missing"
     from PIL import Image  # noqa: PLC0415  # an extra
 
     file.seek(0)
@@ -224,6 +266,16 @@ def decoding_problem(file: BinaryIO, kind: str) -> str | None:
     except (OSError, *DECODER_ERRORS, Image.DecompressionBombError) as exc:
         return f"the {kind} is broken: {exc}"
     return None
+
+
+def _has_end(file: BinaryIO, kind: str) -> bool:
+    """Return True if a file contains the end of its image; something may follow it."""
+    size = file.seek(0, os.SEEK_END)
+    if kind == "webp":  # the format of RIFF: the size of what follows is in bytes 4 to 8
+        file.seek(4)
+        return size >= 8 + int.from_bytes(file.read(4), "little")
+    file.seek(max(size - _TAIL, 0))
+    return _ENDS[kind] in file.read()
 
 
 def find_image(target: Target) -> SavedImage | None:

@@ -15,7 +15,7 @@ from typing import Self
 import aiohttp
 import attrs
 
-from kontext_async.client import KontextClient
+from kontext_async.client import KontextClient, checked_session
 from kontext_async.errors import ClientStateError, ConfigurationError
 from kontext_async.models import CompletedTask
 from kontext_async.polling import check_seconds
@@ -44,18 +44,15 @@ _BLOCK = 1024 * 1024
 _GONE = (403, 404, 410)
 _ALREADY_EXPIRED = datetime.min.replace(tzinfo=UTC)
 
+# Statuses of a file that may not be there yet.
+_NOT_YET = (403, 404)
+
 # A host in trouble is asked until the deadline; one that answers without a whole image, 3 times.
 _MAX_BAD_RESPONSES = 3
 _FIRST_PAUSE = 0.5  # s
 _LONGEST_PAUSE = 15.0  # s
 
-# Other names that hosts use for the known kinds.
-_ALIASES = {"jpg": "jpeg", "pjpeg": "jpeg", "x-png": "png"}
-
-
-def _announced_kind(response: aiohttp.ClientResponse) -> str | None:
-    group, _, kind = response.content_type.partition("/")
-    return _ALIASES.get(kind, kind) if group == "image" else None
+_TIMEOUT = 120.0  # s
 
 
 class _Body:
@@ -64,13 +61,11 @@ class _Body:
     def __init__(self, target: Target, max_bytes: int) -> None:
         self._target = target
         self._max_bytes = max_bytes
-        self._announced: str | None = None
         self._size = 0
         self._block = bytearray()
         self._image: PartialImage | None = None
 
     async def receive(self, response: aiohttp.ClientResponse) -> None:
-        self._announced = _announced_kind(response)
         self._check_size(response.content_length or 0)
         while piece := await response.content.readany():
             self._size += len(piece)
@@ -102,8 +97,6 @@ class _Body:
             kind = image_kind(block)
             if kind is None:
                 raise self._bad("the response is not an image" if block else "it is empty")
-            if self._announced not in (None, kind):
-                raise self._bad(f"it was announced as {self._announced}, but is {kind}")
             self._image = PartialImage(self._target, kind)
         return self._image
 
@@ -128,17 +121,22 @@ class _Download:
     max_bytes: int
     timeout: float | None
 
-    async def run(self, url: str, expires_at: datetime | None) -> SavedImage:
-        """Retry until the image is saved, or a retry has no point or no time left."""
+    async def run(self, url: str, expires_at: datetime | None, age: float) -> SavedImage:
+        """Retry until the image is saved, or a retry has no point or no time left.
+
+        A missing image is waited for until it is as old as the whole timeout. ``age``: in seconds.
+        """
         loop = asyncio.get_running_loop()
         deadline = math.inf if self.timeout is None else loop.time() + self.timeout
+        appears_by = loop.time() + (self.timeout or _TIMEOUT) - age
         attempts = bad_responses = 0
         while True:
             attempts += 1
             try:
                 return await self._try(url, expires_at, deadline)
             except DownloadError as error:
-                bad_responses += _is_bad_response(error)
+                is_awaited = error.http_status in _NOT_YET and loop.time() < appears_by
+                bad_responses += _is_bad_response(error) and not is_awaited
                 delay = _pause(error, attempts)
                 is_final = not error.retryable or bad_responses >= _MAX_BAD_RESPONSES
                 if is_final or loop.time() + delay >= deadline:
@@ -184,6 +182,12 @@ def _pause(error: DownloadError, attempts: int) -> float:
     return max(backoff * jitter, error.retry_after or 0.0)
 
 
+def _age(task: CompletedTask) -> float:
+    """Return the seconds since a task's end; 0 if that is not known."""
+    ended = task.complete_time
+    return 0.0 if ended is None else (datetime.now(UTC) - ended).total_seconds()
+
+
 def _check_count(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigurationError(f"{name} must be an int of at least 1, not {value!r}")
@@ -210,7 +214,10 @@ class ImageSaver:
     ``max_bytes``: of one image. ``allow_private``: also allow hosts at private, link-local and
     loopback addresses. ``use_origin``: if ``result_image_url`` fails, try ``origin_image_url``,
     which expires after 10 minutes. ``timeout``: seconds for a URL, all attempts included; None
-    for no limit. ``max_concurrency``: images saved at a time.
+    for no limit. ``max_concurrency``: images saved at a time. ``session``: your own is used with
+    its proxy, certificates and resolver, and never closed; None makes one. Only the saver's own
+    session checks the address it connects to: with yours, names that resolve to private addresses
+    are not refused, and a proxy connects to what it likes.
 
     Raises `ConfigurationError` for an invalid argument.
     """
@@ -224,16 +231,18 @@ class ImageSaver:
         max_bytes: int = _MAX_BYTES,
         allow_private: bool = False,
         use_origin: bool = False,
-        timeout: float | None = 120.0,
+        timeout: float | None = _TIMEOUT,
         max_concurrency: int = 8,
+        session: aiohttp.ClientSession | None = None,
     ) -> None:
         _check_path("folder", folder)
+        self._session = checked_session(session)
         _check_count("max_bytes", max_bytes)
         _check_count("max_concurrency", max_concurrency)
         check_seconds("timeout", timeout)
         if timeout == 0:
             raise ConfigurationError("timeout must be more than 0 seconds")
-        self._base_url = client.base_url
+        self.client = client
         self._folder = os.fspath(folder)
         self._overwrite = overwrite
         self._max_bytes = max_bytes
@@ -253,7 +262,9 @@ class ImageSaver:
         if self._fetcher is not None:
             raise ClientStateError("this saver is open already")
         self._names = await run_in_thread(open_folder, self._folder)
-        self._fetcher = Fetcher(self._base_url, allow_private=self._allow_private)
+        self._fetcher = Fetcher(
+            self.client.base_url, session=self._session, allow_private=self._allow_private
+        )
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -331,13 +342,13 @@ class ImageSaver:
 
     async def _save(self, task: CompletedTask, run: _Download) -> SavedImage:
         try:
-            return await run.run(task.result_image_url, task.expires_at)
+            return await run.run(task.result_image_url, task.expires_at, _age(task))
         except DownloadError as error:
             if not (self._use_origin and task.origin_image_url):
                 raise
             first = error
         try:
-            return await run.run(task.origin_image_url, _ALREADY_EXPIRED)
+            return await run.run(task.origin_image_url, _ALREADY_EXPIRED, _age(task))
         except DownloadError as error:
             if first.http_status in _GONE:
                 raise error from first
@@ -353,7 +364,8 @@ async def download(
     max_bytes: int = _MAX_BYTES,
     allow_private: bool = False,
     use_origin: bool = False,
-    timeout: float | None = 120.0,
+    timeout: float | None = _TIMEOUT,
+    session: aiohttp.ClientSession | None = None,
 ) -> Path:
     """Save the image of a task, and return its path.
 
@@ -372,6 +384,7 @@ async def download(
         use_origin=use_origin,
         timeout=timeout,
         max_concurrency=1,
+        session=session,
     )
     async with saver:
         return (await saver.save(task, name=path.name if is_file else None)).path

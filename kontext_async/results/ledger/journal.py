@@ -44,7 +44,7 @@ class LedgerJournal:
         self,
         store: Store,
         ended: dict[str, TaskState],
-        images: dict[str, Row],
+        images: dict[str, Row | None],
         *,
         final: Collection[TaskState],
     ) -> None:
@@ -76,7 +76,7 @@ class LedgerJournal:
 
     def _recalled(self, rows: list[Row]) -> TaskOutcome | None:
         image, outcome = recalled(*rows)
-        if image is not None:
+        if outcome.result is not None:
             self._images[outcome.task_id] = image
         return outcome
 

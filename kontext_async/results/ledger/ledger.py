@@ -44,6 +44,7 @@ from kontext_async.results.ledger.rows import (
     TaskState,
     entry_of,
     error_text,
+    record_text,
 )
 from kontext_async.results.ledger.store import (
     Row,
@@ -72,6 +73,7 @@ _ADD = """
     INSERT INTO tasks (task_id, state, attempts, created_at, updated_at)
     SELECT value, 'waiting', 0, ?, ? FROM json_each(?) WHERE true ON CONFLICT DO NOTHING
 """
+_NEW_RECORD = "UPDATE tasks SET record = ?, updated_at = ? WHERE task_id = ?"
 _SAVED = """
     UPDATE tasks SET saved_path = ?, sha256 = ?, size = ?, kind = ?, error = NULL, updated_at = ?
     WHERE task_id = ? AND state <> 'failed'
@@ -79,6 +81,9 @@ _SAVED = """
 # A failed generation keeps its own error: it has no image.
 _NOT_SAVED = "UPDATE tasks SET error = ?, updated_at = ? WHERE task_id = ? AND state <> 'failed'"
 _ENTRIES = f"SELECT {COLUMNS} FROM tasks ORDER BY position"  # noqa: S608  # our own names
+
+# Answers for a URL that has been replaced or has expired.
+_STALE = (403, 404, 410)
 
 
 class Ledger:
@@ -360,7 +365,8 @@ def _not_saved(task_id: str, error: KontextError) -> tuple[str, Row]:
 class _Images:
     """The ledger's knowledge of images.
 
-    ``recalled``: the image columns of outcomes that came from the ledger and are not yet used.
+    ``recalled``: the image columns of outcomes that came from the ledger and are not yet used;
+    None for a task whose image is not saved.
     """
 
     def __init__(self, folder: Path, store: Store) -> None:
@@ -368,7 +374,7 @@ class _Images:
         self._store = store
         self._prefixes: dict[str, str] = {}  # a cache: relative paths are expensive to compute
         self._failure: BaseException | None = None  # of a write that nobody waits for
-        self.recalled: dict[str, Row] = {}
+        self.recalled: dict[str, Row | None] = {}
 
     async def unchanged(self, image: Row) -> SavedImage | None:
         """Return the image of a row if its file still has the checksum."""
@@ -380,7 +386,7 @@ class _Images:
         if head not in self._prefixes:
             self._prefixes[head] = _prefix(head, self._folder)
         path = self._prefixes[head] + name
-        return _SAVED, (path, image.sha256, image.size, image.kind, time.time(), task_id)
+        return _SAVED, (_storable(path), image.sha256, image.size, image.kind, time.time(), task_id)
 
     def write(self, sql: str, values: Row) -> None:
         """Write without waiting; raises the failure of an earlier such write."""
@@ -396,6 +402,15 @@ class _Images:
         self._failure = answer.exception() or self._failure
 
 
+def _storable(path: str) -> str | bytes:
+    """Return a path as SQLite stores it: the bytes of a name that is not UTF-8."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return os.fsencode(path)
+    return path
+
+
 def _prefix(head: str, folder: Path) -> str:
     """Return the relative path from the ledger's folder to another."""
     prefix = Path(os.path.relpath(head or os.curdir, folder)).as_posix()
@@ -404,7 +419,7 @@ def _prefix(head: str, folder: Path) -> str:
 
 def _unchanged(folder: Path, image: Row) -> SavedImage | None:
     saved_path, sha256, size, kind = image
-    path = folder / saved_path
+    path = folder / os.fsdecode(saved_path)
     try:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -423,16 +438,35 @@ class _RecordingSaver:
         self.max_concurrency = saver.max_concurrency
 
     async def save(self, task: CompletedTask) -> SavedImage:
+        is_recalled = task.task_id in self._images.recalled
         image = self._images.recalled.pop(task.task_id, None)
         if image is not None and (unchanged := await self._images.unchanged(image)):
             return unchanged
         try:
-            saved = await self._find_or_save(task, is_known=image is not None)
+            try:
+                saved = await self._find_or_save(task, is_known=image is not None)
+            except DownloadError as error:
+                if not is_recalled or error.http_status not in _STALE:
+                    raise
+                saved = await self._save_from_fresh_url(task, error)
         except DownloadError as error:
             self._images.write(*_not_saved(task.task_id, error))
             raise
         # Not waited for: if a crash loses the row, a restart finds the file.
         self._images.write(*self._images.saved(task.task_id, saved))
+        return saved
+
+    async def _save_from_fresh_url(self, task: CompletedTask, stale: DownloadError) -> SavedImage:
+        """Ask once for a new record of a task whose recorded URL has stopped working."""
+        try:
+            fresh = CompletedTask.of(await self._saver.client.record_info(task.task_id))
+        except (KontextError, ValueError) as exc:
+            raise stale from exc
+        if fresh.result_image_url == task.result_image_url:
+            raise stale
+        saved = await self._saver.save(fresh)
+        record = record_text(TaskOutcome(task_id=task.task_id, result=fresh))
+        self._images.write(_NEW_RECORD, (record, time.time(), task.task_id))
         return saved
 
     async def _find_or_save(self, task: CompletedTask, *, is_known: bool) -> SavedImage:

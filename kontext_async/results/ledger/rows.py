@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -168,7 +169,7 @@ def entry_of(row: Row) -> LedgerEntry:
             error_type=fields.get("type"),
             error_code=fields.get("code"),
             error_message=fields.get("message", ""),
-            saved_path=path,
+            saved_path=None if path is None else os.fsdecode(path),
             sha256=sha256,
             size=size,
             created_at=datetime.fromtimestamp(created, UTC),

@@ -1,0 +1,91 @@
+"""The command's client, and the session that takes it through a proxy."""
+
+from __future__ import annotations
+
+import contextlib
+import urllib.request
+from collections.abc import AsyncGenerator
+from pathlib import Path
+
+import aiohttp
+import attrs
+from yarl import URL
+
+from kontext_async.cli.input import read_key
+from kontext_async.cli.output import fail
+from kontext_async.client import KontextClient
+from kontext_async.pacing import RateLimit
+
+
+@attrs.frozen(kw_only=True)
+class Connection:
+    """The options that say how the API is reached."""
+
+    base_url: str
+    key: str = attrs.field(repr=False)
+    allow_http: bool
+    proxy: str | None = attrs.field(repr=False)
+    rate_limit: RateLimit | None = None
+
+    @contextlib.asynccontextmanager
+    async def open(self) -> AsyncGenerator[tuple[KontextClient, aiohttp.ClientSession | None]]:
+        """Give a client, and the session it shares with image hosts: None where each has its own.
+
+        Without a proxy in the options or the environment none is needed.
+        """
+        async with contextlib.AsyncExitStack() as stack:
+            session = None
+            if self.proxy is not None or _has_proxy_in_environment():
+                session = await stack.enter_async_context(
+                    aiohttp.ClientSession(
+                        connector=aiohttp.TCPConnector(limit=0),
+                        cookie_jar=aiohttp.DummyCookieJar(),
+                        proxy=self.proxy,
+                        trust_env=self.proxy is None,
+                    )
+                )
+            client = await stack.enter_async_context(
+                KontextClient(
+                    self.key,
+                    base_url=self.base_url,
+                    rate_limit=self.rate_limit,
+                    allow_http=self.allow_http,
+                    session=session,
+                )
+            )
+            yield client, session
+
+
+def _has_proxy_in_environment() -> bool:
+    return not {"http", "https"}.isdisjoint(urllib.request.getproxies())
+
+
+def connection(
+    *,
+    base_url: str,
+    api_key_file: Path | None,
+    allow_http: bool,
+    proxy: str | None,
+    rate_limit: RateLimit | None = None,
+) -> Connection:
+    """Return the connection of a command's options; exit if they cannot be used."""
+    return Connection(
+        base_url=base_url,
+        key=read_key(api_key_file),
+        allow_http=allow_http,
+        proxy=_checked_proxy(proxy),
+        rate_limit=rate_limit,
+    )
+
+
+def _checked_proxy(text: str | None) -> str | None:
+    if text is None:
+        return None
+    try:
+        url = URL(text)
+        is_usable = url.scheme in {"http", "https"} and url.host is not None
+    except ValueError:
+        is_usable = False
+    if not is_usable:  # not shown: it may hold a password
+        fail("--proxy must be an http:// or https:// URL with a host; SOCKS cannot be used here")
+    return text

@@ -1,0 +1,188 @@
+"""A proxy between the command and everything else, given by hand or by the environment."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import sys
+import warnings
+from base64 import b64encode
+
+import aiohttp
+import pytest
+
+from kontext_async import ConfigurationError, KontextClient, TransportError
+from kontext_async.results import DownloadError, ImageSaver, download
+from kontext_async.simulator import Simulator
+
+KEY = "marker-key-9b02"
+PASSWORD = "marker-password-31"
+
+
+@contextlib.asynccontextmanager
+async def proxy(refuse=False):
+    """Serve an HTTP proxy; give its port and the heads of the requests it forwarded."""
+    heads = []
+    writers = set()
+
+    async def forward(reader, writer):
+        writers.add(writer)
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                head = (await reader.readuntil(b"\r\n\r\n")).decode()
+                heads.append(head)
+                method, target, _ = head.split("\r\n", 1)[0].split(" ")
+                if refuse:
+                    writer.write(b"HTTP/1.1 407 Login, please\r\nContent-Length: 0\r\n\r\n")
+                    continue
+                assert method == "GET"
+                host, _, path = target.removeprefix("http://").partition("/")
+                name, _, port = host.partition(":")
+                there_in, there_out = await asyncio.open_connection(name, int(port))
+                rest = head.split("\r\n", 1)[1].replace("keep-alive", "close")
+                there_out.write(f"GET /{path} HTTP/1.1\r\nConnection: close\r\n{rest}".encode())
+                writer.write(await there_in.read())
+                there_out.close()
+                break
+        writer.close()
+
+    server = await asyncio.start_server(forward, "127.0.0.1", 0)
+    try:
+        yield server.sockets[0].getsockname()[1], heads
+    finally:
+        server.close()
+        for writer in writers:
+            writer.close()
+
+
+async def kontext(*arguments, **environment):
+    """Run the command, and return its exit code, its results and its messages."""
+    known = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "kontext_async", *map(str, arguments)),
+        env={**known, "APIKLEY_API_KEY": KEY, **environment},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    out, err = await process.communicate()
+    return process.returncode, [json.loads(line) for line in out.splitlines()], err.decode()
+
+
+@pytest.mark.parametrize("is_given", [True, False])
+async def test_the_command_goes_through_a_proxy(is_given, tmp_path):
+    """For polls and images, by --proxy or the environment; the password is in no output."""
+    async with Simulator() as simulator, proxy() as (port, heads):
+        task_id = simulator.add_task(duration=0, outcome="success")
+        (tmp_path / "ids").write_text(task_id)
+        url = f"http://user:{PASSWORD}@127.0.0.1:{port}"
+        files = ("--from", tmp_path / "ids", "--into", tmp_path / "out")
+        code, (line,), err = await kontext(
+            *("batch", *files, "--verbose", "--base-url", simulator.base_url),
+            *(("--proxy", url) if is_given else ()),
+            **({} if is_given else {"HTTP_PROXY": url}),
+        )
+    assert code == 0, err
+    assert line["file"]
+    login = b64encode(f"user:{PASSWORD}".encode()).decode()
+    assert len(heads) == 2
+    assert all(f"Proxy-Authorization: Basic {login}" in head for head in heads)
+    assert [KEY in head for head in heads] == [True, False]
+    assert PASSWORD not in err + json.dumps(line)
+
+
+async def test_the_environment_may_except_hosts():
+    """NO_PROXY is heeded."""
+    async with Simulator() as simulator, proxy() as (port, heads):
+        task_id = simulator.add_task(duration=0, outcome="success")
+        environment = {"HTTP_PROXY": f"http://127.0.0.1:{port}", "NO_PROXY": "127.0.0.1"}
+        code, _, err = await kontext(
+            "wait", task_id, "--base-url", simulator.base_url, **environment
+        )
+    assert (code, heads) == (0, []), err
+
+
+@pytest.mark.parametrize("url", ["socks5://127.0.0.1:1", "127.0.0.1:8080", "http://", "http://["])
+async def test_an_unusable_proxy_is_wrong_usage(url):
+    """The message says what can be used, and does not quote what may hold a password."""
+    code, _, err = await kontext("get", "t", "--proxy", url)
+    assert code == 2
+    assert "--proxy must be an http:// or https:// URL" in err
+    assert "127.0.0.1" not in err
+
+
+async def test_a_proxy_that_cannot_be_reached_or_refuses_is_named():
+    """The message says that it was the proxy that said no."""
+    async with proxy(refuse=True) as (port, _):
+        for url, said in (
+            ("http://127.0.0.1:9", "the proxy 127.0.0.1:9 cannot be reached: Connection refused"),
+            (f"http://127.0.0.1:{port}", "the proxy refuses to forward: 407 Login, please"),
+        ):
+            async with (
+                aiohttp.ClientSession(proxy=url) as session,
+                KontextClient(KEY, base_url="https://127.0.0.1:8", session=session) as client,
+            ):
+                with pytest.raises(TransportError) as caught:
+                    await client.record_info("t")
+            assert said in str(caught.value)
+
+
+async def test_images_use_a_session_of_the_users_own(tmp_path):
+    """It is not closed, and serves a proxy; the key is in no request for an image."""
+    async with Simulator() as simulator, proxy() as (port, heads):
+        task_id = simulator.add_task(duration=0, outcome="success")
+        async with (
+            aiohttp.ClientSession(proxy=f"http://127.0.0.1:{port}") as session,
+            KontextClient(KEY, base_url=simulator.base_url) as client,
+        ):
+            done = await client.wait_for_result(task_id)
+            async with ImageSaver(client, tmp_path / "a", session=session) as saver:
+                await saver.save(done)
+            await download(client, done, tmp_path / "b", session=session)
+            assert not session.closed
+    assert len(heads) == 2
+    assert all("User-Agent: kontext-async/" in head and KEY not in head for head in heads)
+
+
+def session_with_login():
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+        return aiohttp.ClientSession(auth=aiohttp.BasicAuth("a", "b"))
+
+
+async def test_a_session_of_the_users_own_is_checked(tmp_path):
+    """It must be a session without a login; an address in a URL must be public all the same."""
+    async with KontextClient(KEY) as client:
+        for session in ("no session", session_with_login()):
+            with pytest.raises(ConfigurationError):
+                ImageSaver(client, tmp_path, session=session)
+        await session.close()
+
+
+class Borrowed(aiohttp.BaseConnector):
+    """A connector that raises what only its own library knows."""
+
+    async def connect(self, *args, **options):
+        raise LookupError("no such tunnel")
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("https://10.0.0.1/a.png", "10.0.0.1 is refused: it has no public address"),
+        ("https://198.18.0.9/a.png", "198.18.0.0/15, which a VPN"),
+        ("https://images.example/a.png", "LookupError: no such tunnel"),
+    ],
+)
+async def test_what_a_borrowed_session_cannot_fetch_is_a_download_error(url, said, tmp_path):
+    """Whatever its connector raises, and with an address that is written in the URL."""
+    async with (
+        Simulator() as simulator,
+        aiohttp.ClientSession(connector=Borrowed()) as session,
+        KontextClient(KEY, base_url=simulator.base_url) as client,
+    ):
+        done = await client.wait_for_result(simulator.add_task(duration=0, outcome="success"))
+        done = type(done)(task_id="t", result_image_url=url)
+        with pytest.raises(DownloadError) as caught:
+            await download(client, done, tmp_path, session=session, timeout=0.5)
+    assert said in str(caught.value)
