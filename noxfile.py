@@ -73,8 +73,15 @@ def docs(session: nox.Session) -> None:
     """Build the documentation without a warning, and run its examples."""
     session.install("-e", ".[docs]")
     build = ("sphinx-build", "-nW", "--keep-going")
-    for builder in ("html", "doctest"):
+    for builder in ("html", "doctest", "man"):
         session.run(*build, "-b", builder, "docs", f"docs/_build/{builder}")
+
+
+@nox.session
+def pictures(session: nox.Session) -> None:
+    """Make the pictures of the README and the documentation anew."""
+    session.install("-e", ".[cli,images,report,docs]")
+    session.run("python", "docs/pictures.py")
 
 
 @nox.session

@@ -25,6 +25,7 @@ release = __version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.doctest"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
+man_pages = [("cli", "kontext", "create image-generation tasks and wait for them", author, 1)]
 html_title = f"{project} {release}"
 myst_heading_anchors = 3
 
