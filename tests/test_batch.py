@@ -864,6 +864,28 @@ async def test_an_exception_lets_the_source_finish_its_cleanup(client, simulator
     assert now() == seconds(6)
 
 
+async def test_closing_the_client_lets_the_source_finish_its_cleanup(client, simulator):
+    """It is cancelled once, though the waits of the batch end with errors meanwhile."""
+    ids = tasks(simulator, 3, duration=100.0)
+    steps = []
+
+    async def source():
+        try:
+            for task_id in ids:
+                yield task_id
+            await never()
+        finally:
+            steps.append("begun")
+            await asyncio.sleep(5)
+            steps.append("ended")
+
+    batch = asyncio.create_task(error_of(collected(client, source()), ClientStateError))
+    await asyncio.sleep(3)
+    await client.aclose()
+    await batch
+    assert steps == ["begun", "ended"]
+
+
 async def test_what_a_source_raises_on_closing_is_raised_after_the_outcomes(client):
     """For a source that fails in its own ``finally``, at the end of the ids."""
 

@@ -388,6 +388,37 @@ async def test_a_refusal_pauses_the_whole_client_and_one_request_probes():
     budget.release(await other)
 
 
+async def test_a_pause_is_logged_when_it_begins_and_when_it_ends(caplog):
+    """Once each however long it is, and without what the service wrote."""
+    caplog.set_level("INFO", "kontext_async")
+    budget = make_budget()
+    await request(budget, refused(2.0))
+    await request(budget, refused(3.0))
+    await request(budget)
+    await request(budget)
+    budget.pause_for(refused(1.0))
+    budget.pause_for(refused(1.0))
+    assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
+        ("WARNING", "pause: all polls wait, at first for 2 s: RateLimitedError"),
+        ("INFO", "the pause ended after 5 s"),
+        ("WARNING", "pause: all polls wait, at first for 1 s: RateLimitedError"),
+    ]
+
+
+async def test_an_outage_is_logged_too_and_what_becomes_of_it(caplog):
+    caplog.set_level("INFO", "kontext_async")
+    budget = make_budget()
+    for task_id in "abcde":
+        await request(budget, broken(task_id))
+    await request(budget, refused())
+    await request(budget)
+    assert [r.getMessage() for r in caplog.records] == [
+        "outage: all polls wait, at first for 1 s: ServerError",
+        "pause: all polls wait, at first for 2 s: RateLimitedError",
+        "the pause ended after 3 s",
+    ]
+
+
 @pytest.mark.parametrize(
     ("error", "pauses"),
     [

@@ -134,13 +134,11 @@ async def test_a_relative_path_is_one_from_the_working_folder(tmp_path, monkeypa
     assert read(tmp_path / "here") == ["a"]
 
 
-async def test_the_draft_of_a_new_ledger_that_a_crash_left_is_replaced(path):
+async def test_a_new_ledger_that_cannot_be_completed_leaves_nothing(path, monkeypatch):
     """A ledger is complete or not there."""
-    draft = path.with_name(path.name + "-new")
-    draft.write_bytes(b"half a ledger")
-    await make(path, "a")
-    assert not draft.exists()
-    assert read(path) == ["a"]
+    monkeypatch.setattr(store_module, "_MIGRATIONS", ("no statement",))
+    await error_of(Store(path).open(), LedgerError)
+    assert [file.name for file in path.parent.iterdir()] == [f"{path.name}-lock"]
 
 
 async def test_the_log_of_a_killed_process_is_read(path):
@@ -505,12 +503,18 @@ async def test_a_path_that_cannot_be_a_ledger_is_refused(tmp_path, name):
     assert not list(tmp_path.iterdir())
 
 
-async def test_what_the_file_system_refuses_is_an_error_of_the_ledger(path):
-    """Here a folder has the name of a ledger that is being made."""
-    path.with_name(path.name + "-new").mkdir()
+async def test_what_the_file_system_refuses_is_an_error_of_the_ledger(path, monkeypatch):
+    """Here a folder gets the ledger's name while it is being made."""
+    migrate = store_module._migrate
+
+    def interfere(connection):
+        migrate(connection)
+        path.mkdir()
+
+    monkeypatch.setattr(store_module, "_migrate", interfere)
     error = await error_of(Store(path).open(), LedgerError)
     assert str(error) == f"ledger {path}: Is a directory"
-    assert not path.exists()
+    assert sorted(file.name for file in path.parent.iterdir()) == [path.name, f"{path.name}-lock"]
 
 
 async def test_a_foreign_file_at_the_locks_path_is_not_changed(path):

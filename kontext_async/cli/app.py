@@ -43,6 +43,7 @@ from kontext_async.cli.options import (
 )
 from kontext_async.cli.output import (
     Exit,
+    be_quiet,
     error_console,
     exit_code,
     log_polls,
@@ -89,7 +90,7 @@ def _kontext(
         ),
     ] = False,
 ) -> None:
-    pass
+    be_quiet(wanted=False)  # a process may run several commands
 
 
 def _ids(given: Iterable[str], source: str | None) -> list[str]:

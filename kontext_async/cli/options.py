@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from kontext_async.cli.output import be_quiet
 from kontext_async.pacing import RateLimit
 
 
@@ -79,7 +80,14 @@ AsJson = Annotated[
     bool, typer.Option("--json", help="Write JSON Lines to a terminal too, as to a pipe.")
 ]
 Quiet = Annotated[
-    bool, typer.Option("--quiet", "-q", help="Print no progress and no summary, only results.")
+    bool,
+    typer.Option(
+        "--quiet",
+        "-q",
+        is_eager=True,
+        callback=be_quiet,
+        help="Print no progress and no summary, only results.",
+    ),
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log each poll to standard error.")]
 

@@ -10,12 +10,12 @@ import os
 import sys
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Final, NoReturn, TextIO, TypeAlias, cast
 from urllib.parse import quote
 
-import click
 import typer
 from rich.console import Console
 from rich.style import Style
@@ -229,9 +229,13 @@ class _Forgiving:
         return getattr(self._stream, name)
 
 
-def _is_quiet() -> bool:
-    context = click.get_current_context(silent=True)
-    return context is not None and context.params.get("quiet") is True
+_is_quiet = ContextVar("is_quiet", default=False)
+
+
+def be_quiet(wanted: bool) -> bool:  # noqa: FBT001 - a command's option as it comes
+    """Print results and wrong usage only from now on, if wanted."""
+    _is_quiet.set(wanted)
+    return wanted
 
 
 def error_console() -> Console:
@@ -241,7 +245,7 @@ def error_console() -> Console:
     terminal = stream.isatty()
     return Console(
         file=cast("TextIO", _Forgiving(stream)),
-        quiet=_is_quiet(),
+        quiet=_is_quiet.get(),
         markup=False,
         highlight=False,
         emoji=False,

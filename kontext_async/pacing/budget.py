@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
+import logging
 import math
 import operator
 from collections import Counter, deque
@@ -19,9 +20,11 @@ import attrs
 
 from kontext_async.errors import KontextError, RateLimitedError, TransportError
 from kontext_async.pacing.limits import DiscoveredLimit, Limit, RateLimit, Reply, SlidingWindow
-from kontext_async.pacing.pauses import Pause
+from kontext_async.pacing.pauses import Pause, PauseState
 
 __all__ = ["ClientStats", "RequestBudget"]
+
+_log = logging.getLogger("kontext_async")
 
 _Permit = asyncio.Future[float]  # done when the permit is acquired; its result is that time
 
@@ -98,6 +101,7 @@ class RequestBudget:
         self._max_concurrency = max_concurrency
         self._limit: Limit = DiscoveredLimit() if rate_limit is None else SlidingWindow(rate_limit)
         self._pause = Pause()
+        self._paused_at = 0.0  # when the pause that is on, or was on last, was logged
         # The queue; entries whose permit is done are dropped when they come to the front.
         self._waiting: list[_Waiting] = []  # a heap
         self._failing: list[_Waiting] = []  # a heap of those whose last poll failed
@@ -193,7 +197,10 @@ class RequestBudget:
         if cancelled:
             self._pause.probe_lost(sent=sent)
         else:
+            before = self._pause.state
             self._pause.observe(error, now=now, sent=sent, first=first, failing=failing)
+            if self._pause.state is not before:
+                self._log_pause(before, error, now)
         if self._waiters:
             self._dispatch(loop, now)
 
@@ -209,7 +216,23 @@ class RequestBudget:
     def pause_for(self, error: KontextError) -> None:
         """Pause as for this error of a request that had no permit of this budget."""
         now = asyncio.get_running_loop().time()
+        before = self._pause.state
         self._pause.observe(error, now=now, sent=now)
+        if self._pause.state is not before:
+            self._log_pause(before, error, now)
+
+    def _log_pause(self, before: PauseState, error: KontextError | None, now: float) -> None:
+        """Log that a pause or an outage began or ended; no text of the service is in it."""
+        state = self._pause.state
+        if state.is_open:
+            what = "outage" if before.is_outage else "pause"
+            _log.info("the %s ended after %.0f s", what, now - self._paused_at)
+        elif before.is_open or state.is_outage is not before.is_outage:
+            self._paused_at = now if before.is_open else self._paused_at
+            what = "outage" if state.is_outage else "pause"
+            remaining = self._pause.remaining(now)
+            cause = type(error).__name__
+            _log.warning("%s: all polls wait, at first for %.0f s: %s", what, remaining, cause)
 
     def blocked_by(self, task_id: str, now: float) -> KontextError | None:
         """Return the error that keeps a request of this task back, None if nothing does.

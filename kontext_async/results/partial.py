@@ -26,7 +26,7 @@ class PartialFile:
         folder, name = os.path.split(path)
         # Cut, so that a name of 255 bytes leaves room for what is added to it.
         name = f".{name[:50]}.{secrets.token_hex(6)}.part"
-        self._temporary = os.path.join(folder, name)  # noqa: PTH118  # a quarter of the time
+        self.temporary = os.path.join(folder, name)  # noqa: PTH118  # a quarter of the time
         self._file: BinaryIO | None = None
 
     @property
@@ -36,7 +36,7 @@ class PartialFile:
 
     def write(self, data: bytes) -> None:
         if self._file is None:
-            self._file = open(self._temporary, "x+b")  # noqa: PTH123, SIM115  # as above
+            self._file = open(self.temporary, "x+b")  # noqa: PTH123, SIM115  # as above
         self._file.write(data)
 
     def sync(self) -> None:
@@ -47,7 +47,7 @@ class PartialFile:
     def rename(self) -> None:
         """Give the file its own name; this replaces a file of that name."""
         self.file.close()
-        os.replace(self._temporary, self.path)  # noqa: PTH105  # as above
+        os.replace(self.temporary, self.path)  # noqa: PTH105  # as above
         self._file = None
 
     def discard(self) -> None:
@@ -57,7 +57,7 @@ class PartialFile:
         with suppress(OSError):  # closing writes what is buffered
             self._file.close()
         with suppress(OSError):
-            os.unlink(self._temporary)  # noqa: PTH108  # as above
+            os.unlink(self.temporary)  # noqa: PTH108  # as above
         self._file = None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import os
 import sqlite3
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 from kontext_async.errors import ClientStateError
 from kontext_async.results.errors import LedgerError
 from kontext_async.results.images.files import uncancellable
+from kontext_async.results.partial import PartialFile
 
 __all__ = [
     "Row",
@@ -193,15 +195,17 @@ def _closed_on_error(connection: sqlite3.Connection) -> Generator[None]:
 
 def _create(path: Path) -> None:
     """Make an empty ledger, atomically."""
-    draft = path.with_name(path.name + "-new")
-    draft.unlink(missing_ok=True)
+    draft = PartialFile(os.fspath(path))
     try:
-        with closing(_connect(draft, "mode=rwc")) as connection:
+        draft.write(b"")
+        with closing(_connect(Path(draft.temporary), "mode=rw")) as connection:
+            connection.execute("PRAGMA journal_mode = MEMORY")  # no second file
             connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
             _migrate(connection)
-        draft.replace(path)
+        draft.sync()
+        draft.rename()
     finally:
-        draft.unlink(missing_ok=True)
+        draft.discard()
 
 
 def _migrate(connection: sqlite3.Connection) -> None:
