@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import math
 import os
+import random
 from collections.abc import AsyncIterable, Awaitable, Callable, Iterable
 from typing import Final, Self
 
 import aiohttp
+import attrs
 from yarl import URL
 
 from kontext_async import wire
@@ -126,6 +129,16 @@ def _check_limit(name: str, limit: RateLimit | None) -> None:
         raise ConfigurationError(f"{name} must be a RateLimit or None, not {limit!r}")
 
 
+class _FirstNotice:
+    """A wait for a notice alone."""
+
+    def __init__(self) -> None:
+        self.came = asyncio.Event()
+
+    def notice(self) -> None:
+        self.came.set()
+
+
 class KontextClient:
     """A client of the Flux Kontext API: it creates image-generation tasks and waits for them.
 
@@ -136,8 +149,9 @@ class KontextClient:
     ``max_concurrency``: the most requests in flight. ``rate_limit``: None discovers it.
     ``durations``: the model of task durations to use and feed; None starts from a general guess.
     ``callback_url``: the address that the service calls when a task ends; ``{token}`` in it is
-    replaced by a random text for each task. ``creation_limit``: the rate limit of new tasks; None
-    discovers it.
+    replaced by a random text for each task. A wait for a new task then begins to poll when the
+    task calls back, or is likely to have ended. ``creation_limit``: the rate limit of new tasks;
+    None discovers it.
 
     A client belongs to the event loop of its first use. Closing it, with ``async with`` or
     `aclose`, ends its pending waits with `ClientStateError`.
@@ -229,6 +243,10 @@ class KontextClient:
     def expects_callbacks(self) -> bool:
         """True if each task has a callback address of its own: ``{token}`` is in the address."""
         return self._creator.expects_token
+
+    def is_callback_token(self, token: str) -> bool:
+        """Return True if this client made a callback's address with this token."""
+        return self._creator.is_token(token)
 
     @property
     def stats(self) -> ClientStats:
@@ -372,6 +390,10 @@ class KontextClient:
         task_id = wire.check_task_id(task_id)
         policy = self._policy(timeout, wait, error_grace, not_found_grace, on_event)
         self._transport.check_open()
+        if timeout != 0 and self._creator.is_new(task_id):
+            slept = await self._sleep_until_called_back(task_id, timeout)
+            if timeout is not None:
+                policy = attrs.evolve(policy, timeout=max(timeout - slept, 0.0))
         return (await TaskWait(task_id, policy, self._transport).run()).unwrap()
 
     def as_completed(
@@ -438,6 +460,27 @@ class KontextClient:
             max_in_flight=max_in_flight,
             batch_timeout=batch_timeout,
         )
+
+    async def _sleep_until_called_back(self, task_id: str, timeout: float | None) -> float:
+        """Sleep until a new task calls back, or is likely to have ended; return the seconds."""
+        transport, began = self._transport, self._transport.loop_time
+        waiter = _FirstNotice()
+        step = random.uniform(0.9, 1.1)  # noqa: S311  # tasks begun together spread
+        age = transport.durations.next_age(0.0, step)
+        scope = asyncio.timeout(age if timeout is None else min(age, timeout))
+        transport.notices.watch(task_id, waiter, began)
+        transport.source_reads.add(scope)  # it ends with the client
+        try:
+            async with scope:
+                await waiter.came.wait()
+        except TimeoutError:
+            transport.check_open()
+        finally:
+            transport.source_reads.discard(scope)
+            transport.notices.unwatch(task_id, waiter)
+        if waiter.came.is_set():
+            transport.notices.notice(task_id, transport.loop_time)  # for the wait that begins now
+        return transport.loop_time - began
 
     def _policy(
         self,

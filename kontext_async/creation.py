@@ -8,6 +8,7 @@ import json
 import logging
 import secrets
 import time
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from typing import NoReturn
@@ -48,7 +49,17 @@ _ANSWER_TIMEOUT = 120.0
 _FIRST_DELAY = 0.5
 _MAX_DELAY = 15.0
 
+_MAX_TOKENS = 100_000  # that are remembered, the last ones
 _TOKEN = "{token}"  # noqa: S105  # a placeholder
+
+
+_ABSENT = object()
+
+
+def _remember(texts: OrderedDict[str, None], text: str) -> None:
+    texts[text] = None
+    if len(texts) > _MAX_TOKENS:
+        texts.popitem(last=False)
 
 
 def new_token() -> str:
@@ -183,6 +194,8 @@ class Creator:
         self._budget = budget
         self._transport = transport
         self._scopes: dict[asyncio.Timeout, asyncio.Future[None]] = {}
+        self._tokens: OrderedDict[str, None] = OrderedDict()
+        self._new: OrderedDict[str, None] = OrderedDict()  # tasks that will call back
 
     async def submit(
         self,
@@ -195,6 +208,8 @@ class Creator:
         """Create a task: at most one whole request is sent."""
         self._transport.check_open()
         token = token or (new_token() if self.expects_token else None)
+        if token is not None:
+            _remember(self._tokens, token)
         submission = _Submission(self, request, token, before_sending, submit_grace)
         loop = asyncio.get_running_loop()
         ended: asyncio.Future[None] = loop.create_future()
@@ -202,7 +217,7 @@ class Creator:
         self._scopes[scope] = ended
         try:
             async with scope:
-                return await submission.run()
+                task = await submission.run()
         except TimeoutError:
             if not scope.expired():  # the caller's own
                 raise
@@ -210,6 +225,17 @@ class Creator:
         finally:
             del self._scopes[scope]
             ended.set_result(None)
+        if self.callback_url is not None:
+            _remember(self._new, task.task_id)
+        return task
+
+    def is_new(self, task_id: str) -> bool:
+        """Return True if a task was just created, will call back, and nobody has asked yet."""
+        return self._new.pop(task_id, _ABSENT) is None
+
+    def is_token(self, token: str) -> bool:
+        """Return True if a callback's address was made with this token."""
+        return token in self._tokens
 
     @property
     def expects_token(self) -> bool:

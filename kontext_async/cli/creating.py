@@ -21,6 +21,7 @@ from kontext_async.cli.batch import (
     save_all,
 )
 from kontext_async.cli.input import read_key
+from kontext_async.cli.listening import Callbacks, read_callbacks, receiving
 from kontext_async.cli.options import (
     AllowHttp,
     AsJson,
@@ -95,6 +96,34 @@ CreationLimit = Annotated[
         help="Create at most this many tasks in any such time: the account's limit.",
     ),
 ]
+CallbackUrl = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        help="Address that the service calls when a task ends. {token} in its path is replaced by "
+        "a text of its own for each task, by which a lost task is found again.",
+    ),
+]
+Listen = Annotated[
+    str | None,
+    typer.Option(
+        metavar="[HOST:]PORT",
+        help="Receive the callbacks on this port while the command runs, at the path of "
+        "--callback-url.",
+    ),
+]
+CallbackKeyFile = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="File with the key that signs the callbacks."),
+]
+CallbackGrace = Annotated[
+    float,
+    typer.Option(
+        min=0,
+        metavar="SECONDS",
+        help="Time for which a request whose answer was lost waits for its callback.",
+    ),
+]
 RetryFailed = Annotated[
     bool, typer.Option("--retry-failed", help="Send refused requests again, poll failed tasks.")
 ]
@@ -116,6 +145,10 @@ def generate(
     limit: Limit = None,
     creation_limit: CreationLimit = "20/10",  # type: ignore[assignment]  # typer parses it
     retry_failed: RetryFailed = False,
+    callback_url: CallbackUrl = None,
+    listen: Listen = None,
+    callback_key_file: CallbackKeyFile = None,
+    callback_grace: CallbackGrace = 120.0,
     timeout: Timeout = DEFAULT_TIMEOUT,
     batch_timeout: BatchTimeout = math.inf,
     as_json: AsJson = False,
@@ -143,6 +176,8 @@ def generate(
         creation_limit=creation_limit,
         max_new=limit,
         retry_failed=retry_failed,
+        callbacks=read_callbacks(callback_url, listen, callback_key_file),
+        callback_grace=callback_grace,
         timeout=timeout,
         batch_timeout=batch_timeout,
     )
@@ -189,10 +224,15 @@ class _Account:
     base_url: str
     allow_http: bool = attrs.field(kw_only=True)
 
-    def client(self, creation_limit: RateLimit | None = None) -> KontextClient:
-        limit = creation_limit or DEFAULT_CREATION_LIMIT
+    def client(
+        self, creation_limit: RateLimit | None = None, callbacks: Callbacks | None = None
+    ) -> KontextClient:
         return KontextClient(
-            self.key, base_url=self.base_url, allow_http=self.allow_http, creation_limit=limit
+            self.key,
+            base_url=self.base_url,
+            allow_http=self.allow_http,
+            creation_limit=creation_limit or DEFAULT_CREATION_LIMIT,
+            callback_url=None if callbacks is None else callbacks.url,
         )
 
 
@@ -205,6 +245,7 @@ def _create(
     report: bool = False,
     dry_run: bool = False,
     creation_limit: RateLimit | None = None,
+    callbacks: Callbacks | None = None,
     **keywords: Any,
 ) -> None:
     if report:
@@ -218,8 +259,10 @@ def _create(
     make_folder(into)
 
     async def create() -> Exit:
-        async with account.client(creation_limit) as client:
-            await _run_requests(client, keyed, tally, into, as_json=as_json, **keywords)
+        async with account.client(creation_limit, callbacks) as client:
+            await _run_requests(
+                client, keyed, tally, into, as_json=as_json, callbacks=callbacks, **keywords
+            )
         _say_what_is_uncertain(into)
         return max(tally.exit_code, make_report(into)) if report else tally.exit_code
 
@@ -233,6 +276,7 @@ async def _run_requests(
     folder: Path,
     *,
     as_json: bool,
+    callbacks: Callbacks | None,
     **keywords: Any,
 ) -> None:
     display = Display(tally, client)
@@ -247,6 +291,7 @@ async def _run_requests(
     async with (
         Ledger(folder / LEDGER) as ledger,
         ImageSaver(client, folder, overwrite=True) as saver,
+        receiving(callbacks, client, ledger),
     ):
         await saver.sweep()
         waiting = ledger.generate(

@@ -3,6 +3,7 @@
 It uses only this library's models, so a defect elsewhere in the library cannot hide itself here.
 """
 
+from kontext_async.simulator.callbacks import SentCallback
 from kontext_async.simulator.creations import CREATION_STEPS
 from kontext_async.simulator.images import IMAGE_STEPS
 from kontext_async.simulator.limits import FixedWindow, Limit, SlidingWindow, TokenBucket
@@ -23,6 +24,7 @@ __all__ = [
     "Limit",
     "LoggedRequest",
     "Reply",
+    "SentCallback",
     "Simulator",
     "SlidingWindow",
     "Step",

@@ -12,6 +12,7 @@ from urllib.parse import unquote
 
 from aiohttp import web
 
+from kontext_async.simulator.callbacks import CallbackSender, SentCallback
 from kontext_async.simulator.clock import Clock
 from kontext_async.simulator.creations import CREATION_STEPS, LOST_ANSWERS
 from kontext_async.simulator.generation import problem_with
@@ -79,6 +80,11 @@ class Simulator:
     - ``creation_limit``: requests to generate above it are refused with 429. None: no limit.
     - ``credits``: the balance; a task costs 1, and at 0 requests to generate are refused with
       402. None: no end.
+    - ``callback_key``: signs the callbacks of tasks that have a ``callBackUrl`` on this machine;
+      others are never called. None: callbacks are not signed.
+    - ``callback_script``: ``"sent"``, ``"late"``, ``"twice"``, ``"lost"`` or ``"early"`` (before
+      the answer), one for each of the first callbacks.
+    - ``lost_callback_rate``: fraction of the others that are lost, 0 to 1.
     - ``image_bytes``: minimum size of an image.
     - ``log_limit``: number of requests that ``requests`` keeps, the latest. None: all.
     - ``seed``: the same seed gives the same id the same duration, outcome and faults.
@@ -107,12 +113,16 @@ class Simulator:
         lost_answer_rate: float = 0.0,
         creation_limit: Limit | None = None,
         credits: int | None = None,  # noqa: A002  # the API's word
+        callback_key: str | None = None,
+        callback_script: Iterable[str] = (),
+        lost_callback_rate: float = 0.0,
         image_bytes: int = 0,
         log_limit: int | None = 10_000,
         seed: int = 0,
     ) -> None:
-        if not all(0 <= rate <= 1 for rate in (failure_rate, fault_rate, lost_answer_rate)):
-            raise ValueError("failure_rate, fault_rate and lost_answer_rate must be from 0 to 1")
+        rates = (failure_rate, fault_rate, lost_answer_rate, lost_callback_rate)
+        if not all(0 <= rate <= 1 for rate in rates):
+            raise ValueError("failure_rate, fault_rate and the lost rates must be from 0 to 1")
         self._port = port
         self._store = TaskStore(durations=durations, failure_rate=failure_rate, seed=seed)
         self._random = KeyedRandom(seed)
@@ -132,6 +142,13 @@ class Simulator:
         self._creations = 0
         self._image_bytes = image_bytes
         self._clock = Clock()
+        self._callbacks = CallbackSender(
+            clock=self._clock,
+            key=callback_key,
+            script=callback_script,
+            lost_rate=lost_callback_rate,
+            random=self._random,
+        )
         self._runner: web.ServerRunner | None = None
         self._base_url: str | None = None
         self._running: set[asyncio.Task[None]] = set()
@@ -190,6 +207,11 @@ class Simulator:
         )
         return self._store.add(task).task_id
 
+    @property
+    def callbacks(self) -> list[SentCallback]:
+        """The callbacks that were sent, in order."""
+        return self._callbacks.sent
+
     def polls(self, task_id: str) -> int:
         """Return the number of a task's polls that the rate limit admitted; KeyError if unknown."""
         return self._store[task_id].polls
@@ -211,6 +233,7 @@ class Simulator:
 
     async def aclose(self) -> None:
         """Stop serving, and end the requests in flight."""
+        await self._callbacks.aclose()
         for task in self._running:
             task.cancel()
         if self._runner is not None:
@@ -258,7 +281,11 @@ class Simulator:
             case "GET", "/api/v1/flux/kontext", "record-info":
                 return self._record_info(request, logged)
             case "POST", "/api/v1/flux/kontext", "generate":
-                return self._generate(request, logged, await request.read())
+                created = len(self.created)
+                reply = self._generate(request, logged, await request.read())
+                for task_id in self.created[created:]:
+                    await self._callbacks.begin(self._store[task_id], self.base_url)
+                return reply
             case "GET", "/api/v1/chat", "credit":
                 return self._balance(logged)
             case "GET", "/images" | "/origins", _:

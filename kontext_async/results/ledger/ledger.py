@@ -303,15 +303,17 @@ class Ledger:
         check_requests(requests)
         return with_keys(requests)
 
-    async def add_candidate(self, token: str, task_id: str) -> None:
+    async def add_candidate(self, token: str, task_id: str) -> bool:
         """Record the task that a callback names; on disk when this returns.
 
         ``token`` is the one in the callback's address. `generate` takes the task as the request's
-        if the request is uncertain and the task's record has its parameters.
+        if the request is uncertain and the task's record has its parameters. Returns False if no
+        request has the token. This is the ``on_token`` of a `CallbackReceiver`.
         """
-        await self._submissions.add_candidate(token, check_task_id(task_id))
+        is_known = await self._submissions.add_candidate(token, check_task_id(task_id))
         if (arrived := self._arrivals.get(token)) is not None:
             arrived.set()
+        return is_known
 
     async def resolve(self, key: str, task_id: str | None) -> SubmissionEntry:
         """Decide an uncertain request by hand, and return its entry.

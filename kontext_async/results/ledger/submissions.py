@@ -77,6 +77,7 @@ _CANDIDATE = """
     WHERE token = ? AND state IN ('sending', 'unknown')
     AND (SELECT count(*) FROM candidates AS other WHERE other.token = submissions.token) < ?
 """
+_KNOWN = "SELECT 1 FROM submissions WHERE token = ?"
 _CANDIDATES = "SELECT task_id FROM candidates WHERE token = ?"
 _DROP = "DELETE FROM candidates WHERE token = ? AND task_id = ?"
 
@@ -295,6 +296,14 @@ class Submissions:
     async def drop_candidate(self, token: str, task_id: str) -> None:
         await self._store.run(_DROP, (token, task_id))
 
-    async def add_candidate(self, token: str, task_id: str) -> None:
-        """Record the task that a callback names, if its token is that of an uncertain request."""
-        await self._store.run(_CANDIDATE, (task_id, token, _MAX_CANDIDATES))
+    async def add_candidate(self, token: str, task_id: str) -> bool:
+        """Record the task that a callback names, if its token is that of an uncertain request.
+
+        Returns False if no request has the token.
+        """
+        if not token.isprintable():  # SQLite takes no lone surrogates
+            return False
+        added = self._store.submit(_CANDIDATE, (task_id, token, _MAX_CANDIDATES), list)
+        rows = await self._store.run(_KNOWN, (token,))
+        await added
+        return bool(rows)
