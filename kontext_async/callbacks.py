@@ -22,7 +22,13 @@ from kontext_async.errors import ConfigurationError, KontextError
 from kontext_async.wire import check_task_id
 from kontext_async.wire.json_values import is_object
 
-__all__ = ["CallbackError", "CallbackNotice", "CallbackReceiver", "verify_callback"]
+__all__ = [
+    "CallbackClient",
+    "CallbackError",
+    "CallbackNotice",
+    "CallbackReceiver",
+    "verify_callback",
+]
 
 _MAX_BODY = 64 * 1024  # bytes; a callback of the service has less than one KB
 _MAX_TASK_ID = 200  # characters
@@ -61,7 +67,7 @@ class CallbackNotice:
     sent_at: datetime | None = None
 
 
-class Client(Protocol):
+class CallbackClient(Protocol):
     """The part of `KontextClient` that a receiver uses."""
 
     def notice(self, task_id: str) -> bool: ...
@@ -151,7 +157,7 @@ class CallbackReceiver:
 
     def __init__(
         self,
-        client: Client,
+        client: CallbackClient,
         *,
         key: str | Sequence[str] | None = None,
         on_token: Callable[[str, str], Awaitable[bool]] | None = None,

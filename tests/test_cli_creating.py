@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 
@@ -233,3 +234,44 @@ def test_ctrl_c_says_how_to_continue(simulator, tmp_path):
     assert process.returncode == 130
     assert "run the same command again" in said
     assert len(simulator.created) == 2
+
+
+def test_callbacks_are_received_while_the_command_runs(kontext, simulator, tmp_path):
+    """A task whose answer was lost is found again by the token of its callback."""
+    simulator._generate_script = iter([lambda r: (r.default_reply(), _closed())[1]])
+    simulator._callbacks._key = "callback-key"
+    key = tmp_path / "key.txt"
+    key.write_text("callback-key\n")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        arguments = ["generate", "a", "--into", "p", "--callback-key-file", key]
+        arguments += ["--callback-url", f"http://127.0.0.1:{port}/done/{{token}}"]
+        free.listen()
+        code, _, said = kontext(*arguments, "--listen", port)
+        assert code == 2
+        assert f"cannot listen on port {port}" in said
+        assert simulator.created == []
+    code, (done,), _ = kontext(*arguments, "--listen", f"127.0.0.1:{port}")
+    assert (code, [done["taskId"]]) == (0, simulator.created)
+    assert [sent.status for sent in simulator.callbacks] == [200]
+    code, _, _ = kontext(*arguments)
+    assert code == 0
+    assert len(simulator.created) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--listen", "80"], "need --callback-url"),
+        (["--listen", "x", "--callback-url", "https://a.example/{token}"], "such as 8080"),
+        (["--listen", "99999", "--callback-url", "https://a.example/{token}"], "such as 8080"),
+        (["--callback-url", "a.example"], "callback_url must be"),
+        (["--creation-limit", "many"], "such as 20/10"),
+    ],
+)
+def test_wrong_options_of_callbacks_pay_for_nothing(kontext, simulator, options, says):
+    code, _, said = kontext("generate", "a", "--into", "p", *options)
+    assert code == 2
+    assert says in said
+    assert not simulator.requests

@@ -76,6 +76,37 @@ def test_the_web_service_answers_with_plain_data_and_fitting_codes(monkeypatch):
         assert browser.get("/stats").json()["requests"] >= 4
 
 
+def test_the_web_service_is_called_back(monkeypatch):
+    """FastAPI passes callbacks on; strangers are refused."""
+    import base64
+    import hashlib
+    import hmac
+    import time
+
+    from fastapi.testclient import TestClient
+
+    monkeypatch.setenv("CALLBACK_URL", "https://me.example/callbacks/{token}")
+    monkeypatch.setenv("CALLBACK_KEY", "callback-key")
+    web = example("callbacks_endpoint")
+    with TestClient(web.app) as browser:
+        assert browser.post("/images", params={"prompt": "a boat"}).json()["url"]
+        (token,) = web.app.state.client._creator._tokens
+        body, timestamp = '{"data": {"taskId": "task12345"}}', str(int(time.time()))
+        message = f"task12345.{timestamp}".encode()
+        digest = hmac.new(b"callback-key", message, hashlib.sha256).digest()
+        headers = {
+            "X-Webhook-Timestamp": timestamp,
+            "X-Webhook-Signature": base64.b64encode(digest).decode(),
+        }
+        for path, sent, expected in (
+            (token, headers, 200),
+            ("stranger", headers, 404),
+            (token, {}, 401),
+        ):
+            answer = browser.post(f"/callbacks/{path}", content=body, headers=sent)
+            assert answer.status_code == expected
+
+
 async def test_the_bot_replies_to_every_end(simulator):
     """The bot has a reply for an image, a failure, a task that takes long and an unknown one."""
     replies = {}

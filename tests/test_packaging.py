@@ -59,7 +59,7 @@ ALLOWED = {
     "results/ledger": {"", "results", "results/images", *CLIENT},
     "results/report": {"", "results", "results/images", "results/ledger", *CLIENT},
     "results": {"errors", "results/images", "results/ledger", "results/report"},
-    "cli": {"", "_version", *CLIENT, "results", "simulator"},
+    "cli": {"", "_version", "callbacks", *CLIENT, "results", "simulator"},
     "__main__": {"cli"},
 }
 PURE = ["errors.py", "models.py", "pacing/limits.py", "pacing/pauses.py", "schedule.py", "wire"]
