@@ -332,7 +332,7 @@ class TaskWait:
 
     def _give_up_at(self) -> float:
         """Return when to stop waiting for a permit, and see whether the wait is over."""
-        if self._failures:
+        if self._may_fail_unpolled:
             now = self._loop.time()
             # The last poll may be planned for the end of the grace.
             return min(self._deadline, now + self._failing_grace_left(now) + _MIN_LEAD)
@@ -350,10 +350,20 @@ class TaskWait:
         now = self._loop.time()
         if now >= self._deadline or (not self._polls and self._poller.budget.has_outage):
             return self._timed_out()
-        if self._failures and self._failing_grace_left(now) < _ROUNDING:
+        if self._may_fail_unpolled and self._failing_grace_left(now) < _ROUNDING:
             assert self._last_error is not None, "a failed poll has an error"
             return self._ended_by(self._last_error)
         return None
+
+    @property
+    def _may_fail_unpolled(self) -> bool:
+        """True if the end of a grace ends the wait without another poll.
+
+        That an outage or a queue kept back the next poll is no sign that a task does not exist.
+        """
+        last = self._last_error
+        is_missing = last is not None and last.handling is Handling.RETRY_NOT_FOUND
+        return self._failures > 0 and not is_missing
 
     def _failing_grace_left(self, now: float) -> float:
         assert self._last_error is not None, "a failed poll has an error"

@@ -248,6 +248,15 @@ async def test_a_pause_that_was_asked_for_extends_the_grace_of_a_blocked_wait(si
     assert ended == {paused: pytest.approx(21), failing: pytest.approx(23)}
 
 
+async def test_a_queue_does_not_end_the_wait_for_a_task_that_is_not_visible_yet(simulator):
+    """The grace ends it only with a poll that says again that the task is unknown."""
+    task_id = simulator.add_task(script=["not_visible", "success"])
+    limit = RateLimit(1, 20.0)
+    async with KontextClient("key", base_url=simulator.base_url, rate_limit=limit) as client:
+        assert await client.wait_for_result(task_id, not_found_grace=10.0)
+    assert simulator.now > 20.0
+
+
 async def test_an_exception_of_the_clients_own_session_is_not_hidden(simulator, client):
     """It would be a defect, not the network."""
     await client.record_info(simulator.add_task())
