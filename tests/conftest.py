@@ -31,6 +31,8 @@ import pytest
 from aiohttp.client_proto import ResponseHandler
 from virtual_time import VirtualTimeLoop
 
+from kontext_async.transport import pooled
+
 # A zone that is not UTC, written so that it needs no zone database.
 os.environ["TZ"] = "NPT-5:45"
 if hasattr(time, "tzset"):
@@ -85,3 +87,11 @@ def _async_tests_end_clean(request):
     """Set up before a test's own fixtures, so that it looks after they are gone."""
     if inspect.iscoroutinefunction(request.function):
         request.getfixturevalue("_nothing_left_running")
+
+
+@pytest.fixture(params=["pooled", "session"])
+def fetcher(request, monkeypatch):
+    """Run a test with either way in which a client without a session of the user's may poll."""
+    if request.param == "session":
+        monkeypatch.setitem(pooled._NEEDED, (aiohttp.TCPConnector, "not_in_this_aiohttp"), ())
+    return request.param

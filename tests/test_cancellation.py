@@ -16,7 +16,7 @@ from kontext_async import CompletedTask, RateLimit, WaitTimeoutError
 from kontext_async.simulator import Simulator
 from kontext_async.simulator.replies import refused
 
-pytestmark = pytest.mark.virtual_time
+pytestmark = [pytest.mark.virtual_time, pytest.mark.usefixtures("fetcher")]
 
 
 @types.coroutine

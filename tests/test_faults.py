@@ -28,7 +28,7 @@ from kontext_async import batch as batch_module
 from kontext_async.simulator import Simulator
 from kontext_async.simulator.steps import http, rate_limited, refused
 
-pytestmark = pytest.mark.virtual_time
+pytestmark = [pytest.mark.virtual_time, pytest.mark.usefixtures("fetcher")]
 
 UNBOUND = RateLimit(1_000_000, 1.0)
 GATEWAY_401 = http(401)
@@ -260,7 +260,7 @@ async def test_a_queue_does_not_end_the_wait_for_a_task_that_is_not_visible_yet(
 async def test_an_exception_of_the_clients_own_session_is_not_hidden(simulator, client):
     """It would be a defect, not the network."""
     await client.record_info(simulator.add_task())
-    client._transport._session.get = Mock(side_effect=ZeroDivisionError)
+    client._transport._fetcher.fetch = Mock(side_effect=ZeroDivisionError)
     with pytest.raises(ZeroDivisionError):
         await client.record_info(simulator.add_task())
     assert client.stats.in_flight == 0

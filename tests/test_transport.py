@@ -31,6 +31,7 @@ from kontext_async import (
 )
 from kontext_async.simulator import Simulator
 
+pytestmark = pytest.mark.usefixtures("fetcher")
 virtual_time = pytest.mark.virtual_time
 MEBIBYTE = 1024 * 1024
 

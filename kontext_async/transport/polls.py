@@ -1,27 +1,22 @@
-"""One client's requests over aiohttp: the session, its event loop, opening and closing."""
+"""One client's polls: permits, deadlines, errors, opening and closing."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import math
-import os
-import ssl
 import time
 from collections import deque
 from types import TracebackType
 
 import aiohttp
-from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
 from kontext_async import wire
-from kontext_async._version import __version__
 from kontext_async.errors import (
     ApiError,
     AuthenticationError,
     ClientStateError,
-    ConfigurationError,
     GenerationFailedError,
     ResponseFormatError,
     TransportError,
@@ -31,22 +26,19 @@ from kontext_async.models import TaskRecord
 from kontext_async.notices import Noticeboard
 from kontext_async.pacing import RequestBudget
 from kontext_async.schedule import DurationModel
+from kontext_async.transport.answers import Fetcher, RawAnswer
+from kontext_async.transport.failures import (
+    UNTRUSTED_SERVER,
+    check_for_second_login,
+    describe_failure,
+    safe_cause,
+)
+from kontext_async.transport.pooled import PooledFetcher, can_fetch
+from kontext_async.transport.session import SessionFetcher, new_session, request_headers
 
-__all__ = [
-    "UNTRUSTED_SERVER",
-    "Transport",
-    "check_for_second_login",
-    "describe_failure",
-    "request_headers",
-    "safe_cause",
-]
+__all__ = ["Transport"]
 
 _log = logging.getLogger("kontext_async")
-
-# Seconds for which an idle connection is kept: the longest delay of the learned schedule.
-_KEEP_ALIVE = 60.0
-_CONNECT_TIMEOUT = 10.0
-_MAX_HEADER = 64 * 1024  # bytes of one header; aiohttp's default of 8 KiB is less than some send
 
 # Polls in a row that must be refused with 401 before an accepted key counts as refused.
 _KEY_REFUSALS = 3
@@ -82,13 +74,11 @@ class Transport:
         self._endpoint = URL(base_url + wire.RECORD_INFO)
         self._borrowed = session
         self._session: aiohttp.ClientSession | None = None
+        self._fetcher: Fetcher
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
         self._has_good_answer = False
         self._key_refusals: deque[str] = deque(maxlen=_KEY_REFUSALS)  # tasks, since a good answer
-        self._headers = request_headers(api_key)
-        # `_Deadline` bounds the whole request: aiohttp rounds 5 s and more to whole seconds.
-        self._timeout = aiohttp.ClientTimeout(sock_connect=_CONNECT_TIMEOUT)
 
     @property
     def closed(self) -> bool:
@@ -110,11 +100,18 @@ class Transport:
         loop = asyncio.get_running_loop()
         if self._loop is None:
             self._loop = loop
-            self._session = self._borrowed or _new_session(self._headers)
+            self._open()
         elif self._loop is not loop:
             raise ClientStateError(
                 "this client belongs to another event loop: make one in each loop that needs one"
             )
+
+    def _open(self) -> None:
+        session = self._session = self._borrowed or new_session()
+        headers = request_headers(self._api_key)
+        self._fetcher = SessionFetcher(session, self._endpoint, headers)
+        if self._borrowed is None and can_fetch(session):
+            self._fetcher = PooledFetcher(session, self._endpoint, headers, self._fetcher)
 
     def _check_not_closed(self) -> None:
         if self._closed:
@@ -200,9 +197,7 @@ class Transport:
         elif error.from_gateway and error.code == 404:
             error.is_transient = self._has_good_answer
 
-    async def _get(
-        self, task_id: str, sent: float, until: float
-    ) -> tuple[int, CIMultiDictProxy[str], bytes] | None:
+    async def _get(self, task_id: str, sent: float, until: float) -> RawAnswer | None:
         assert self._loop is not None, "check_open comes first"
         assert self._session is not None, "check_open comes first"
         self._check_not_closed()  # perhaps since the permit was acquired
@@ -212,22 +207,7 @@ class Transport:
         self._in_flight.add(deadline)
         try:
             with deadline:
-                response = await self._session.get(
-                    self._endpoint.with_query({"taskId": task_id}),
-                    headers=None if self._borrowed is None else self._headers,
-                    timeout=self._timeout,
-                    allow_redirects=False,
-                    raise_for_status=False,
-                    auto_decompress=True,
-                    max_line_size=_MAX_HEADER,
-                    max_field_size=_MAX_HEADER,
-                )
-                # aiohttp releases the connection when the body is read to its end.
-                try:
-                    return response.status, response.headers, await _read(response)
-                except BaseException:
-                    response.close()
-                    raise
+                return await self._fetcher.fetch(task_id)
         except (aiohttp.ClientError, OSError) as exc:  # TimeoutError is an OSError
             error = self._translate(exc, task_id)
             cause = safe_cause(exc)
@@ -311,102 +291,3 @@ class _Deadline:
         is_ours = self.expired and self._task.uncancel() <= self._cancelling
         if is_ours and exc_type is asyncio.CancelledError:
             raise TimeoutError from exc
-
-
-# The server is not the one it should be.
-UNTRUSTED_SERVER = (aiohttp.ClientConnectorCertificateError, aiohttp.ServerFingerprintMismatch)
-
-
-def describe_failure(exc: Exception) -> str:
-    """Return what failed, and whether the proxy, the network or TLS said no.
-
-    Without quotes from the answer, which may echo the key.
-    """
-    match exc:
-        case aiohttp.ClientConnectorError():
-            return _describe_connecting(exc)
-        case aiohttp.ClientHttpProxyError():
-            return f"the proxy refuses to forward: {exc.status} {exc.message.partition(':')[0]}"
-        case aiohttp.ServerDisconnectedError():
-            return "the connection was closed before the answer"
-        case aiohttp.ClientResponseError():
-            return f"{type(exc).__name__}: {exc.status}, {exc.message.partition(':')[0]}"
-        case _:
-            return f"{type(exc).__name__}: {exc}"
-
-
-def _describe_connecting(exc: aiohttp.ClientConnectorError) -> str:
-    match exc:
-        case aiohttp.ClientProxyConnectionError():
-            return f"the proxy {exc.host}:{exc.port} cannot be reached: {_system_error(exc)}"
-        case aiohttp.ClientConnectorDNSError():
-            return f"the name {exc.host} cannot be resolved: {_system_error(exc)}"
-        case aiohttp.ClientConnectorCertificateError():
-            return f"the certificate of {exc.host} does not verify: {exc.certificate_error}"
-        case _:
-            pass
-    if isinstance(exc.os_error, ssl.SSLError):
-        return f"no TLS connection to {exc.host}:{exc.port}: {exc.os_error}"
-    return f"{exc.host}:{exc.port} cannot be reached: {_system_error(exc)}"
-
-
-def _system_error(exc: aiohttp.ClientConnectorError) -> str:
-    """Return the operating system's words; asyncio's own name the call instead."""
-    number = exc.os_error.errno
-    words = exc.os_error.strerror or str(exc.os_error)
-    return os.strerror(number) if number and words.startswith("Connect call failed") else words
-
-
-def safe_cause(exc: Exception) -> Exception | None:
-    """Return the exception to chain: only the operating system's errors.
-
-    Others hold the request's headers, or headers of the answer that may echo them. Frames are
-    dropped too: some error reporters collect their locals, and request headers are among them.
-    """
-    is_safe = isinstance(exc, OSError) and not isinstance(exc, TimeoutError)
-    return exc.with_traceback(None) if is_safe else None
-
-
-def check_for_second_login(exc: Exception) -> None:
-    """Raise `ConfigurationError` if the session added a login of its own to a request."""
-    if isinstance(exc, ValueError) and "AUTHORIZATION" in str(exc):  # aiohttp found two
-        raise ConfigurationError(
-            "the session takes a login for this host from netrc, which collides with the "
-            "API key: pass one without trust_env, or remove that login"
-        ) from None
-
-
-def request_headers(api_key: str) -> CIMultiDict[str]:
-    """Return the headers of every request to the API."""
-    return CIMultiDict(
-        {
-            "Authorization": f"Bearer {api_key}",
-            "User-Agent": f"kontext-async/{__version__}",
-            "Accept": "application/json",
-            "Accept-Encoding": "identity",
-            "Cache-Control": "no-cache",  # a kept answer would say that a task still runs
-        }
-    )
-
-
-def _new_session(headers: CIMultiDict[str]) -> aiohttp.ClientSession:
-    return aiohttp.ClientSession(
-        headers=headers,
-        # The budget bounds the connections.
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE),
-        cookie_jar=aiohttp.DummyCookieJar(),
-    )
-
-
-async def _read(response: aiohttp.ClientResponse) -> bytes:
-    """Read the body, or as much of it as shows that it is too large."""
-    body = await response.content.readany()
-    if response.content.at_eof():
-        return body
-    pieces, size = [body], len(body)
-    while size <= wire.MAX_BODY and (piece := await response.content.readany()):
-        pieces.append(piece)
-        size += len(piece)
-    if size > wire.MAX_BODY:
-        response.close()
-    return b"".join(pieces)

@@ -1,0 +1,21 @@
+"""One client's requests over aiohttp."""
+
+from __future__ import annotations
+
+from kontext_async.transport.failures import (
+    UNTRUSTED_SERVER,
+    check_for_second_login,
+    describe_failure,
+    safe_cause,
+)
+from kontext_async.transport.polls import Transport
+from kontext_async.transport.session import request_headers
+
+__all__ = [
+    "UNTRUSTED_SERVER",
+    "Transport",
+    "check_for_second_login",
+    "describe_failure",
+    "request_headers",
+    "safe_cause",
+]
