@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 
 import aiohttp
 import pytest
@@ -51,6 +52,7 @@ async def test_a_good_request_makes_a_task(simulator):
 async def test_each_task_has_an_id_of_its_own(simulator):
     ids = [(await post(simulator, {"prompt": "a"}))[1]["data"]["taskId"] for _ in range(5)]
     assert len(set(ids)) == 5
+    assert all(re.fullmatch(r"fluxkontext_[0-9a-f]{32}", task_id) for task_id in ids)
 
 
 GOOD = [
@@ -75,6 +77,16 @@ async def test_every_documented_parameter_is_accepted(simulator, params):
     assert (await post(simulator, {"prompt": "a", **params}))[1]["code"] == 200
 
 
+async def test_null_stands_for_an_optional_field_that_is_not_given(simulator):
+    """Public clients send ``callBackUrl: null`` each time."""
+    names = ["enableTranslation", "uploadCn", "inputImage", "aspectRatio", "outputFormat"]
+    names += ["promptUpsampling", "model", "callBackUrl", "safetyTolerance", "watermark"]
+    for params in ({name: None} for name in names):
+        assert (await post(simulator, {"prompt": "кот", **params}))[1]["code"] == 200
+    params = {"prompt": "a", "inputImage": None, "safetyTolerance": 6}
+    assert (await post(simulator, params))[1]["code"] == 200
+
+
 BAD = [
     ({"prompt": None}, "prompt"),
     ({"prompt": 5}, "prompt"),
@@ -87,7 +99,7 @@ BAD = [
     ({"inputImage": "http://[::1"}, "inputImage"),
     ({"aspectRatio": "2:1"}, "aspectRatio"),
     ({"outputFormat": "webp"}, "outputFormat"),
-    ({"promptUpsampling": None}, "promptUpsampling"),
+    ({"promptUpsampling": 0}, "promptUpsampling"),
     ({"model": "flux"}, "model"),
     ({"callBackUrl": "ftp://example.com"}, "callBackUrl"),
     ({"safetyTolerance": True}, "safetyTolerance"),

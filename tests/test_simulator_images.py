@@ -6,6 +6,7 @@ import asyncio
 import gzip
 import io
 import itertools
+import zlib
 from types import SimpleNamespace
 
 import aiohttp
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image
 
 from kontext_async.simulator import IMAGE_STEPS, Simulator, images
+from kontext_async.simulator.pictures import landscape
 
 pytestmark = pytest.mark.virtual_time
 
@@ -73,9 +75,20 @@ async def test_the_prompt_is_on_the_image():
     plain, written, other = (
         images.make_image(f'{{"prompt": "{prompt}"}}', "png", 0) for prompt in ("", "a boat", "a b")
     )
-    assert len(decoded(plain).getcolors()) == 1
-    assert len(decoded(written).getcolors()) > 1
+    landscapes = [landscape(320, 180, zlib.crc32(prompt)).pixels for prompt in (b"", b"a boat")]
+    assert decoded(plain).tobytes() == landscapes[0]
+    assert decoded(written).tobytes() != landscapes[1]
     assert written != other
+
+
+def test_each_prompt_has_a_picture_of_its_own():
+    """A landscape: many colours, and the same each time."""
+    pictures = [landscape(64, 48, seed) for seed in range(5)]
+    assert len({picture.pixels for picture in pictures}) == 5
+    assert pictures[3] == landscape(64, 48, 3)
+    for picture in pictures:
+        image = Image.frombytes("RGB", (picture.width, picture.height), picture.pixels)
+        assert len(image.getcolors(100_000)) > 50
 
 
 @pytest.mark.parametrize("prompt", ["кот", "\\ud800", "long " * 500, "x" * 3000, "<b>\\n", "☃"])
@@ -84,14 +97,15 @@ async def test_any_prompt_can_be_written(prompt):
         decoded(images.make_image(f'{{"prompt": "{prompt}", "aspectRatio": 5}}', kind, 0))
 
 
-async def test_without_pillow_every_image_is_a_plain_png(no_pillow):
+async def test_without_pillow_every_image_is_a_png(no_pillow):
     async with Simulator(image_bytes=5000) as simulator, aiohttp.ClientSession() as session:
         params = {"prompt": "\ud800 a boat", "outputFormat": "jpeg", "aspectRatio": "1:1"}
         simulator.add_task("t", duration=0, params=params)
         got = await fetch(session, f"{simulator.base_url}/images/t.png")
     assert got.headers["Content-Type"] == "image/png"
     image = decoded(got.body)
-    assert (image.format, image.size, len(image.getcolors())) == ("PNG", (256, 256), 1)
+    assert (image.format, image.size) == ("PNG", (256, 256))
+    assert image.tobytes() == landscape(256, 256, zlib.crc32(b"? a boat")).pixels
     assert len(got.body) >= 5000
 
 

@@ -63,11 +63,12 @@ _RULES: Mapping[str, _Rule] = {
 def problem_with(params: Any) -> tuple[int, str] | None:
     """Return the API's code and reason to refuse a request; None for a valid one.
 
-    Unknown fields are ignored.
+    Unknown fields are ignored, and null stands for a field that is not given.
     """
     if not isinstance(params, dict):
         return 422, "the body must be a JSON object"
-    fields = cast("dict[str, Any]", params)
+    given = cast("dict[str, Any]", params)
+    fields = {name: value for name, value in given.items() if value is not None}
     for name, rule in _RULES.items():
         if name in fields and not rule.is_valid(fields[name]):
             return 422, f"{name} must be {rule.wanted}"

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import attrs
 
 from kontext_async.simulator import replies
+from kontext_async.simulator.pictures import Picture, landscape
 from kontext_async.simulator.replies import Reply
 from kontext_async.simulator.steps import GATEWAY, TRANSPORT, http, redirect_to_localhost, sent
 from kontext_async.simulator.tasks import Step, StepRequest
@@ -38,7 +39,7 @@ def image_type(output_format: str) -> Literal["png", "jpeg"]:
 
 
 def make_image(param_json: str, kind: Literal["png", "jpeg"], size: int) -> bytes:
-    """Make a request's image, at least ``size`` bytes long; with Pillow it shows the prompt."""
+    """Make a request's image, at least ``size`` bytes long; with Pillow it has the prompt on it."""
     params = json.loads(param_json)
     image = _drawn(str(params.get("prompt", "")), str(params.get("aspectRatio")), kind)
     missing = size - len(image)
@@ -50,17 +51,21 @@ def make_image(param_json: str, kind: Literal["png", "jpeg"], size: int) -> byte
 @functools.lru_cache(maxsize=256)
 def _drawn(prompt: str, ratio: str, kind: Literal["png", "jpeg"]) -> bytes:
     width, height = _SIZES.get(ratio, _SIZES["16:9"])
-    colour = zlib.crc32(prompt.encode("utf-8", "replace")).to_bytes(4)[:3]
-    if _HAS_PILLOW:
-        return _with_prompt(width, height, colour, prompt, kind)
-    return plain_png(width, height, colour)
+    picture = landscape(width, height, zlib.crc32(prompt.encode("utf-8", "replace")))
+    return _with_prompt(picture, prompt, kind) if _HAS_PILLOW else _png(picture)
 
 
 def plain_png(width: int, height: int, colour: bytes) -> bytes:
     """Make a PNG of one colour (three bytes), with the standard library alone."""
-    header = struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0)
-    rows = zlib.compress((b"\0" + colour * width) * height)
-    chunks = _chunk(b"IHDR", header) + _chunk(b"IDAT", rows) + _chunk(b"IEND", b"")
+    return _png(Picture(width, height, colour * width * height))
+
+
+def _png(picture: Picture) -> bytes:
+    header = struct.pack(">2I5B", picture.width, picture.height, 8, 2, 0, 0, 0)
+    size = 3 * picture.width
+    rows = (picture.pixels[start : start + size] for start in range(0, size * picture.height, size))
+    data = zlib.compress(b"".join(b"\0" + row for row in rows))
+    chunks = _chunk(b"IHDR", header) + _chunk(b"IDAT", data) + _chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + chunks
 
 
@@ -68,16 +73,17 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def _with_prompt(width: int, height: int, colour: bytes, prompt: str, kind: str) -> bytes:
+def _with_prompt(picture: Picture, prompt: str, kind: str) -> bytes:
     # On the loop: it takes a few milliseconds, and virtual time would jump during a thread's work.
     from PIL import Image, ImageDraw, ImageFont  # noqa: PLC0415  # an extra
 
-    image = Image.new("RGB", (width, height), tuple(colour))
-    draw = ImageDraw.Draw(image)
-    font = ImageFont.load_default()
+    width, height = picture.width, picture.height
+    image = Image.frombytes("RGB", (width, height), picture.pixels)
     text = "\n".join(textwrap.wrap(prompt, width // 8, max_lines=height // 16, placeholder=" …"))
-    fill = "black" if sum(colour) > 382 else "white"
-    draw.multiline_text((10, 10), text.encode("latin-1", "replace").decode("latin-1"), fill, font)
+    text = text.encode("latin-1", "replace").decode("latin-1")
+    font = ImageFont.load_default()
+    draw = ImageDraw.Draw(image)
+    draw.multiline_text((10, 10), text, "white", font, stroke_width=1, stroke_fill="black")
     out = io.BytesIO()
     image.save(out, kind)
     return out.getvalue()

@@ -13,7 +13,7 @@ from http import HTTPStatus
 from typing import Any, TypeAlias
 
 import attrs
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 
 __all__ = [
     "Connection",
@@ -26,6 +26,7 @@ __all__ = [
     "filled",
     "garble",
     "gzipped",
+    "head_only",
     "http",
     "overrun",
     "refused",
@@ -61,11 +62,21 @@ class Connection:
         lines = [f"HTTP/1.1 {reply.status} {_reason(reply.status)}", f"Date: {self._date}"]
         lines += [f"{name}: {value}" for name, value in reply.headers.items()]
         lines.append(framing or f"Content-Length: {len(reply.body)}")
+        if not self._request.keep_alive:
+            lines.append("Connection: close")
+        elif self._request.version < HttpVersion11:
+            lines.append("Connection: keep-alive")
         return "\r\n".join([*lines, "\r\n"]).encode("latin-1")
 
     async def send(self, data: bytes) -> None:
         """Send, and wait while the client is slow to read."""
         await self._request.writer.write(data)
+
+    async def invite_body(self) -> None:
+        """Send 100 Continue if the client waits for it before it sends the body."""
+        is_waiting = self._request.headers.get("Expect", "").lower() == "100-continue"
+        if is_waiting and self._request.version >= HttpVersion11:
+            await self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def reset(self) -> None:
         """End the connection with a TCP reset."""
@@ -83,6 +94,12 @@ Delivery: TypeAlias = Callable[[Connection, "Reply"], Awaitable[bool]]
 async def whole(connection: Connection, reply: Reply) -> bool:
     """Send the complete reply."""
     await connection.send(connection.head(reply) + reply.body)
+    return True
+
+
+async def head_only(connection: Connection, reply: Reply) -> bool:
+    """Send the status and the headers, as the reply to a HEAD request."""
+    await connection.send(connection.head(reply))
     return True
 
 

@@ -19,7 +19,7 @@ from kontext_async.simulator.generation import problem_with
 from kontext_async.simulator.images import IMAGE_STEPS, make_image
 from kontext_async.simulator.limits import Limit
 from kontext_async.simulator.log import LoggedRequest
-from kontext_async.simulator.replies import Connection, Reply, envelope, http, refused
+from kontext_async.simulator.replies import Connection, Reply, envelope, head_only, http, refused
 from kontext_async.simulator.steps import FAULTS, StepLike, as_script, as_step
 from kontext_async.simulator.store import KeyedRandom, Outcome, TaskStore
 from kontext_async.simulator.tasks import (
@@ -246,11 +246,14 @@ class Simulator:
             logged = self._log(request)
             reply = await self._reply(request, logged)
             logged.status, logged.code = reply.status, reply.code
-            connection = Connection(request, self._clock.http_date(self._clock.now))
-            reusable = await reply.delivery(connection, reply)
+            deliver = head_only if request.method == "HEAD" and reply.status else reply.delivery
+            reusable = await deliver(self._connection(request), reply)
         finally:
             self._running.discard(request.task)
         return self._sent if reusable and request.keep_alive else self._sent_last
+
+    def _connection(self, request: web.BaseRequest) -> Connection:
+        return Connection(request, self._clock.http_date(self._clock.now))
 
     def _log(self, request: web.BaseRequest) -> LoggedRequest:
         authorization = request.headers.get("Authorization", "")
@@ -281,6 +284,7 @@ class Simulator:
             case "GET", "/api/v1/flux/kontext", "record-info":
                 return self._record_info(request, logged)
             case "POST", "/api/v1/flux/kontext", "generate":
+                await self._connection(request).invite_body()
                 created = len(self.created)
                 reply = self._generate(request, logged, await request.read())
                 for task_id in self.created[created:]:
@@ -288,7 +292,7 @@ class Simulator:
                 return reply
             case "GET", "/api/v1/chat", "credit":
                 return self._balance(logged)
-            case "GET", "/images" | "/origins", _:
+            case "GET" | "HEAD", "/images" | "/origins", _:
                 return self._image(request, logged, unquote(name), _LIFETIMES[folder])
             case _:
                 return http(404)

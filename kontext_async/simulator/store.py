@@ -60,7 +60,7 @@ class TaskStore:
 
     def new_id(self) -> str:
         """Return an id like the API's."""
-        return f"{self._ids.getrandbits(128):032x}"
+        return f"fluxkontext_{self._ids.getrandbits(128):032x}"
 
     def add(self, task: Task) -> Task:
         """Add a task; ValueError where its id is in use."""
@@ -87,7 +87,7 @@ class TaskStore:
             task.failure = self._failure(task_id, outcome)
         if params is not None:
             task.param_json = json.dumps(params)
-            task.image_type = image_type(params.get("outputFormat", "jpeg"))
+            task.image_type = image_type(params.get("outputFormat") or "jpeg")
         if script:
             task.script = as_script(script)
         if image_script:
