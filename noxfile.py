@@ -98,6 +98,13 @@ def crash(session: nox.Session) -> None:
     session.run("pytest", "tests/test_crash.py", *session.posargs, env=environment)
 
 
+@nox.session
+def chaos(session: nox.Session) -> None:
+    """Meet two hundred seeds of every fault at once, where the tests meet three."""
+    session.install("-e", ".[test]")
+    session.run("pytest", "tests/test_chaos.py", *session.posargs, env={"KONTEXT_CHAOS": "200"})
+
+
 @nox.session(venv_backend="none")
 def debian(session: nox.Session) -> None:
     """Run the README's two commands on fresh Debian systems: trixie and sid, or those named."""

@@ -1,0 +1,68 @@
+"""Every fault at once, at random: each id has one outcome, the right one, and in time.
+
+Set ``KONTEXT_CHAOS`` to the number of seeds: ``nox -s chaos`` runs two hundred.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections import Counter
+
+import pytest
+from chaos import KINDS, Chaos, run_chaos
+from client_world import run_on_virtual_time
+
+from kontext_async import ResponseFormatError, ServerError, TransportError
+
+TASKS = 2000
+TROUBLE = (ServerError, TransportError, ResponseFormatError)
+SEEDS = range(int(os.environ.get("KONTEXT_CHAOS", "3")))
+
+
+@functools.cache
+def undisturbed(world):
+    """Return the ends of the healthy tasks alone, without a fault."""
+    return run_on_virtual_time(lambda: run_chaos(Chaos(world, None, TASKS)))
+
+
+def problems_with(chaos, ended, calm):
+    """Return what is wrong with a seed's outcomes."""
+    counts = Counter(outcome.task_id for outcome in ended.outcomes)
+    problems = [
+        f"{counts[name]} outcomes for {name!r}" for name in chaos.tasks if counts[name] != 1
+    ]
+    for outcome in ended.outcomes:
+        task = chaos.tasks[outcome.task_id]
+        problem = wrong_end(task, outcome, has_outages=chaos.outage_seconds > 0)
+        limit = 3 * (calm.times.get(outcome.task_id, 0.0) + chaos.outage_seconds + task.withheld)
+        if not problem and task.kind == "healthy" and ended.times[outcome.task_id] > limit:
+            problem = f"came at {ended.times[outcome.task_id]:.1f} s, not within {limit:.1f} s"
+        if problem:
+            problems.append(f"{task.kind} {outcome.task_id} ({task.duration:.1f} s): {problem}")
+    return problems
+
+
+def wrong_end(task, outcome, *, has_outages):
+    kind = KINDS[task.kind]
+    if kind.error in TROUBLE and has_outages and isinstance(outcome.error, TROUBLE):
+        return ""  # its last polls may have met the outage instead
+    if kind.error is None:
+        url = None if outcome.result is None else outcome.result.result_image_url
+        return "" if url == task.url else f"{outcome.error!r} {outcome.error}"
+    code = getattr(outcome.error, "error_code", getattr(outcome.error, "code", None))
+    is_right = type(outcome.error) is kind.error and kind.code in (None, code)
+    return "" if is_right else f"{outcome.error!r} {outcome.error} instead of {kind}"
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_every_task_has_its_own_outcome_in_time(seed):
+    """Healthy ones within three times as long as undisturbed.
+
+    The seconds in which the service, or a poll of the task, had no answer count as undisturbed.
+    """
+    chaos = Chaos(seed // 10, seed, TASKS)
+    ended = run_on_virtual_time(lambda: run_chaos(chaos))
+    problems = problems_with(chaos, ended, undisturbed(seed // 10))
+    assert not problems, f"{len(problems)} problems, such as\n" + "\n".join(problems[:10])
