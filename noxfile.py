@@ -95,7 +95,8 @@ def crash(session: nox.Session) -> None:
     """Kill and restart twenty batches, where the tests have three."""
     session.install("-e", ".[test]")
     environment = {"KONTEXT_CRASHES": "20"}
-    session.run("pytest", "tests/test_crash.py", *session.posargs, env=environment)
+    files = ("tests/test_crash.py", "tests/test_crash_generate.py")
+    session.run("pytest", *files, *session.posargs, env=environment)
 
 
 @nox.session

@@ -274,7 +274,11 @@ class TestFolder:
 class TestDemo:
     @pytest.fixture(autouse=True)
     def _short_tasks(self, monkeypatch, tmp_path):
-        tasks = [("a lighthouse", 0.0, None), ("a face", 0.0, Failure(400, "It was flagged."))]
+        tasks = [
+            ("a lighthouse", 0.2, None),
+            ("a face", 0.0, Failure(400, "It was flagged.")),
+            (local._LOST, 0.2, None),
+        ]
         monkeypatch.setattr(local, "_TASKS", tasks)
         monkeypatch.setattr(app.tempfile, "mkdtemp", lambda prefix: str(tmp_path))
         monkeypatch.delenv("APIKLEY_API_KEY", raising=False)
@@ -283,10 +287,12 @@ class TestDemo:
         """It prints a table and JSON lines, saves the images, and writes a page."""
         result = CliRunner().invoke(app.app, ["demo"])
         assert result.exit_code == 0
-        assert [line["outcome"] for line in lines(result).values()].count("success") == 1
-        assert "1 done, 1 failed, 1 saved" in result.stderr
+        assert [line["outcome"] for line in lines(result).values()].count("success") == 2
+        assert "2 done, 1 failed, 2 saved" in result.stderr
         assert "400: It was flagged." in result.stderr
-        assert "/images/demo-01" in result.stderr
+        assert "its callback named the task" in result.stderr
+        assert "3 prompts, 3 tasks paid for" in result.stderr
+        assert "/images/" in result.stderr
         page = tmp_path.resolve() / "demo" / "report.html"
         assert result.stderr.strip().endswith(str(page))
         assert page.exists()
@@ -305,7 +311,7 @@ class TestDemo:
         await local.demonstrate(tmp_path)
         printed = capsys.readouterr()
         assert printed.out == ""
-        assert "demo-02" in printed.err
+        assert local._LOST in printed.err
 
 
 @pytest.mark.parametrize("finished", [0, 2])

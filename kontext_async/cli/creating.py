@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -59,7 +59,7 @@ from kontext_async.polling import DEFAULT_TIMEOUT, TaskOutcome
 from kontext_async.results import ImageSaver, KeyedRequest, Ledger, SubmissionEntry
 from kontext_async.wire import ImageRequest
 
-__all__ = ["credits_left", "edit", "generate", "resolve", "unknown"]
+__all__ = ["credits_left", "edit", "generate", "resolve", "run_requests", "unknown"]
 
 
 PromptSource = Annotated[
@@ -260,8 +260,17 @@ def _create(
 
     async def create() -> Exit:
         async with account.client(creation_limit, callbacks) as client:
-            await _run_requests(
-                client, keyed, tally, into, as_json=as_json, callbacks=callbacks, **keywords
+            await run_requests(
+                client,
+                keyed,
+                into,
+                tally=tally,
+                handle=lambda outcome, saved: write_result(
+                    outcome_line(outcome, saved), as_json=as_json
+                ),
+                on_submitted=lambda task: write_result(submitted_line(task), as_json=as_json),
+                callbacks=callbacks,
+                **keywords,
             )
         _say_what_is_uncertain(into)
         return max(tally.exit_code, make_report(into)) if report else tally.exit_code
@@ -269,24 +278,23 @@ def _create(
     run(create(), on_interrupt=lambda: _say_how_to_continue(tally, into))
 
 
-async def _run_requests(
+async def run_requests(
     client: KontextClient,
     keyed: dict[str, ImageRequest],
-    tally: RequestTally,
     folder: Path,
     *,
-    as_json: bool,
+    tally: RequestTally,
+    handle: Callable[[TaskOutcome, Saved], None],
+    on_submitted: Callable[[SubmittedTask], None],
     callbacks: Callbacks | None,
     **keywords: Any,
 ) -> None:
+    """Create tasks for requests by key, save their images, and pass each to a callback."""
     display = Display(tally, client)
 
-    def print_outcome(outcome: TaskOutcome, saved: Saved) -> None:
-        write_result(outcome_line(outcome, saved), as_json=as_json)
-
-    def print_submitted(task: SubmittedTask) -> None:
+    def submitted(task: SubmittedTask) -> None:
         with display.bar_hidden():
-            write_result(submitted_line(task), as_json=as_json)
+            on_submitted(task)
 
     async with (
         Ledger(folder / LEDGER) as ledger,
@@ -297,11 +305,11 @@ async def _run_requests(
         waiting = ledger.generate(
             client,
             ((key, keyed[key]) for key in tally.start(keyed)),
-            on_submitted=print_submitted,
+            on_submitted=submitted,
             on_event=tally.count_poll,
             **keywords,
         )
-        await save_all(ledger, saver, waiting, tally=tally, display=display, handle=print_outcome)
+        await save_all(ledger, saver, waiting, tally=tally, display=display, handle=handle)
 
 
 def _submissions(folder: Path) -> list[SubmissionEntry]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -31,6 +32,14 @@ class Callbacks:
     def path(self) -> str:
         """The path of the address, with ``{token}`` as it is."""
         return URL(self.url.replace("{token}", "token-here")).path.replace("token-here", "{token}")
+
+
+def free_callbacks() -> Callbacks:
+    """Return callbacks on a free port of this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return Callbacks(url=f"http://127.0.0.1:{port}/callbacks/{{token}}", port=port)
 
 
 def read_callbacks(url: str | None, listen: str | None, key_file: Path | None) -> Callbacks | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import itertools
+import json
 import signal
 import sys
 from collections.abc import Callable, Mapping
@@ -14,7 +16,9 @@ from typing import Any, NoReturn
 import typer
 from rich.table import Column, Table
 
-from kontext_async.cli.batch import can_report, make_report, run_batch
+from kontext_async.cli.batch import can_report, make_report
+from kontext_async.cli.creating import run_requests
+from kontext_async.cli.listening import free_callbacks
 from kontext_async.cli.output import (
     Exit,
     Saved,
@@ -26,20 +30,28 @@ from kontext_async.cli.output import (
     write_line,
 )
 from kontext_async.cli.running import run
-from kontext_async.cli.tally import BatchTally
+from kontext_async.cli.tally import RequestTally
 from kontext_async.client import KontextClient
 from kontext_async.polling import TaskOutcome
+from kontext_async.results import Ledger, RequestOutcome
 from kontext_async.simulator import (
+    CREATION_STEPS,
     Failure,
     FixedWindow,
     Limit,
+    Reply,
     Simulator,
     SlidingWindow,
+    StepRequest,
     TokenBucket,
     lognormal,
 )
+from kontext_async.wire import ImageRequest
 
 _FLAGGED = Failure(400, "The prompt was flagged as violating the content policies.")
+
+# The prompt whose answer is lost.
+_LOST = "a paper boat on a calm lake"
 
 # Prompt, duration in seconds, failure.
 _TASKS: tuple[tuple[str, float, Failure | None], ...] = (
@@ -112,7 +124,10 @@ async def serve(simulator: Simulator) -> Exit:
 
 
 async def demonstrate(folder: Path) -> Exit:
-    """Wait for a dozen simulated tasks, save their images, and print a table of the outcomes."""
+    """Create a dozen simulated tasks, save their images, and print a table of the outcomes.
+
+    The answer to one request is lost, and its task is found again by its callback.
+    """
     outcomes: list[TaskOutcome] = []
 
     def handle(outcome: TaskOutcome, saved: Saved) -> None:
@@ -120,20 +135,30 @@ async def demonstrate(folder: Path) -> Exit:
         if not sys.stdout.isatty():
             write_line(outcome_line(outcome, saved))
 
-    async with Simulator() as simulator:
+    requests = [ImageRequest(prompt=prompt, model="flux-kontext-pro") for prompt, *_ in _TASKS]
+    keyed = dict(Ledger.keys_of(requests))
+    callbacks = free_callbacks()
+    async with Simulator(generate_script=itertools.repeat(_create)) as simulator:
         say(f"The API is simulated at {simulator.base_url}")
-        ids = [
-            simulator.add_task(
-                f"demo-{number:02}",
-                duration=duration,
-                outcome=failure or "success",
-                params={"prompt": prompt, "model": "flux-kontext-pro"},
+        async with KontextClient(
+            "demo", base_url=simulator.base_url, callback_url=callbacks.url
+        ) as client:
+            await run_requests(
+                client,
+                keyed,
+                folder,
+                tally=RequestTally(keyed),
+                handle=handle,
+                on_submitted=lambda _: None,
+                callbacks=callbacks,
+                timeout=60.0,
             )
-            for number, (prompt, duration, failure) in enumerate(_TASKS, 1)
-        ]
-        async with KontextClient("demo", base_url=simulator.base_url) as client:
-            await run_batch(client, BatchTally(ids), folder, handle, timeout=60.0)
+        paid = len(simulator.created)
     error_console().print(_table(outcomes))
+    say(
+        f"The answer to the request for “{_LOST}” was lost, as a network may lose it. It was not "
+        f"sent again: its callback named the task. {len(_TASKS)} prompts, {paid} tasks paid for."
+    )
     if can_report():
         return make_report(folder)
     say(f"Images: {folder}")
@@ -141,11 +166,20 @@ async def demonstrate(folder: Path) -> Exit:
     return Exit.DONE
 
 
+def _create(request: StepRequest) -> Reply:
+    """Create a task of the demo; the answer to one of the requests is lost."""
+    prompt = json.loads(request.task.param_json)["prompt"]
+    _, request.task.duration, request.task.failure = next(t for t in _TASKS if t[0] == prompt)
+    return CREATION_STEPS["made_closed"](request) if prompt == _LOST else request.default_reply()
+
+
 def _table(outcomes: list[TaskOutcome]) -> Table:
-    table = Table("Task", "Outcome", "Took", Column("Image or error", overflow="fold"))
-    for outcome in sorted(outcomes, key=lambda outcome: outcome.task_id):
+    prompts = [prompt for prompt, *_ in _TASKS]
+    table = Table("Prompt", "Outcome", "Took", Column("Image or error", overflow="fold"))
+    rows = [o for o in outcomes if isinstance(o, RequestOutcome)]
+    for outcome in sorted(rows, key=lambda outcome: prompts.index(outcome.request.prompt)):
         line = outcome_line(outcome)
         took = "" if line["duration"] is None else f"{line['duration'].total_seconds():.0f} s"
         result = line["resultImageUrl"] or f"{line['errorCode']}: {line['message']}"
-        table.add_row(line["taskId"], line["outcome"], took, plain(result))
+        table.add_row(plain(outcome.request.prompt), line["outcome"], took, plain(result))
     return table
