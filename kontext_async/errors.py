@@ -370,6 +370,16 @@ class WaitTimeoutError(KontextError, TimeoutError):
         polls = "1 poll" if self.polls == 1 else f"{self.polls} polls"
         last = "" if self.last_error is None else f" (last error: {self.last_error})"
         return (
-            f"{self._about()}not finished after {self.elapsed:.1f} s and {polls}{last}; "
-            "it may still finish and be paid for: wait for the same id again"
+            f"{self._about()}not finished after {self.elapsed:.1f} s and {polls}"
+            f"{self._reported()}{last}; it may still finish and be paid for: "
+            "wait for the same id again"
         )
+
+    def _reported(self) -> str:
+        """Return what the service said beside the flag of a task that was still generating."""
+        record = self.last_record
+        if record is None or not (record.error_code or record.error_message):
+            return ""
+        code = "" if record.error_code is None else f" error {record.error_code}"
+        message = self._one_line(record.error_message) or "no message"
+        return f", while the service reported{code}: {message}"

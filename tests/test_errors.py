@@ -317,3 +317,33 @@ def test_text_from_outside_is_cut_and_made_harmless():
     assert "a [2J b c" in shown
     assert "…" in shown
     assert len(shown) < 450
+
+
+@pytest.mark.parametrize(
+    ("code", "message", "told"),
+    [
+        (
+            500,
+            "out of\nmemory",
+            "and 3 polls, while the service reported error 500: out of memory;",
+        ),
+        (None, "queued", "and 3 polls, while the service reported: queued;"),
+        (501, "", "and 3 polls, while the service reported error 501: no message;"),
+        (None, "", "and 3 polls;"),
+    ],
+)
+def test_a_timeout_names_what_the_service_said_of_the_running_task(code, message, told):
+    record = TaskRecord(
+        task_id="t",
+        status=TaskStatus.GENERATING,
+        param_json=None,
+        create_time=None,
+        complete_time=None,
+        origin_image_url=None,
+        result_image_url=None,
+        error_code=code,
+        error_message=message,
+    )
+    error = WaitTimeoutError(task_id="t", elapsed=9.0, polls=3, last_record=record)
+    assert told in str(error)
+    assert error.last_record is record
