@@ -27,7 +27,7 @@ from kontext_async.errors import (
 )
 from kontext_async.models import CompletedTask, TaskRecord
 from kontext_async.notices import Noticeboard
-from kontext_async.schedule import DurationModel, PollState
+from kontext_async.schedule import DurationModel, PollState, wait_learned
 
 __all__ = [
     "DEFAULT_ERROR_GRACE",
@@ -160,6 +160,7 @@ class RequestPacing(Protocol):
     def blocked_by(self, task_id: str, now: float) -> KontextError | None: ...
     def pause_remaining(self, now: float) -> float: ...
     def pause_spent(self, now: float) -> float: ...
+    def replan(self, revision: int) -> None: ...
 
 
 class Poller(Protocol):
@@ -174,7 +175,14 @@ class Poller(Protocol):
     @property
     def request_timeout(self) -> float: ...
     async def acquire(
-        self, at: float, *, until: float, seen: bool, failing: bool, deadline: float
+        self,
+        at: float,
+        *,
+        until: float,
+        seen: bool,
+        failing: bool,
+        deadline: float,
+        plan: TaskWait | None,
     ) -> float | None: ...
     async def poll(
         self, task_id: str, sent: float, *, until: float, first: bool, failing: bool
@@ -193,6 +201,7 @@ class TaskWait:
         "_born",
         "_cancelling",
         "_deadline",
+        "_expected_age",
         "_failing_since",
         "_failures",
         "_follow_ups",
@@ -241,6 +250,7 @@ class TaskWait:
         self._last_record: TaskRecord | None = None
         self._last_error: KontextError | None = None
         self._state: PollState | None = None
+        self._expected_age: float | None = None  # of the next poll by the model, if it may move
         self._follow_ups: Iterator[float] | None = None  # s, delays after a notice
         self._is_asleep = False
         self._is_woken = False  # by a notice
@@ -275,6 +285,7 @@ class TaskWait:
                 seen=self._polls > 0,
                 failing=failing,
                 deadline=self._deadline,
+                plan=None if self._expected_age is None else self,
             )
         except asyncio.CancelledError:
             if not self._was_woken():
@@ -395,7 +406,9 @@ class TaskWait:
             return None
         if record.duration is not None:
             duration = record.duration.total_seconds()
-            self._poller.durations.observe(self._task_id, self._age(now), duration)
+            durations = self._poller.durations
+            durations.observe(self._task_id, self._age(now), duration)
+            self._poller.budget.replan(durations.revision)
         self._emit(now, record=record)
         if record.status.phase == "ready":
             return TaskOutcome(task_id=self._task_id, result=CompletedTask.of(record))
@@ -451,8 +464,8 @@ class TaskWait:
         that it is sent before the deadline; a second last poll follows if there is time.
         """
         budget = self._poller.budget
-        last = self._deadline - max(_MIN_LEAD, 2 * budget.round_trip)
-        next_delay = None
+        last = self._last_poll_at()
+        next_delay = self._expected_age = None
         if now < last and self._policy.timeout != 0:
             delay = min(self._delay(now, record, error), within)
             if self._follow_ups is not None:
@@ -461,9 +474,35 @@ class TaskWait:
             final = early if now < early else last
             self._had_early_poll = self._had_early_poll or final <= now + delay
             self._next_poll_at = min(now + delay, final)
+            if now + delay < final and error is None and self._follow_ups is None:
+                self._expect(self._age(now))
             expected = max(self._next_poll_at, now + budget.pause_remaining(now))
             next_delay = expected - now if expected < self._deadline else None
         self._emit(now, record=record, error=error, next_delay=next_delay)
+
+    def _last_poll_at(self) -> float:
+        return self._deadline - max(_MIN_LEAD, 2 * self._poller.budget.round_trip)
+
+    def _expect(self, age: float) -> None:
+        if isinstance(self._policy.wait, wait_learned):
+            self._expected_age = self._policy.wait.model.next_age(age)
+
+    def planned_at(self) -> float:
+        """Return when to poll next; plan it again if what was learned meanwhile has moved it.
+
+        The last poll before the deadline is left as it is.
+        """
+        wait, state = self._policy.wait, self._state
+        assert isinstance(wait, wait_learned), "only its polls move"
+        assert state is not None, "a poll has been planned"
+        assert state.outcome_timestamp is not None, "a poll has been planned"
+        assert self._expected_age is not None, "a poll has been planned"
+        if wait.has_moved(state.age, self._expected_age):
+            moved = state.outcome_timestamp + self._policy.delay(state)
+            latest = self._last_poll_at() - self._poller.budget.acquire_delay
+            self._next_poll_at = max(self._loop.time(), min(moved, latest))
+            self._expect(state.age)
+        return self._next_poll_at
 
     def _delay(self, now: float, record: TaskRecord | None, error: KontextError | None) -> float:
         if self._state is None:

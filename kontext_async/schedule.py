@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
 from typing import Any, Final, cast
 
 from tenacity import Future, RetryCallState, Retrying, wait_random
@@ -84,38 +84,56 @@ class PollState(RetryCallState):
         self._outcome = value
 
 
-# Edges of the bins of age in seconds: 0.25 s apart at first, growing by 5 % a bin, to an hour.
-_EDGES: Final = tuple(5.0 * (1.05**k - 1.0) for k in range(136))
+def _edges() -> Iterator[float]:
+    """Yield edges of age in seconds, on whole seconds too: the API's times are whole seconds."""
+    edge = 0.0
+    for step, until in _STEPS:
+        while edge < until:
+            yield edge
+            edge += step
+    yield edge
+
+
+# Widths of the bins of age up to an age, in seconds. The first is the shortest delay; later ones
+# are at most a twentieth of the age.
+_STEPS: Final = (
+    (0.25, 10.0),
+    (0.5, 20.0),
+    (1.0, 60.0),
+    (2.0, 120.0),
+    (5.0, 300.0),
+    (10.0, 600.0),
+    (30.0, 1200.0),
+    (60.0, 3600.0),
+)
+_EDGES: Final = tuple(_edges())
 _WIDTHS: Final = tuple(b - a for a, b in itertools.pairwise(_EDGES))
 _BINS: Final = len(_WIDTHS)
 
-# The constants below were chosen with tests/benchmarks/schedule_efficiency.py. Moving a single one
-# by a fifth changes J by at most 2 % on average over the shapes there, and by at most 4 % in one
-# of them; fewer _PRIOR_TASKS cost 13 % in one of them.
-
 # The prior: the rate per second at which tasks of an age in seconds end, before any is known;
-# linear in between. Most tasks take 8 to 30 s, some much longer.
-_PRIOR_AGES: Final = (0.0, 2.5, 5.0, 8.0, 12.0, 20.0, 40.0, 100.0, math.inf)
-_PRIOR_RATES: Final = (0.0, 0.0, 0.025, 0.045, 0.12, 0.065, 0.045, 0.03, 0.03)
-_PRIOR_REACH: Final = 120.0  # s of age that the curve covers at least, by the prior
-_PRIOR_TASKS: Final = 3.5  # tasks that the prior counts as, in a bin that no task has passed yet
-_PRIOR_LAST_TASK: Final = 20.0  # tasks to pass through a bin until the prior counts for nothing
-_PRIOR_SCALE_TASKS: Final = 2.0  # tasks to end beyond those expected until the prior is doubled
-_MIN_PRIOR_SCALE: Final = 0.85  # where fewer tasks ended than expected
-_PRIOR_SCALE_DECAY: Final = 0.8  # from one bin to the next, of the counts that scale the prior
+# linear in between. It is that of the least favourable mixture of log-normal durations with medians
+# of 2 to 180 s: tests/benchmarks/schedule_prior.py finds it, and compares it with a backoff.
+_PRIOR_AGES: Final = (0.0, 0.75, 1.5, 3.0, 4.5, 7.5, 11.0, 20.0, 40.0, 200.0, math.inf)
+_PRIOR_RATES: Final = (0.0, 0.17, 0.21, 0.14, 0.115, 0.054, 0.029, 0.0165, 0.014, 0.014, 0.014)
+_PRIOR_REACH: Final = 300.0  # s of age that the plan covers at least
 
+# These were chosen with tests/benchmarks/schedule_efficiency.py.
+_PRIOR_TASKS: Final = 0.5  # tasks that the prior counts as in each bin
 _BIN_MEMORY: Final = 100.0  # tasks passing through a bin after which its counts have faded to 1/e
 _MEMORY: Final = 300.0  # tasks ended anywhere after which all counts have faded to 1/e
-_MIN_ENDED: Final = 0.05  # tasks ended in a bin, faded; fewer do not extend the curve to it
-_MAX_PENDING: Final = 500  # observations until they are counted, if no rebuild comes first
-_REBUILD_AFTER: Final = 40.0  # news, in tasks ended, after which the curve is rebuilt at the latest
+_REBUILD_AFTER: Final = 20.0  # news, in tasks ended, after which to plan anew at the latest
 _RUNNING_NEWS: Final = 0.1  # news in an observation of a running task
 
+_SCOUT_TASKS: Final = 16  # tasks running at least, where a few are polled early for all
+_KNOWN_TASKS: Final = 20.0  # tasks that have reached an age at which no scouts are needed any more
+_REVISION_GROWTH: Final = 1.25  # of the tasks ended, from one planning again to the next
+_MAX_REVISION_TASKS: Final = 1000  # tasks ended, after which no more of them move planned polls
+
+_MIN_ENDED: Final = 0.05  # tasks ended in a bin, faded; fewer do not extend the plan to it
 _MIN_DELAY: Final = 0.25  # s
-_MAX_DELAY: Final = 60.0  # s
-_MAX_BLIND_DELAY: Final = 15.0  # s, at ages that no known task has reached
-_MAX_BLIND_POLLS: Final = 1e6  # polls for which the curve goes on after the last known age
-_VERSION: Final = 1
+_MAX_DELAY: Final = 120.0  # s
+_BLIND_DELAY: Final = 15.0  # s, at ages beyond the plan
+_VERSION: Final = 2
 _MAX_SAVED: Final = 65_536  # characters, some ten times what is saved
 
 
@@ -126,8 +144,12 @@ def _prior_rate(age: float) -> float:
     return _PRIOR_RATES[i] * (1.0 - share) + _PRIOR_RATES[i + 1] * share
 
 
-_PRIOR: Final = tuple(_prior_rate((a + b) / 2) for a, b in itertools.pairwise(_EDGES))
-_PRIOR_BINS: Final = bisect_right(_EDGES, _PRIOR_REACH)
+# The share of the tasks that reach a bin which end in it, by the prior.
+_PRIOR: Final = tuple(
+    1.0 - math.exp(-_prior_rate((a + b) / 2) * (b - a)) for a, b in itertools.pairwise(_EDGES)
+)
+_PRIOR_BINS: Final = bisect_left(_EDGES, _PRIOR_REACH)
+_BLIND_SURVIVAL: Final = math.exp(-_PRIOR_RATES[-1] * _BLIND_DELAY)
 
 
 class DurationModel:
@@ -137,10 +159,10 @@ class DurationModel:
     are rarer than by default, with 0.5 more frequent. Raises `ConfigurationError` for any other
     value.
 
-    Age is divided into bins. Each bin counts the tasks that ended in it, and the seconds that
-    tasks spent in it, also those still running. Their ratio is the rate at which tasks of that
-    age end (the Nelson-Aalen estimator). Old tasks are forgotten by scaling both counts down
-    together, which leaves the rate as it is.
+    Age is divided into bins. Each bin counts the tasks that ended in it, and those that reached
+    its end or ended in it; a task still running in it counts by the share that it has passed.
+    Their ratio is the probability of ending there (the Kaplan-Meier estimator). Old tasks are
+    forgotten by scaling both counts down together, which leaves the ratio as it is.
     """
 
     def __init__(self, *, cost_per_request: float = 1.0) -> None:
@@ -150,16 +172,15 @@ class DurationModel:
             )
         self.cost_per_request: Final = cost_per_request
         self._ended = [0.0] * _BINS
-        self._at_risk = [0.0] * _BINS
+        self._reached = [0.0] * _BINS
         self._finished = 0
         self._ages: dict[str, float] = {}
-        # Observations not counted yet: the ages from and to which a task ran, and if it ended.
-        self._pending: list[tuple[float, float, bool]] = []
-        # The bins that pending observations crossed: +1 at the first, -1 after the last.
+        # Not yet counted: the bins that tasks crossed, +1 at the first and -1 after the last, and
+        # the tasks that ended in each.
         self._crossed = [0] * (_BINS + 1)
         self._just_ended = [0] * _BINS
-        self._news = 0.0  # since the curve was built
-        self._rebuild()
+        self._news = 0.0  # since the plan was made
+        self._plan()
 
     def __repr__(self) -> str:
         return (
@@ -175,18 +196,17 @@ class DurationModel:
         """
         if duration is None:
             since = self._ages.get(task_id, 0.0)
-            if since < age < math.inf:
+            if since <= age < math.inf:
                 self._ages[task_id] = age
-                self._pending.append((since, age, False))
+            if since < age < math.inf:
+                self._run(since, age)
                 self._news += _RUNNING_NEWS
         else:
             since = self._ages.pop(task_id, 0.0)
             if 0.0 <= duration < math.inf:
-                self._pending.append((since, duration, True))
+                self._end(since, duration)
                 self._finished += 1
                 self._news += 1.0
-        if len(self._pending) >= _MAX_PENDING:
-            self._settle()
 
     def forget(self, task_id: str) -> None:
         """Free what is kept for a task that nobody waits for; what it taught stays."""
@@ -195,26 +215,38 @@ class DurationModel:
     def next_age(self, age: float, step: float = 1.0) -> float:
         """Return the age in seconds at which to poll a task again that runs at ``age``.
 
-        ``step`` is the number of polls to go forward along the curve: 1.0, or near it for jitter.
-        The result is 0.25 s to 60 s after ``age``, and at most 15 s after it if no known task has
-        become so old.
+        ``step`` multiplies the delay: 1.0, or near it for jitter. The result is 0.25 s to 120 s
+        after ``age``, and 15 s after it beyond 300 s and all known durations.
         """
-        if self._news >= min(_REBUILD_AFTER, 1.0 + self._finished / 10.0):
-            self._rebuild()
-        ages, counts = self._ages_at, self._counts_at
+        if self._news >= min(_REBUILD_AFTER, max(1.0, self._finished / 20.0)):
+            self._plan()
         age = max(0.0, age)
-        found = _interpolate(counts, ages, _interpolate(ages, counts, age) + step)
-        latest = min(age + _MAX_DELAY, max(age + _MAX_BLIND_DELAY, self._known_until))
-        return max(age + _MIN_DELAY, min(found, latest))
+        found = age + (self._planned(age) - age) * step
+        return max(age + _MIN_DELAY, min(found, age + _MAX_DELAY))
+
+    @property
+    def revision(self) -> int:
+        """A number that changes when polls already planned should be planned again.
+
+        It changes whenever the number of finished tasks has grown by a quarter, up to 1,000.
+        """
+        finished = min(self._finished, _MAX_REVISION_TASKS)
+        return int(math.log(finished, _REVISION_GROWTH)) + 1 if finished else 0
+
+    def wants_scouts(self, age: float) -> bool:
+        """Return True if many tasks run, and few are known to have reached this age."""
+        i = min(bisect_right(_EDGES, age), _BINS) - 1
+        return len(self._ages) >= _SCOUT_TASKS and self._reached[i] < _KNOWN_TASKS
 
     def to_json(self) -> str:
         """Return what was learned as JSON, for :meth:`from_json` in a later process."""
         self._settle()
+        known = max((i + 1 for i, tasks in enumerate(self._reached) if tasks), default=0)
         state = {
             "version": _VERSION,
             "finished": self._finished,
-            "ended": [_rounded(tasks) for tasks in self._ended],
-            "at_risk": [_rounded(seconds) for seconds in self._at_risk],
+            "ended": [_rounded(tasks) for tasks in self._ended[:known]],
+            "reached": [_rounded(tasks) for tasks in self._reached[:known]],
         }
         return json.dumps(state, separators=(",", ":"))
 
@@ -222,118 +254,125 @@ class DurationModel:
     def from_json(cls, text: str, *, cost_per_request: float = 1.0) -> DurationModel:
         """Return a model with what :meth:`to_json` has saved.
 
-        Raises :class:`ConfigurationError` if ``text`` is anything else.
+        Raises :class:`ConfigurationError` if ``text`` is anything else, or if another version of
+        this package has saved it in another form.
         """
         model = cls(cost_per_request=cost_per_request)
         state = _saved_state(text)
         model._finished = int(_saved_number("finished", state.get("finished"), 1e15))
-        model._ended = _saved_numbers(state, "ended", [2.0 * _MEMORY] * _BINS)
-        model._at_risk = _saved_numbers(state, "at_risk", [2.0 * _BIN_MEMORY * w for w in _WIDTHS])
-        model._rebuild()
+        model._ended = _saved_numbers(state, "ended", 2.0 * _MEMORY)
+        model._reached = _saved_numbers(state, "reached", 2.0 * _BIN_MEMORY)
+        model._plan()
         return model
 
+    def _end(self, since: float, duration: float) -> None:
+        """Count a task that ended after ``duration``, but not before it was seen to run."""
+        i = max(bisect_left(_EDGES, duration), bisect_right(_EDGES, since)) - 1
+        if i < _BINS:
+            self._just_ended[i] += 1
+        self._run(since, _EDGES[min(i + 1, _BINS)])
+
     def _run(self, since: float, until: float) -> None:
-        """Count the time that a task ran from one age to another, in the bins of these ages."""
+        """Count a task that ran from one age to another in the bins of these ages."""
         until = min(until, _EDGES[-1])
         first = bisect_right(_EDGES, since) - 1
         last = bisect_right(_EDGES, until) - 1
         if first == last < _BINS:
-            self._spend(first, until - since)
+            self._pass(first, until - since)
         elif first < last:
-            self._spend(first, _EDGES[first + 1] - since)
+            self._pass(first, _EDGES[first + 1] - since)
             self._crossed[first + 1] += 1
             self._crossed[last] -= 1
             if last < _BINS:
-                self._spend(last, until - _EDGES[last])
+                self._pass(last, until - _EDGES[last])
 
-    def _spend(self, i: int, seconds: float) -> None:
-        keep = 1.0 - seconds / (_WIDTHS[i] * _BIN_MEMORY)
+    def _pass(self, i: int, seconds: float) -> None:
+        share = seconds / _WIDTHS[i]
+        keep = 1.0 - share / _BIN_MEMORY
         self._ended[i] *= keep
-        self._at_risk[i] = self._at_risk[i] * keep + seconds
+        self._reached[i] = self._reached[i] * keep + share
 
     def _settle(self) -> None:
-        """Count the pending observations in the bins.
+        """Count what was observed since the last time.
 
         Bins that tasks no longer reach fade too, a little for each task that ended.
         """
-        for since, until, has_ended in self._pending:
-            self._run(since, until)
-            if has_ended and until < _EDGES[-1]:
-                self._just_ended[bisect_right(_EDGES, until) - 1] += 1
-        self._pending.clear()
         fade = (1.0 - 1.0 / _MEMORY) ** sum(self._just_ended)
         crossings = 0
-        for i, width in enumerate(_WIDTHS):
+        for i, ended in enumerate(self._just_ended):
             crossings += self._crossed[i]
             if crossings:
                 keep = (1.0 - 1.0 / _BIN_MEMORY) ** crossings
                 self._ended[i] *= keep
-                self._at_risk[i] = self._at_risk[i] * keep + width * _BIN_MEMORY * (1.0 - keep)
-            if self._just_ended[i]:
+                self._reached[i] = self._reached[i] * keep + _BIN_MEMORY * (1.0 - keep)
+            if ended:
                 # On average a task ended half-way between those crossings.
-                self._ended[i] += self._just_ended[i] * (1.0 - 1.0 / _BIN_MEMORY) ** (crossings / 2)
+                self._ended[i] += ended * (1.0 - 1.0 / _BIN_MEMORY) ** (crossings / 2)
         self._ended = [tasks * fade for tasks in self._ended]
-        self._at_risk = [seconds * fade for seconds in self._at_risk]
+        self._reached = [tasks * fade for tasks in self._reached]
         self._crossed = [0] * (_BINS + 1)
         self._just_ended = [0] * _BINS
 
-    def _rebuild(self) -> None:
-        """Build the curve N(age): polls due up to an age, linear within each group of bins."""
+    def _plan(self) -> None:
+        """Find the next age from each edge that costs least, by dynamic programming.
+
+        ``lag[j] - lag[i] - (1 - survival[i]) * (edge[j] - edge[i])`` is the lag of the tasks that
+        end between edges i and j if they are next polled at j. It grows with j, so the search for
+        the best j ends where the lag alone costs more than the best so far. The best j never
+        falls as i grows, which bounds the search too.
+        """
         self._news = 0.0
         self._settle()
-        ages, counts = [0.0], [0.0]
-        for edge, ended, at_risk in self._groups():
-            density = math.sqrt(ended / at_risk / (2.0 * self.cost_per_request))
-            density = min(density, 1.0 / _MIN_DELAY)
-            counts.append(counts[-1] + density * (edge - ages[-1]))
-            ages.append(edge)
-        self._known_until = ages[-1]
-        ages.append(ages[-1] + _MAX_BLIND_POLLS * _MAX_BLIND_DELAY)
-        counts.append(counts[-1] + _MAX_BLIND_POLLS)
-        self._ages_at, self._counts_at = ages, counts
+        survival = self._survival()
+        lag = list(itertools.accumulate(map(_missed, survival, _WIDTHS), initial=0.0))
+        end = len(survival) - 1
+        polls = 1.0 / (1.0 - _BLIND_SURVIVAL)
+        blind = (self.cost_per_request + _BLIND_DELAY) * polls - 1.0 / _PRIOR_RATES[-1]
+        # The cost still to come at each edge, shared by all tasks, the ended ones included.
+        cost = [0.0] * end + [survival[end] * blind]
+        best = [end] * (end + 1)
+        for i in range(end - 1, -1, -1):
+            least, ended, edge, base = math.inf, 1.0 - survival[i], _EDGES[i], lag[i]
+            for j in range(i + 1, best[i + 1] + 1):
+                late = lag[j] - base - ended * (_EDGES[j] - edge)
+                if late >= least:
+                    break
+                if late + cost[j] < least:
+                    least = late + cost[j]
+                    best[i] = j
+            cost[i] = least + self.cost_per_request * survival[i]
+        self._next = [_EDGES[j] for j in best]
+        self._next[end] += _BLIND_DELAY
 
-    def _groups(self) -> Iterator[tuple[float, float, float]]:
-        """Yield neighbouring bins as one until a whole task ended in them, against noise.
+    def _survival(self) -> list[float]:
+        """Return the probability that a task lives to each edge that the plan covers."""
+        known = next((i + 1 for i in range(_BINS - 1, -1, -1) if self._ended[i] > _MIN_ENDED), 0)
+        alive, survival = 1.0, [1.0]
+        counts = zip(self._ended, self._reached, _PRIOR, strict=True)
+        for ended, reached, prior in itertools.islice(counts, max(known, _PRIOR_BINS)):
+            share = (ended + _PRIOR_TASKS * prior) / (reached + _PRIOR_TASKS)
+            alive *= max(0.0, 1.0 - share)
+            survival.append(alive)
+        return survival
 
-        A bin in which half a task ended begins a new group: the bins before would blur its rate.
+    def _planned(self, age: float) -> float:
+        """Return the planned age, between the plans of the edges around ``age``.
+
+        Where these are far apart, many tasks end at one of them and none in between.
         """
-        upto = ended = at_risk = 0.0
-        for edge, more_ended, more_at_risk in self._with_prior():
-            if at_risk and (ended >= 1.0 or more_ended >= 0.5):
-                yield upto, ended, at_risk
-                ended = at_risk = 0.0
-            upto, ended, at_risk = edge, ended + more_ended, at_risk + more_at_risk
-        if ended >= 1.0:
-            yield upto, ended, at_risk
-
-    def _with_prior(self) -> Iterator[tuple[float, float, float]]:
-        """Yield each bin's upper edge, tasks ended and seconds at risk, with the prior's share.
-
-        The prior is scaled by the tasks that ended in the bins just before, over those it expected
-        there. It is never scaled far down: of tasks that began together, none may have ended a
-        moment before most do.
-        """
-        seen = expected = 0.0
-        for i in range(self._reach()):
-            width, rate = _WIDTHS[i], _PRIOR[i]
-            ended, at_risk = self._ended[i], self._at_risk[i]
-            odds = (seen + _PRIOR_SCALE_TASKS) / (expected + _PRIOR_SCALE_TASKS)
-            scale = max(_MIN_PRIOR_SCALE, odds)
-            weight = _PRIOR_TASKS * max(0.0, width - at_risk / _PRIOR_LAST_TASK)
-            yield _EDGES[i + 1], ended + weight * scale * rate, at_risk + weight
-            seen = seen * _PRIOR_SCALE_DECAY + ended
-            expected = expected * _PRIOR_SCALE_DECAY + at_risk * rate
-
-    def _reach(self) -> int:
-        """Return the number of bins that the curve covers."""
-        past = range(_BINS - 1, _PRIOR_BINS - 1, -1)
-        return next((i + 1 for i in past if self._ended[i] > _MIN_ENDED), _PRIOR_BINS)
+        i = bisect_right(_EDGES, age) - 1
+        if i >= len(self._next) - 1:
+            return age + _BLIND_DELAY
+        a, b = self._next[i], self._next[i + 1]
+        share = (age - _EDGES[i]) / _WIDTHS[i]
+        if b - a > 4.0 * _WIDTHS[i]:
+            return a if share < 0.5 else b
+        return a + share * (b - a)
 
 
-def _interpolate(xs: list[float], ys: list[float], x: float) -> float:
-    i = min(bisect_right(xs, x), len(xs) - 1)
-    share = (x - xs[i - 1]) / (xs[i] - xs[i - 1])
-    return ys[i - 1] + share * (ys[i] - ys[i - 1])
+def _missed(survival: float, width: float) -> float:
+    """Return the lag that tasks ended before a bin add up in it."""
+    return (1.0 - survival) * width
 
 
 def _rounded(number: float) -> float:
@@ -353,12 +392,12 @@ def _saved_state(text: str) -> dict[str, Any]:
     return saved
 
 
-def _saved_numbers(state: dict[str, Any], name: str, limits: Sequence[float]) -> list[float]:
-    numbers: list[Any] = state.get(name, [])
-    if type(numbers) is not list or len(numbers) != len(limits):
+def _saved_numbers(state: dict[str, Any], name: str, limit: float) -> list[float]:
+    numbers: list[Any] = state.get(name)
+    if type(numbers) is not list or len(numbers) > _BINS:
         raise ConfigurationError(f"not a saved duration model: {name!r} has the wrong length")
-    pairs = zip(numbers, limits, strict=True)
-    return [_saved_number(name, number, limit) for number, limit in pairs]
+    saved = [_saved_number(name, number, limit) for number in numbers]
+    return saved + [0.0] * (_BINS - len(saved))
 
 
 def _saved_number(name: str, number: Any, limit: float) -> float:
@@ -370,22 +409,25 @@ def _saved_number(name: str, number: Any, limit: float) -> float:
 class wait_learned(wait_base):  # noqa: N801  # tenacity's way of naming strategies
     """Wait until the age at which ``model`` expects a poll to be worth its request.
 
-    ``jitter`` is a strategy whose value multiplies the step along the model's curve, so that tasks
-    begun together are not polled together. After a failed poll, which may have missed the task's
+    ``jitter`` is a strategy whose value multiplies the delay, so that tasks begun together are not
+    polled together. After a failed poll, which may have missed the task's
     end, the delay is at most an exponential backoff: 1 s, growing by 1.4 up to 8 s, multiplied by
-    the value of ``spread``.
+    the value of ``spread``. At ages about which the model knows little, a few of many tasks are
+    scouts: where the value of ``scout`` is below 1, it multiplies the delay.
     """
 
     def __init__(
         self,
         model: DurationModel,
         *,
-        jitter: wait_base = wait_random(0.9, 1.1),  # noqa: B008  # a strategy holds no state
+        jitter: wait_base = wait_random(1.0, 1.04),  # noqa: B008  # a strategy holds no state
         spread: wait_base = wait_random(0.8, 1.2),  # noqa: B008
+        scout: wait_base = wait_random(0, 8),  # noqa: B008
     ) -> None:
         self.model = model
         self.jitter = jitter
         self.spread = spread
+        self.scout = scout
 
     def __call__(self, retry_state: RetryCallState) -> float:
         if not isinstance(retry_state, PollState):
@@ -396,7 +438,18 @@ class wait_learned(wait_base):  # noqa: N801  # tenacity's way of naming strateg
         return delay
 
     def _learned(self, state: RetryCallState, age: float) -> float:
-        return self.model.next_age(age, self.jitter(state)) - age
+        planned = self.model.next_age(age, self.jitter(state))
+        if self.model.wants_scouts(planned) and (share := self.scout(state)) < 1.0:
+            return max(_MIN_DELAY, share * (planned - age))
+        return planned - age
+
+    def has_moved(self, age: float, expected: float) -> bool:
+        """Return True if a poll is to be planned again.
+
+        It follows a poll at ``age``, and the model expected it at ``expected`` when it was planned.
+        """
+        change = abs(self.model.next_age(age) - expected)
+        return change > _MIN_DELAY + (expected - age) / 20.0
 
 
 def _backoff(failures: int) -> float:

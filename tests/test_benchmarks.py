@@ -14,6 +14,7 @@ from benchmarks import (
     saving,
     scale,
     schedule_efficiency,
+    schedule_prior,
     soak,
 )
 
@@ -109,6 +110,18 @@ def test_other_durations_are_ratios_to_their_optimum():
     assert [row["median_s"] for row in rows] == [6, 60]
     assert all(row["one a second"] > 0 and row["all at once"] > 0 for row in rows)
     assert schedule_efficiency.lognormals_table(rows).count("\n") == 3
+
+
+def test_fresh_models_are_compared_with_the_backoff():
+    [row] = schedule_efficiency.run_fresh(cases=[(12, 0.2)], waits=12)
+    assert 0 < row["1"] < 1.2
+    assert 0 < row["12"] < 1.2
+
+
+def test_the_prior_hedges_against_every_median():
+    worst, prior = schedule_prior.run([(2, 0.4), (100, 0.4)], rounds=3, sample=20)
+    assert 0 < worst < 2
+    assert all(rate > 0 for rate in schedule_prior.hazards(prior).values())
 
 
 def test_saving_is_a_ratio_to_the_bare_loop_in_the_same_run():

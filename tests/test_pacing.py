@@ -809,3 +809,78 @@ async def test_probes_of_an_outage_are_spread_over_the_queue_of_first_polls():
         await asyncio.sleep(1)
     await cancel(*waiters)
     assert max(probed) - min(probed) > 60
+
+
+# --- polls that are planned again ---------------------------------------------------------------
+
+
+class Plan:
+    """A plan that the test moves."""
+
+    def __init__(self, at):
+        self.at = at
+
+    def planned_at(self):
+        return self.at
+
+
+def planned(budget, plan):
+    async def send():
+        sent = await budget.acquire(plan.at, seen=True, plan=plan)
+        budget.release(sent)
+        return sent
+
+    return asyncio.create_task(send())
+
+
+async def test_a_new_revision_moves_polls_forward():
+    """What others have shown is heeded by those who sleep; the same revision moves nothing."""
+    budget, plan = make_budget(), Plan(30.0)
+    waiting = planned(budget, plan)
+    fixed = waiter(budget, 20.0)
+    await asyncio.sleep(1.0)
+    plan.at = 5.0
+    budget.replan(0)
+    await asyncio.sleep(0.1)
+    assert not waiting.done()
+    budget.replan(1)
+    assert (await waiting, await fixed) == (5.0, 20.0)
+
+
+async def test_a_poll_that_is_due_is_postponed_if_it_is_planned_for_later_now():
+    """No request is spent at a time at which the task cannot have ended."""
+    budget, plan = make_budget(), Plan(3.0)
+    waiting = planned(budget, plan)
+    await asyncio.sleep(1.0)
+    plan.at = 8.0
+    assert await waiting == 8.0
+
+
+async def test_thousands_of_polls_are_planned_again_a_few_at_a_time():
+    """No dispatch takes long, polls due meanwhile are sent, and no timer or entry is left."""
+    budget, count = make_budget(max_concurrency=10_000), 1000
+    plans = [Plan(30.0) for _ in range(count)]
+    waiting = [planned(budget, plan) for plan in plans]
+    soon = waiter(budget, 1.0)
+    await asyncio.sleep(1.0)
+    for plan in plans:
+        plan.at = 5.0
+    budget.replan(1)
+    assert 0 < len(budget._to_replan) < count
+    budget.replan(2)  # one at a time
+    assert await soon == 1.0
+    assert set(await asyncio.gather(*waiting)) == {5.0}
+    assert not budget._to_replan
+
+
+async def test_cancelled_waiters_are_not_planned_again():
+    """Their entries are dropped."""
+    budget, plan = make_budget(), Plan(30.0)
+    stays, leaves = planned(budget, plan), planned(budget, Plan(40.0))
+    await asyncio.sleep(1.0)
+    leaves.cancel()
+    await asyncio.sleep(0)
+    plan.at = 5.0
+    budget.replan(1)
+    assert len(budget._waiting) == 1
+    assert await stays == 5.0

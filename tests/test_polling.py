@@ -1256,3 +1256,31 @@ def test_no_wait_lasts_longer_than_its_deadline(data, seed):
             assert client.stats.in_flight == client.stats.waits == 0
 
     run_on_virtual_time(main)
+
+
+# --- polls that move ----------------------------------------------------------------------------
+
+
+async def batch_polls(simulator, durations, **options):
+    """Wait for tasks of these durations at once with a fresh model; return the outcomes."""
+    ids = [simulator.add_task(duration=duration) for duration in durations]
+    async with make_client(simulator, **options) as client:
+        return ids, await client.wait_for_results(ids)
+
+
+async def test_what_a_batch_learns_moves_the_polls_of_its_other_tasks(simulator):
+    """Of 200 tasks of 12 s few are polled before; most are polled once, soon after they end."""
+    ids, outcomes = await batch_polls(simulator, [12.0] * 200)
+    assert all(outcome.result for outcome in outcomes)
+    times = [request_times(simulator, task_id) for task_id in ids]
+    assert sum(map(len, times)) < 2.6 * len(ids)  # the first poll included
+    assert max(at[-1] for at in times) < 18.0
+
+
+async def test_the_last_poll_before_a_deadline_does_not_move(simulator):
+    """Whatever others show, a task that ends before its deadline is seen to."""
+    ids, outcomes = [], []
+    async with make_client(simulator) as client:
+        ids = [simulator.add_task(duration=14.0 + k / 10) for k in range(60)]
+        outcomes = await client.wait_for_results(ids, timeout=20.5)
+    assert all(outcome.result for outcome in outcomes)

@@ -14,7 +14,7 @@ import math
 import operator
 from collections import Counter, deque
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import attrs
 
@@ -43,8 +43,18 @@ _PROBE_WAIT = 60.0  # s
 _PROBE_STRIDE = 0.382  # of the queue of first polls, between two probes: spreads them evenly
 
 _MAX_MOVED = 1000  # entries that one dispatch sorts by deadline, so that it ends soon
+_MAX_REPLANNED = 300  # entries that one dispatch plans again
+_MIN_POSTPONED = 0.2  # s by which a poll that is due must have been planned later, to be put back
 _MAX_STALE = 1000  # entries of cancelled waiters that are kept, beyond one for each waiter
 _DELAY_DECAY = 0.99  # for each permit acquired, of the longest delay of a permit
+
+
+class PlannedPoll(Protocol):
+    """A poll that may be planned again while its wait sleeps in the queue."""
+
+    def planned_at(self) -> float:
+        """Return the time at which to poll, as it is planned now."""
+        ...
 
 
 class _Waiting(NamedTuple):
@@ -55,6 +65,7 @@ class _Waiting(NamedTuple):
     deadline: float
     permit: _Permit
     failing: bool
+    plan: PlannedPoll | None
 
 
 class _Due(NamedTuple):
@@ -104,6 +115,8 @@ class RequestBudget:
         self._paused_at = 0.0  # when the pause that is on, or was on last, was logged
         # The queue; entries whose permit is done are dropped when they come to the front.
         self._waiting: list[_Waiting] = []  # a heap
+        self._to_replan: list[_Waiting] = []  # a heap of those to be planned again
+        self._revision = 0
         self._failing: list[_Waiting] = []  # a heap of those whose last poll failed
         self._due: list[_Due] = []  # a heap
         self._first: deque[_Permit] = deque()  # of first polls
@@ -131,13 +144,20 @@ class RequestBudget:
         return self._longest_delay + self._limit.max_delay()
 
     async def acquire(
-        self, at: float, *, seen: bool, deadline: float = math.inf, failing: bool = False
+        self,
+        at: float,
+        *,
+        seen: bool,
+        deadline: float = math.inf,
+        failing: bool = False,
+        plan: PlannedPoll | None = None,
     ) -> float:
         """Wait until ``at`` and then for a permit; return when it was acquired, for `release`.
 
         ``deadline`` of the wait that asks decides its priority. ``failing``: its last poll failed.
+        ``plan`` may move ``at`` meanwhile.
         """
-        permit = self._enqueue(at, seen=seen, deadline=deadline, failing=failing)
+        permit = self._enqueue(at, seen=seen, deadline=deadline, failing=failing, plan=plan)
         try:
             return await permit
         except asyncio.CancelledError:
@@ -148,7 +168,9 @@ class RequestBudget:
             raise
 
     # Apart from `acquire`, whose frame every sleeping wait keeps.
-    def _enqueue(self, at: float, *, seen: bool, deadline: float, failing: bool) -> _Permit:
+    def _enqueue(
+        self, at: float, *, seen: bool, deadline: float, failing: bool, plan: PlannedPoll | None
+    ) -> _Permit:
         loop = asyncio.get_running_loop()
         now = loop.time()
         permit: _Permit = loop.create_future()
@@ -161,10 +183,19 @@ class RequestBudget:
                 heapq.heappush(self._due, _Due(deadline, order, at, permit, failing))
             else:
                 heap = self._failing if failing else self._waiting
-                heapq.heappush(heap, _Waiting(at, order, deadline, permit, failing))
+                heapq.heappush(heap, _Waiting(at, order, deadline, permit, failing, plan))
         self._waiters += 1
         self._dispatch(loop, now)
         return permit
+
+    def replan(self, revision: int) -> None:
+        """Plan all polls of the queue again, a few at a time, if the revision is a new one."""
+        if revision == self._revision or self._to_replan:
+            return
+        self._revision = revision
+        self._to_replan, self._waiting = self._waiting, []
+        loop = asyncio.get_running_loop()
+        self._dispatch(loop, loop.time())
 
     def release(
         self,
@@ -314,7 +345,10 @@ class RequestBudget:
 
     def _wanted_at(self) -> float:
         """Return when the next waiter will want a permit; infinity if there is none."""
-        return min(self._first_wanted(self._waiting), self._first_wanted(self._failing))
+        return min(self._healthy_wanted_at(), self._first_wanted(self._failing))
+
+    def _healthy_wanted_at(self) -> float:
+        return min(self._first_wanted(self._waiting), self._first_wanted(self._to_replan))
 
     def _first_wanted(self, heap: list[_Waiting]) -> float:
         while heap and heap[0].permit.done():
@@ -323,6 +357,7 @@ class RequestBudget:
 
     def _dispatch(self, loop: asyncio.AbstractEventLoop, now: float) -> None:
         """Issue the permits that are free, and set the timer for the next one."""
+        self._replan_some()
         self._move_due(now)
         while self._has_due():
             wake_at = self._opens_at(now)
@@ -335,7 +370,7 @@ class RequestBudget:
             self._next(now).set_result(now)
         else:
             wake_at = self._wanted_at()
-        self._wake_at(loop, wake_at)
+        self._wake_at(loop, now if self._to_replan else wake_at)
 
     def _probes_at(self, now: float) -> float:
         """Return when one of the waiters that are due may probe an outage."""
@@ -343,7 +378,7 @@ class RequestBudget:
             return now
         if any(not (due.failing or due.permit.done()) for due in self._due):
             return now
-        healthy = self._first_wanted(self._waiting)
+        healthy = self._healthy_wanted_at()
         return healthy if healthy <= now + _PROBE_WAIT else now
 
     def _next(self, now: float) -> _Permit:
@@ -372,13 +407,29 @@ class RequestBudget:
         spare = due.deadline - due.wanted_at - _URGENT_WITHIN
         return now - due.wanted_at < _DELAY_SHARE * spare and self._limit.rate() is None
 
+    def _replan_some(self) -> None:
+        for _ in range(min(_MAX_REPLANNED, len(self._to_replan))):
+            waiting = self._to_replan.pop()  # the last, which leaves a heap
+            if not waiting.permit.done():
+                at = waiting.wanted_at if waiting.plan is None else waiting.plan.planned_at()
+                heapq.heappush(self._waiting, waiting._replace(wanted_at=at))
+
     def _move_due(self, now: float) -> None:
-        for heap in (self._waiting, self._failing):
+        for heap in (self._waiting, self._to_replan, self._failing):
             for _ in range(_MAX_MOVED):
                 if not heap or heap[0].wanted_at > now:
                     break
-                wanted_at, order, deadline, permit, failing = heapq.heappop(heap)
-                heapq.heappush(self._due, _Due(deadline, order, wanted_at, permit, failing))
+                self._move(heapq.heappop(heap), now)
+
+    def _move(self, waiting: _Waiting, now: float) -> None:
+        """Put a waiter among the due ones, unless its poll is planned for later now."""
+        if waiting.plan is not None and not waiting.permit.done():
+            at = waiting.plan.planned_at()
+            if at > now + _MIN_POSTPONED:
+                heapq.heappush(self._waiting, waiting._replace(wanted_at=at))
+                return
+        wanted_at, order, deadline, permit, failing, _ = waiting
+        heapq.heappush(self._due, _Due(deadline, order, wanted_at, permit, failing))
 
     def _wake_at(self, loop: asyncio.AbstractEventLoop, when: float) -> None:
         if when == math.inf or (self._timer is not None and self._timer.when() <= when):
@@ -395,20 +446,24 @@ class RequestBudget:
     def _abandon(self) -> None:
         """Count a waiter out that was cancelled; its entry is dropped later, with others."""
         self._waiters -= 1
-        kept = len(self._waiting) + len(self._failing) + len(self._due) + len(self._first)
+        queues = (self._waiting, self._to_replan, self._failing, self._due, self._first)
+        kept = sum(map(len, queues))
         if not self._waiters:
             self._clear()
         elif kept > 2 * self._waiters + _MAX_STALE:
             self._waiting = [waiting for waiting in self._waiting if not waiting.permit.done()]
+            self._to_replan = [entry for entry in self._to_replan if not entry.permit.done()]
             self._failing = [waiting for waiting in self._failing if not waiting.permit.done()]
             self._due = [due for due in self._due if not due.permit.done()]
             self._first = deque(permit for permit in self._first if not permit.done())
             heapq.heapify(self._waiting)
+            heapq.heapify(self._to_replan)
             heapq.heapify(self._failing)
             heapq.heapify(self._due)
 
     def _clear(self) -> None:
         self._waiting.clear()
+        self._to_replan.clear()
         self._failing.clear()
         self._due.clear()
         self._first.clear()

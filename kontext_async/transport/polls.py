@@ -24,7 +24,7 @@ from kontext_async.errors import (
 from kontext_async.fairness import yield_to_loop
 from kontext_async.models import TaskRecord
 from kontext_async.notices import Noticeboard
-from kontext_async.pacing import RequestBudget
+from kontext_async.pacing import PlannedPoll, RequestBudget
 from kontext_async.schedule import DurationModel
 from kontext_async.transport.answers import Fetcher, RawAnswer
 from kontext_async.transport.failures import (
@@ -118,12 +118,20 @@ class Transport:
             raise ClientStateError("this client is closed: make a new one")
 
     async def acquire(
-        self, at: float, *, until: float, seen: bool, failing: bool = False, deadline: float
+        self,
+        at: float,
+        *,
+        until: float,
+        seen: bool,
+        failing: bool = False,
+        deadline: float,
+        plan: PlannedPoll | None = None,
     ) -> float | None:
         """Acquire a permit at ``at`` or later, and return the time; None if ``until`` comes first.
 
         ``seen``: the task has been polled before; ``failing``: its last poll failed. The wait's
-        ``deadline`` decides its priority. Raises `ClientStateError` once closed.
+        ``deadline`` decides its priority. ``plan`` may move ``at`` meanwhile. Raises
+        `ClientStateError` once closed.
         """
         assert self._loop is not None, "check_open comes first"
         self._check_not_closed()
@@ -134,7 +142,9 @@ class Transport:
         self._acquiring.add(scope)
         try:
             async with scope:
-                return await self.budget.acquire(at, seen=seen, deadline=deadline, failing=failing)
+                return await self.budget.acquire(
+                    at, seen=seen, deadline=deadline, failing=failing, plan=plan
+                )
         except TimeoutError:
             self._check_not_closed()
             return None

@@ -12,7 +12,7 @@ from kontext_async.wire import MAX_BODY
 
 __all__ = ["CONNECT_TIMEOUT", "MAX_HEADER", "SessionFetcher", "new_session", "request_headers"]
 
-# Seconds for which an idle connection is kept: the longest delay of the learned schedule.
+# Seconds for which an idle connection is kept; most delays of the learned schedule are shorter.
 _KEEP_ALIVE = 60.0
 
 MAX_HEADER = 64 * 1024  # bytes of one header; aiohttp's default of 8 KiB is less than some send

@@ -8,6 +8,7 @@ one is what ships. The optimum knows the true distribution, by dynamic programmi
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 import itertools
 import math
@@ -38,6 +39,30 @@ def lognormal(median: float, sigma: float) -> Draw:
     return lambda rng: rng.lognormvariate(math.log(median), sigma)
 
 
+def modes(*humps: tuple[float, float, float]) -> Draw:
+    """Durations around several means: each hump is its share, mean and standard deviation."""
+
+    def draw(rng: random.Random) -> float:
+        u = rng.random()
+        for share, mean, deviation in humps:
+            u -= share
+            if u < 0:
+                return max(0.1, rng.gauss(mean, deviation))
+        return max(0.1, rng.gauss(*humps[-1][1:]))
+
+    return draw
+
+
+def whole(draw: Draw) -> Draw:
+    """The same durations in whole seconds, as the API gives them."""
+    return lambda rng: float(max(1, round(draw(rng))))
+
+
+def stragglers(rng: random.Random) -> float:
+    """12 s, and 5 % of 30 to 320 s."""
+    return rng.uniform(30, 320) if rng.random() < 0.05 else lognormal(12, 0.2)(rng)
+
+
 def mixed(rng: random.Random) -> float:
     """Two models and a few stragglers."""
     if rng.random() < 0.03:
@@ -45,11 +70,24 @@ def mixed(rng: random.Random) -> float:
     return rng.lognormvariate(math.log(9), 0.35) if rng.random() < 0.7 else lognormal(22, 0.4)(rng)
 
 
+TWO_MODES = modes((0.5, 5, 0.5), (0.5, 45, 3))
+THREE_MODES = modes((0.3, 4, 0.4), (0.4, 15, 1.5), (0.3, 60, 5))
+
 # Each shape is what the first half of the tasks take, and what the second half take.
 SHAPES: dict[str, tuple[Draw, Draw]] = {
     "tight": (lognormal(12, 0.2),) * 2,
     "mixed": (mixed,) * 2,
     "wide": (lognormal(20, 0.8),) * 2,
+    "two modes": (TWO_MODES,) * 2,
+    "two modes, whole seconds": (whole(TWO_MODES),) * 2,
+    "three modes": (THREE_MODES,) * 2,
+    "three modes, whole seconds": (whole(THREE_MODES),) * 2,
+    "tight, whole seconds": (whole(lognormal(12, 0.2)),) * 2,
+    "uniform": (lambda rng: rng.uniform(10, 20),) * 2,
+    "Pareto": (lambda rng: 8 * rng.paretovariate(1.5),) * 2,
+    "stragglers": (stragglers,) * 2,
+    "150 s": (lognormal(150, 0.3),) * 2,
+    "2 s": (lognormal(2, 0.3),) * 2,
     "shift up": (lognormal(12, 0.2), lognormal(48, 0.2)),
     "shift down": (lognormal(48, 0.2), lognormal(12, 0.2)),
 }
@@ -83,7 +121,7 @@ class Planned(wait_base):
         self.ages = ages
 
     def __call__(self, retry_state: PollState) -> float:
-        i = bisect_right(self.ages, retry_state.age)
+        i = bisect_right(self.ages, retry_state.age + 1e-6)  # reached, but for rounding
         return self.ages[i] - retry_state.age if i < len(self.ages) else 15.0
 
 
@@ -102,10 +140,12 @@ def optimum(draw: Draw, *, cost: float = COST, sample: int = 20_000) -> list[flo
     for i in range(len(ages) - 2, -1, -1):
         best = math.inf
         for j in range(i + 1, len(ages)):
-            price = ages[j] * (done[j] - done[i]) - took[j] + value[j]
-            if price < best:
-                best, following[i] = price, j
-        value[i] = best + took[i] + cost * (sample - done[i])
+            lag = ages[j] * (done[j] - done[i]) - (took[j] - took[i])
+            if lag >= best:  # it grows with j
+                break
+            if lag + value[j] < best:
+                best, following[i] = lag + value[j], j
+        value[i] = best + cost * (sample - done[i])
     plan, i = [], 0
     while i < len(ages) - 1:
         i = following[i]
@@ -120,31 +160,109 @@ def _grid(xs: Sequence[float]) -> list[float]:
     return [0.0, *sorted(x for x in quantiles | steps if x < xs[-1]), xs[-1]]
 
 
+@dataclasses.dataclass
+class _Task:
+    """A simulated task; the model expected its next poll, planned for ``due``, at ``expected``."""
+
+    start: float
+    duration: float
+    state: PollState
+    due: float
+    polls: int = 0  # the first, at age 0, included
+    expected: float = 0.0
+    version: int = 0  # of its entry in the queue
+
+
 def simulate(
     wait: Callable[[PollState], float],
     durations: Sequence[float],
     starts: Sequence[float],
     model: DurationModel | None = None,
 ) -> tuple[Spent, list[int]]:
-    """Each task's requests and lag, and the tasks in the order in which they were seen to end."""
-    state = PollState(0.0)
-    spent, order = [(0, 0.0)] * len(durations), []
-    looks = [(start, task, 0, 0.0) for task, start in enumerate(starts)]
-    heapq.heapify(looks)
-    while looks:
-        now, task, requests, age = heapq.heappop(looks)
-        if requests and age >= durations[task]:
-            spent[task] = requests, age - durations[task]
-            order.append(task)
-            if model:
-                model.observe(str(task), age, durations[task])
-            continue
-        if model:
-            model.observe(str(task), age)
-        state.update(now=now, attempt=requests + 1, age=age)
-        delay = wait(state)
-        heapq.heappush(looks, (now + delay, task, requests + 1, age + delay))
-    return spent, order
+    """Each task's requests and lag, and the tasks in the order in which they were seen to end.
+
+    Polls of a model's strategy move while they are planned, as a client moves them: when they are
+    due, and all of them when the model has a new revision.
+    """
+    run = _Run(wait, durations, starts, model)
+    while run.looks:
+        run.step()
+    return run.spent, run.order
+
+
+class _Run:
+    def __init__(
+        self,
+        wait: Callable[[PollState], float],
+        durations: Sequence[float],
+        starts: Sequence[float],
+        model: DurationModel | None,
+    ) -> None:
+        self.wait, self.model = wait, model
+        self.tasks = [
+            _Task(start, duration, PollState(start), due=start)
+            for start, duration in zip(starts, durations, strict=True)
+        ]
+        self.running: dict[int, None] = {}
+        self.spent: list[tuple[int, float]] = [(0, 0.0)] * len(self.tasks)
+        self.order: list[int] = []
+        self.revision = 0
+        self.looks = [(task.due, k, 0) for k, task in enumerate(self.tasks)]
+        heapq.heapify(self.looks)
+
+    def plan(self, k: int, now: float) -> None:
+        task = self.tasks[k]
+        task.due = max(now, task.start + task.state.age + self.wait(task.state))
+        if isinstance(self.wait, wait_learned):
+            task.expected = self.wait.model.next_age(task.state.age)
+        task.version += 1
+        heapq.heappush(self.looks, (task.due, k, task.version))
+
+    def has_moved(self, k: int) -> bool:
+        task, wait = self.tasks[k], self.wait
+        is_planned = isinstance(wait, wait_learned) and task.polls > 0
+        return is_planned and wait.has_moved(task.state.age, task.expected)
+
+    def step(self) -> None:
+        now, k, version = heapq.heappop(self.looks)
+        task = self.tasks[k]
+        if version != task.version:
+            return
+        if self.has_moved(k):
+            self.plan(k, now)
+            if task.due > now + 0.2:
+                return
+            task.version += 1
+        age = now - task.start
+        task.polls += 1
+        if task.polls > 1 and age >= task.duration - 1e-9:
+            self.end(k, now)
+            return
+        self.running[k] = None
+        if self.model:
+            self.model.observe(str(k), age)
+        task.state.update(now=now, attempt=task.polls, age=age)
+        self.plan(k, now)
+
+    def end(self, k: int, now: float) -> None:
+        task = self.tasks[k]
+        age = now - task.start
+        self.spent[k] = task.polls - 1, age - task.duration
+        self.order.append(k)
+        self.running.pop(k)
+        if self.model is None:
+            return
+        self.model.observe(str(k), age, task.duration)
+        if self.model.revision != self.revision:
+            self.revision = self.model.revision
+            for other in self.running:
+                if self.has_moved(other):
+                    self.plan(other, now)
+
+
+def strategy(model: DurationModel, seed: int) -> wait_learned:
+    """The schedule that ships, with chance of its own."""
+    return wait_learned(model, jitter=Jitter(1.0, 1.04, seed), scout=Jitter(0, 8, seed + 1))
 
 
 def learned(
@@ -152,7 +270,7 @@ def learned(
 ) -> tuple[Spent, list[int]]:
     """`simulate` with the schedule that ships, from a fresh model on."""
     model = DurationModel(cost_per_request=cost)
-    wait = wait_learned(model, jitter=Jitter(0.9, 1.1, seed))
+    wait = strategy(model, seed)
     return simulate(wait, durations, starts, model)
 
 
@@ -252,6 +370,32 @@ def run_lognormals(
     return rows
 
 
+FRESH = tuple(itertools.product((2, 4, 8, 15, 30, 60, 120, 180), (0.2, 0.5, 0.8)))
+
+
+def run_fresh(
+    *,
+    cases: Iterable[tuple[float, float]] = FRESH,
+    together: Sequence[int] = (1, 12),
+    waits: int = 600,
+    seed: int = 7,
+) -> list[dict[str, Any]]:
+    """J of fresh models over that of the backoff, for one task and for twelve at once."""
+    rows = []
+    for median, sigma in cases:
+        draw, row = lognormal(median, sigma), {"median_s": median, "sigma": sigma}
+        for count in together:
+            rng, cost, backoff = random.Random(seed), 0.0, 0.0
+            for batch in range(waits // count):
+                durations, starts = [draw(rng) for _ in range(count)], [0.0] * count
+                cost += mean_cost(learned(durations, starts, seed=batch)[0], range(count))
+                spent, _ = simulate(Exponential(batch), durations, starts)
+                backoff += mean_cost(spent, range(count))
+            row[str(count)] = cost / backoff
+        rows.append(row)
+    return rows
+
+
 def lognormals_table(rows: Iterable[dict[str, Any]]) -> str:
     """The rows as a Markdown table: both arrivals by median and sigma."""
     by_median: dict[float, list[dict[str, Any]]] = {}
@@ -301,7 +445,7 @@ def plot(path: Path, *, tasks: int = 2000, until: float = 60.0) -> None:
     for i, shape in enumerate(("tight", "mixed", "wide")):
         durations, starts = case(shape, "one a second", tasks, 7)
         model = DurationModel()
-        simulate(wait_learned(model, jitter=Jitter(0.9, 1.1, 9)), durations, starts, model)
+        simulate(strategy(model, 9), durations, starts, model)
         schedules = {
             "exponential": looks(lambda s: min(10.0, 1.5 ** (s.attempt_number - 1)), until),
             "optimum": looks(Planned(optimum(SHAPES[shape][0])), until),
