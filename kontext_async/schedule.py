@@ -393,7 +393,7 @@ def _saved_state(text: str) -> dict[str, Any]:
 
 
 def _saved_numbers(state: dict[str, Any], name: str, limit: float) -> list[float]:
-    numbers: list[Any] = state.get(name)
+    numbers: list[Any] = state.get(name, [None])
     if type(numbers) is not list or len(numbers) > _BINS:
         raise ConfigurationError(f"not a saved duration model: {name!r} has the wrong length")
     saved = [_saved_number(name, number, limit) for number in numbers]

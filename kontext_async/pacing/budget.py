@@ -446,8 +446,8 @@ class RequestBudget:
     def _abandon(self) -> None:
         """Count a waiter out that was cancelled; its entry is dropped later, with others."""
         self._waiters -= 1
-        queues = (self._waiting, self._to_replan, self._failing, self._due, self._first)
-        kept = sum(map(len, queues))
+        planned = len(self._waiting) + len(self._to_replan) + len(self._failing)
+        kept = planned + len(self._due) + len(self._first)
         if not self._waiters:
             self._clear()
         elif kept > 2 * self._waiters + _MAX_STALE:
