@@ -22,7 +22,7 @@ from kontext_async.errors import KontextError, RateLimitedError, TransportError
 from kontext_async.pacing.limits import DiscoveredLimit, Limit, RateLimit, Reply, SlidingWindow
 from kontext_async.pacing.pauses import Pause, PauseState
 
-__all__ = ["ClientStats", "RequestBudget"]
+__all__ = ["ClientStats", "PlannedPoll", "RequestBudget"]
 
 _log = logging.getLogger("kontext_async")
 
