@@ -254,7 +254,7 @@ async def test_a_lost_callback_leaves_the_schedule():
         Simulator(durations=30.0, callback_script=["lost"]) as simulator,
         receiving(simulator) as client,
     ):
-        await client.run(REQUEST, wait=wait_fixed(50))
+        await client.run(REQUEST, wait=wait_fixed(50), timeout=None)
         assert 55 < simulator.now < 60  # the first poll is when most tasks have not ended yet
         assert simulator.callbacks == []
 
@@ -411,7 +411,7 @@ def test_the_simulator_refuses_unknown_callbacks():
 # --- what callbacks are good for -----------------------------------------------------------------
 
 
-def measured(*, called_back, lost=0.0, tasks=150, seed):
+def measured(*, called_back, lost=0.0, tasks=120, seed):
     """Return the seconds from each task's end to the end of its wait, and the polls."""
 
     options = {} if called_back else {"callback_url": None}
@@ -440,7 +440,7 @@ def measured(*, called_back, lost=0.0, tasks=150, seed):
 
 def pooled(**options):
     """Return the same for several seeds together."""
-    runs = [measured(seed=seed, **options) for seed in (1, 2, 3)]
+    runs = [measured(seed=seed, **options) for seed in (1, 2)]
     return [lag for found, _ in runs for lag in found], sum(polls for _, polls in runs)
 
 

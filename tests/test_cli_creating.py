@@ -11,7 +11,9 @@ import pytest
 from background import serving
 from typer.testing import CliRunner
 
+from kontext_async.cli import creating
 from kontext_async.cli.app import app
+from kontext_async.cli.tally import RequestTally
 from kontext_async.results import Ledger
 
 ENVIRONMENT = {"APIKLEY_API_KEY": "key"}
@@ -210,6 +212,15 @@ def test_one_uncertain_prompt_is_one_task(kontext, simulator):
 def test_the_balance_is_printed(kontext, simulator):
     simulator._credits = 12
     assert kontext("credits")[:2] == (0, [{"credits": 12.0}])
+
+
+def test_the_words_after_an_interruption(tmp_path, capsys):
+    """The counts, and that the same command continues."""
+    tally = RequestTally(["a", "b"])
+    creating._say_how_to_continue(tally, tmp_path)
+    said = capsys.readouterr().err
+    assert "0 done, 0 failed, 0 saved, of 2 requests" in said
+    assert "run the same command again" in said
 
 
 def test_ctrl_c_says_how_to_continue(simulator, tmp_path):

@@ -46,7 +46,7 @@ class Generation:
 
     def start(self, output=subprocess.DEVNULL):
         command = ["generate", "--from", self.file, "--into", self.folder]
-        command += ["--creation-limit", "100000/1", "--callback-grace", "3"]
+        command += ["--creation-limit", "20/0.5", "--callback-grace", "3"]
         command += ["--listen", str(self.port), "--callback-url", self.url]
         return subprocess.Popen(
             [*COMMAND, *command, "--base-url", self.simulator.base_url],
@@ -88,6 +88,7 @@ class Generation:
                 params = json.loads(self.simulator._store[entry.task_id].param_json)
                 assert params["prompt"] == entry.request.prompt
         assert set(bound) <= set(self.simulator.created)
+        assert any(sent.status == 200 for sent in self.simulator.callbacks)
         tasks = {entry.token: entry.task_id for entry in entries}
         for sent in self.simulator.callbacks:
             if sent.status == 200:  # it was received, and written down
@@ -104,9 +105,10 @@ def test_no_prompt_is_paid_for_twice(seed, tmp_path):
         generation = Generation(simulator, tmp_path / "results")
         for _ in range(KILLS):
             generation.kill(chance.randrange(PROMPTS // KILLS), chance.uniform(0, 0.02))
-        with generation.start(subprocess.PIPE) as process:
-            _, errors = process.communicate(timeout=100)
-        assert process.returncode in {0, 4}, errors
+        for _ in range(2):  # a callback may come after the run has stopped waiting for it
+            with generation.start(subprocess.PIPE) as process:
+                _, errors = process.communicate(timeout=100)
+            assert process.returncode in {0, 4}, errors
         generation.check()
         lost = sum(entry.state == "unknown" for entry in Ledger.read_submissions(generation.ledger))
         print(f"{len(simulator.created)} tasks, {lost} lost for good")  # noqa: T201

@@ -124,7 +124,9 @@ def test_a_request_that_cannot_be_paid_for_is_refused_when_it_is_made(fields, sa
     assert PROMPT not in str(caught.value)
 
 
-@pytest.mark.parametrize("extra", [{"prompt": "b"}, {"callBackUrl": "x"}, {5: 5}, [1]])
+@pytest.mark.parametrize(
+    "extra", [{"prompt": "b"}, {"callBackUrl": "x"}, {5: 5}, [1], {"seed": None}]
+)
 def test_extra_takes_only_what_has_no_argument_of_its_own(extra):
     with pytest.raises(ConfigurationError, match="extra must"):
         ImageRequest(prompt="a", extra=extra)

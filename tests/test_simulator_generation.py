@@ -201,5 +201,5 @@ async def test_some_answers_are_lost_although_the_task_is_created():
 
 
 def test_a_rate_outside_of_zero_to_one_is_refused():
-    with pytest.raises(ValueError, match="lost_answer_rate"):
+    with pytest.raises(ValueError, match="from 0 to 1"):
         Simulator(lost_answer_rate=1.5)
