@@ -157,20 +157,23 @@ class RequestBudget:
         ``deadline`` of the wait that asks decides its priority. ``failing``: its last poll failed.
         ``plan`` may move ``at`` meanwhile.
         """
-        permit = self._enqueue(at, seen=seen, deadline=deadline, failing=failing, plan=plan)
+        permit = self.enqueue(at, seen=seen, deadline=deadline, failing=failing, plan=plan)
         try:
             return await permit
         except asyncio.CancelledError:
-            if permit.cancelled():
-                self._abandon()
-            else:
-                self.cancel(permit.result())
+            self.leave(permit)
             raise
 
-    # Apart from `acquire`, whose frame every sleeping wait keeps.
-    def _enqueue(
-        self, at: float, *, seen: bool, deadline: float, failing: bool, plan: PlannedPoll | None
-    ) -> _Permit:
+    def enqueue(
+        self,
+        at: float,
+        *,
+        seen: bool,
+        deadline: float = math.inf,
+        failing: bool = False,
+        plan: PlannedPoll | None = None,
+    ) -> asyncio.Future[float]:
+        """Return the permit to await, as in `acquire`; whoever no longer wants it calls `leave`."""
         loop = asyncio.get_running_loop()
         now = loop.time()
         permit: _Permit = loop.create_future()
@@ -196,6 +199,13 @@ class RequestBudget:
         self._to_replan, self._waiting = self._waiting, []
         loop = asyncio.get_running_loop()
         self._dispatch(loop, loop.time())
+
+    def leave(self, permit: asyncio.Future[float]) -> None:
+        """Leave the queue, or give the permit back if it was acquired meanwhile."""
+        if permit.cancelled() or permit.exception() is not None:
+            self._abandon()
+        else:
+            self.cancel(permit.result())
 
     def release(
         self,

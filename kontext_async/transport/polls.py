@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import time
 from collections import deque
 from types import TracebackType
@@ -27,6 +26,7 @@ from kontext_async.notices import Noticeboard
 from kontext_async.pacing import PlannedPoll, RequestBudget
 from kontext_async.schedule import DurationModel
 from kontext_async.transport.answers import Fetcher, RawAnswer
+from kontext_async.transport.expiries import Expiries
 from kontext_async.transport.failures import (
     UNTRUSTED_SERVER,
     check_for_second_login,
@@ -67,7 +67,7 @@ class Transport:
         self.durations = durations
         self.notices = Noticeboard()
         self.request_timeout = request_timeout
-        self._acquiring: set[asyncio.Timeout] = set()
+        self._acquiring = Expiries()
         self._in_flight: set[_Deadline] = set()
         self.source_reads: set[asyncio.Timeout] = set()  # of batches; they end with the client
         self._api_key = api_key
@@ -138,18 +138,22 @@ class Transport:
         now = self._loop.time()
         if at <= now and self.budget.try_acquire(now, seen=seen, failing=failing):
             return now
-        scope = asyncio.timeout_at(None if until == math.inf else until)
-        self._acquiring.add(scope)
+        permit = self.budget.enqueue(at, seen=seen, deadline=deadline, failing=failing, plan=plan)
+        self._acquiring.add(permit, until)
         try:
-            async with scope:
-                return await self.budget.acquire(
-                    at, seen=seen, deadline=deadline, failing=failing, plan=plan
-                )
+            sent = await permit
+            if sent < until:
+                return sent
+            self.budget.cancel(sent)  # it came in the moment in which the wait ends
         except TimeoutError:
-            self._check_not_closed()
-            return None
+            self.budget.leave(permit)
+        except asyncio.CancelledError:
+            self.budget.leave(permit)
+            raise
         finally:
-            self._acquiring.discard(scope)
+            self._acquiring.discard(permit)
+        self._check_not_closed()
+        return None
 
     async def poll(
         self,
@@ -263,10 +267,12 @@ class Transport:
         for deadline in self._in_flight:
             deadline.expire()
         await asyncio.sleep(0)
-        for count, scope in enumerate([*self.source_reads, *self._acquiring], 1):
-            is_left = scope in self._acquiring or scope in self.source_reads
-            if is_left and not scope.expired():
+        for scope in self.source_reads:
+            if not scope.expired():
                 scope.reschedule(self.loop_time)
+        for count, permit in enumerate(list(self._acquiring), 1):
+            if not permit.done():
+                permit.set_exception(TimeoutError())
             await yield_to_loop(count)
 
 
