@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import gc
 import hashlib
 import io
 import os
+import stat
 import struct
 import threading
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from io import FileIO
@@ -415,6 +418,80 @@ def test_an_image_is_on_disk_before_it_gets_its_name(has_pillow, monkeypatch, tm
     monkeypatch.setattr(os, "fsync", failing)
     assert "Input/output error" in refusal_of(saved, target(tmp_path), data)
     assert names(tmp_path) == []
+
+
+def syncs_of_folders(monkeypatch, error=None):
+    """Return a list that fills with the names in each folder that is synced."""
+    fsync, seen = os.fsync, []
+
+    def watched(fd):
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            seen.append(os.listdir(fd))  # noqa: PTH208  # paths take no descriptors
+            if error is not None:
+                raise OSError(error, os.strerror(error))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    return seen
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no sync of a folder")
+def test_the_name_of_an_image_is_on_disk_too(monkeypatch, tmp_path):
+    """The folder is synced after the rename, also where it is the working folder."""
+    seen = syncs_of_folders(monkeypatch)
+    saved(target(tmp_path), image())
+    monkeypatch.chdir(tmp_path)
+    saved(target("", "u"), image())
+    assert list(map(sorted, seen)) == [["t.png"], ["t.png", "u.png"]]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no sync of a folder")
+def test_images_that_wait_for_a_sync_share_the_next(monkeypatch, tmp_path):
+    """While one sync runs, seven images are renamed and ask for theirs."""
+    fsync, began, seen = os.fsync, threading.Event(), []
+
+    def slow(fd):
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            seen.append(len([*tmp_path.glob("*.png")]))
+            began.set()
+            while repr(files._syncs[str(tmp_path)]._asked) != "count(9)":
+                time.sleep(0.001)
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", slow)
+
+    def save(name):
+        assert name == "t0" or began.wait(10)
+        saved(target(tmp_path, name), image())
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(save, [f"t{n}" for n in range(8)]))
+    assert seen[:2] == [1, 8]
+    assert len(seen) <= 3  # a thread may be interrupted between its number and noting it
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no sync of a folder")
+@pytest.mark.parametrize("error", [errno.EINVAL, errno.ENOTSUP, errno.EACCES])
+def test_a_folder_that_cannot_be_synced_is_no_error(error, monkeypatch, tmp_path):
+    """Some file systems and permissions do not allow it; the image is saved all the same."""
+    seen = syncs_of_folders(monkeypatch, error)
+    assert saved(target(tmp_path), image()).path.exists()
+    assert seen == [["t.png"]]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no sync of a folder")
+def test_a_disk_that_fails_at_the_sync_of_a_folder_is_an_error(monkeypatch, tmp_path):
+    """The image may be gone after a power cut."""
+    syncs_of_folders(monkeypatch, errno.EIO)
+    assert "Input/output error" in refusal_of(saved, target(tmp_path), image())
+
+
+def test_windows_syncs_no_folder(monkeypatch, tmp_path):
+    """It has no such call."""
+    seen = syncs_of_folders(monkeypatch)
+    monkeypatch.setattr(files.os, "name", "nt")
+    files._sync_folder(str(tmp_path))
+    assert seen == []
 
 
 def test_a_folder_that_is_missing_or_a_file_is_an_error(tmp_path):

@@ -6,19 +6,45 @@ import asyncio
 import contextlib
 import json
 import os
+import ssl
 import sys
+import traceback
 import warnings
 from base64 import b64encode
 
 import aiohttp
 import pytest
+import trustme
+from raw_server import http, raw_server
 
-from kontext_async import ConfigurationError, KontextClient, TransportError
+from kontext_async import (
+    CompletedTask,
+    ConfigurationError,
+    KontextClient,
+    KontextError,
+    TransportError,
+)
 from kontext_async.results import DownloadError, ImageSaver, download
 from kontext_async.simulator import Simulator
+from kontext_async.simulator.images import plain_png
 
 KEY = "marker-key-9b02"
 PASSWORD = "marker-password-31"
+
+
+async def tunnel(target, reader, writer):
+    """Pass on what comes from either side, until one of them ends."""
+    name, _, port = target.rpartition(":")
+    there_in, there_out = await asyncio.open_connection(name, int(port))
+    writer.write(b"HTTP/1.1 200 Connected\r\n\r\n")
+
+    async def copy(source, sink):
+        with contextlib.suppress(ConnectionError):
+            while data := await source.read(65536):
+                sink.write(data)
+        sink.close()
+
+    await asyncio.gather(copy(reader, there_out), copy(there_in, writer))
 
 
 @contextlib.asynccontextmanager
@@ -37,7 +63,9 @@ async def proxy(refuse=False):
                 if refuse:
                     writer.write(b"HTTP/1.1 407 Login, please\r\nContent-Length: 0\r\n\r\n")
                     continue
-                assert method == "GET"
+                if method == "CONNECT":
+                    await tunnel(target, reader, writer)
+                    break
                 host, _, path = target.removeprefix("http://").partition("/")
                 name, _, port = host.partition(":")
                 there_in, there_out = await asyncio.open_connection(name, int(port))
@@ -145,6 +173,74 @@ async def test_images_use_a_session_of_the_users_own(tmp_path):
     assert all("User-Agent: kontext-async/" in head and KEY not in head for head in heads)
 
 
+def tls():
+    """Return a server's TLS and a client's that trusts it."""
+    authority = trustme.CA()
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(server)
+    client = ssl.create_default_context()
+    authority.configure_trust(client)
+    return server, client
+
+
+async def test_through_a_tunnel_only_the_api_sees_the_key(tmp_path):
+    """A proxy of an https API forwards what it cannot read, and image hosts get no key."""
+    server, trusting = tls()
+    async with (
+        raw_server(http(b"{}"), ssl=server) as api,
+        raw_server(http(plain_png(1, 1, b"abc")), ssl=server) as images,
+        proxy() as (port, heads),
+        aiohttp.ClientSession(
+            proxy=f"http://user:{PASSWORD}@127.0.0.1:{port}",
+            connector=aiohttp.TCPConnector(ssl=trusting),
+        ) as session,
+        KontextClient(KEY, base_url=api.base_url, session=session) as client,
+    ):
+        with pytest.raises(KontextError):
+            await client.record_info("t")
+        done = CompletedTask(task_id="t", result_image_url=f"{images.base_url}/x")
+        await download(client, done, tmp_path, session=session, allow_private=True)
+    assert [head.split(" ")[0] for head in heads] == ["CONNECT", "CONNECT"]
+    assert KEY in api.heads[0]
+    login = b64encode(f"user:{PASSWORD}".encode()).decode()
+    for head in (*heads, *images.heads):
+        assert KEY not in head
+    for head in (*api.heads, *images.heads):
+        assert login not in head
+
+
+def everything_in(error):
+    """Return all texts of an error and of what it was caused by."""
+    texts = traceback.format_exception(error)
+    while error is not None:
+        texts += [repr(error), repr(error.args), repr(vars(error))]
+        error = error.__cause__ or error.__context__
+    return "\n".join(texts)
+
+
+@pytest.mark.parametrize("refuse", [True, False], ids=["refused", "untrusted"])
+async def test_the_proxys_password_is_in_no_error(refuse, tmp_path, caplog):
+    """Neither where the proxy refuses nor where the certificate behind it does not verify."""
+    caplog.set_level("DEBUG")
+    async with (
+        raw_server(http(b"{}"), ssl=tls()[0]) as server,
+        proxy(refuse=refuse) as (port, _),
+        aiohttp.ClientSession(proxy=f"http://user:{PASSWORD}@127.0.0.1:{port}") as session,
+        KontextClient(KEY, base_url=server.base_url, session=session) as client,
+    ):
+        done = CompletedTask(task_id="t", result_image_url=f"{server.base_url}/x")
+        for failing in (
+            client.record_info("t"),
+            download(client, done, tmp_path, session=session, timeout=0.2),
+        ):
+            with pytest.raises(KontextError) as caught:
+                await failing
+            said = "the proxy refuses to forward: 407" if refuse else "does not verify"
+            assert said in str(caught.value)
+            assert PASSWORD not in everything_in(caught.value)
+    assert PASSWORD not in caplog.text
+
+
 def session_with_login():
     with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
         return aiohttp.ClientSession(auth=aiohttp.BasicAuth("a", "b"))
@@ -171,6 +267,14 @@ class Borrowed(aiohttp.BaseConnector):
     [
         ("https://10.0.0.1/a.png", "10.0.0.1 is refused: it has no public address"),
         ("https://198.18.0.9/a.png", "198.18.0.0/15, which a VPN"),
+        *[
+            (f"{scheme}://{host}/a.png", f"{host} is refused: it has no public address")
+            for scheme, host in (
+                *[("http", "localhost"), ("https", "localhost"), ("https", "localhost.")],
+                *[("https", "127.1"), ("https", "2130706433"), ("https", "0x7f.1")],
+                *[("https", "10.0.0.1."), ("https", "a.localhost")],
+            )
+        ],
         ("https://images.example/a.png", "LookupError: no such tunnel"),
     ],
 )

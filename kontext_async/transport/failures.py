@@ -58,9 +58,12 @@ def _system_error(exc: aiohttp.ClientConnectorError) -> str:
 def safe_cause(exc: Exception) -> Exception | None:
     """Return the exception to chain: only the operating system's errors.
 
-    Others hold the request's headers, or headers of the answer that may echo them. Frames are
-    dropped too: some error reporters collect their locals, and request headers are among them.
+    Others hold the request's headers, or headers of the answer that may echo them; one about a
+    connection holds the proxy's URL with its password. Frames are dropped too: some error
+    reporters collect their locals, and request headers are among them.
     """
+    if isinstance(exc, aiohttp.ClientConnectorError):
+        exc = exc.os_error
     is_safe = isinstance(exc, OSError) and not isinstance(exc, TimeoutError)
     return exc.with_traceback(None) if is_safe else None
 

@@ -7,7 +7,7 @@ import ipaddress
 import re
 import socket
 import time
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from typing import Any
 from urllib.parse import quote, urljoin
 
@@ -16,6 +16,7 @@ from yarl import URL
 
 from kontext_async._version import __version__
 from kontext_async.results.errors import DownloadError
+from kontext_async.transport import UNTRUSTED_SERVER, describe_failure, safe_cause
 from kontext_async.wire import retry_after
 
 __all__ = ["Fetcher", "failure", "is_host_trouble", "is_public", "refusal"]
@@ -122,12 +123,16 @@ def _is_loopback(host: str) -> bool:
         return host.lower() == "localhost"
 
 
-def _is_private(host: str) -> bool:
-    """Return True for an address, not a name, that is not public."""
-    try:
-        return not is_public(host)
-    except ValueError:
-        return False
+def _written_address(host: str) -> str | None:
+    """Return the address that a host stands for without a resolver; None for any other name."""
+    name = host.rstrip(".").lower()
+    if name == "localhost" or name.endswith(".localhost"):  # RFC 6761
+        return "127.0.0.1"
+    with suppress(OSError):  # also reads 127.1, 0x7f.1 and 2130706433, as resolvers do
+        return socket.inet_ntoa(socket.inet_aton(name))
+    with suppress(ValueError):
+        return str(ipaddress.ip_address(name))
+    return None
 
 
 class Fetcher:
@@ -185,12 +190,13 @@ class Fetcher:
                 read_bufsize=2**18,  # the size of asyncio's own reads
             )
         except (aiohttp.ClientError, OSError) as exc:
-            raise failure(exc, task_id) from exc
+            error, cause = failure(exc, task_id), safe_cause(exc)
         except Exception as exc:
             if session in self._own:
                 raise
             # A connector or middlewares of the user's own may raise anything.
-            raise failure(exc, task_id) from exc
+            error, cause = failure(exc, task_id), None
+        raise error from cause  # after the block: aiohttp's may hold the password of a proxy
 
     def _session(self, url: URL, task_id: str) -> aiohttp.ClientSession:
         """Return the session for a URL; raises `DownloadError` if the URL is not allowed."""
@@ -202,13 +208,19 @@ class Fetcher:
             return self._any_address
         if url.scheme == "http" and not _is_loopback(url.host):
             raise _refused(f"its URL at {url.host} is plain http, not https", task_id)
-        if not self._own and not self._allow_private and _is_private(url.host):
-            raise _refused(f"{url.host} is refused: {_problem(url.host)}", task_id)
+        if not self._own and not self._allow_private:
+            _check_written_address(url.host, task_id)
         return self._public_only
 
 
+def _check_written_address(host: str, task_id: str) -> None:
+    address = _written_address(host)
+    if address is not None and not is_public(address):
+        raise _refused(f"{host} is refused: {_problem(address)}", task_id)
+
+
 # A retry cannot help: the certificate does not verify, or the URL is not allowed.
-_FINAL = (aiohttp.ClientConnectorCertificateError, aiohttp.InvalidURL)
+_FINAL = (*UNTRUSTED_SERVER, aiohttp.InvalidURL)
 
 
 def failure(exc: Exception, task_id: str) -> DownloadError:
@@ -217,10 +229,9 @@ def failure(exc: Exception, task_id: str) -> DownloadError:
         exc.os_error, _AddressRefusedError
     ):
         return _refused(f"{exc.host} is refused: {exc.os_error.strerror}", task_id)
-    said = "no answer in time" if isinstance(exc, TimeoutError) else str(exc)
-    return DownloadError(
-        f"{type(exc).__name__}: {said}", task_id=task_id, retryable=not isinstance(exc, _FINAL)
-    )
+    is_late = isinstance(exc, TimeoutError)
+    said = f"{type(exc).__name__}: no answer in time" if is_late else describe_failure(exc)
+    return DownloadError(said, task_id=task_id, retryable=not isinstance(exc, _FINAL))
 
 
 def refusal(response: aiohttp.ClientResponse, task_id: str) -> DownloadError:

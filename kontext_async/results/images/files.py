@@ -6,6 +6,7 @@ Functions that block are for `run_in_thread`.
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import importlib.util
 import itertools
@@ -217,6 +218,10 @@ class PartialImage:
             self._file.rename()
 
 
+# Errors of file systems that cannot sync a folder, and of folders that may not be read.
+_CANNOT_SYNC = (errno.EACCES, errno.EINVAL, errno.ENOTSUP)
+
+
 class _FolderSync:
     """One folder's syncs: threads that wait for one while it runs share the next."""
 
@@ -232,12 +237,20 @@ class _FolderSync:
             if self._synced >= number:
                 return
             synced = self._last_asked
-            descriptor = os.open(folder or os.curdir, os.O_RDONLY)
             try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+                _fsync(folder or os.curdir)
+            except OSError as exc:
+                if exc.errno not in _CANNOT_SYNC:
+                    raise
             self._synced = synced
+
+
+def _fsync(folder: str) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 _syncs: defaultdict[str, _FolderSync] = defaultdict(_FolderSync)
