@@ -1,7 +1,7 @@
 """Requests by a session's connector alone: a third of the CPU time of ``session.get``.
 
 The connector's pool, DNS, TLS and response parser are aiohttp's. The request's bytes are ours,
-made once but for the task id. aiohttp's public documentation does not cover all of this. So
+made once, except for the task id. aiohttp's public documentation does not cover all of this. So
 `_NEEDED` names what is used of it, and `can_fetch` tells if this aiohttp has it: a connector's
 ``connect`` takes a `ClientRequest`, traces and a `ClientTimeout` and returns a connection, which
 has ``transport``, ``protocol``, ``release`` and ``close``; its protocol is a `ResponseHandler`,
