@@ -50,7 +50,7 @@ def link_from_the_top(
     if node.get("refdomain") != "py":
         return None
     python = env.get_domain("py")
-    for package in ("kontext_async", "kontext_async.results"):
+    for package in ("kontext_async", "kontext_async.results", "kontext_async.callbacks"):
         found = python.resolve_xref(
             env,
             node["refdoc"],

@@ -266,8 +266,8 @@ class KontextClient:
 
         A request that certainly created nothing is sent again, for at most ``submit_grace``
         seconds (None is no limit, 0 raises at once): one that was not sent, or was refused with
-        429 or 455. Everything else is raised, and never sent again. `CREATION_POLICY` has each
-        case.
+        429 or 455. Everything else is raised, and never sent again. The page *Never paying twice*
+        has each case.
 
         ``token``: replaces ``{token}`` in the client's ``callback_url``; None makes one.
         ``before_sending``: awaited when the connection stands, just before the first byte. If it

@@ -293,19 +293,22 @@ class Creator:
         )
         on_body(body)
         answer = _Answer()
+        failure: Exception | None = None
         try:
             async with scope:
                 await self._exchange(session, body, answer)
         except (aiohttp.ClientError, OSError) as exc:  # TimeoutError is an OSError
-            return self._broken_off(exc, request, body, answer)
+            failure = exc
         except Exception as exc:
             check_for_second_login(exc)
             # A borrowed session's connector or middlewares may raise anything.
             if self._borrowed is None and body.failure is None:
                 raise
-            return self._broken_off(exc, request, body, answer)
+            failure = exc
         finally:
             body.revoke()
+        if failure is not None:
+            return self._broken_off(failure, request, body, answer)
         assert answer.status is not None, "the answer is whole"
         return self._judge(answer, answer.status, request, broken_off=None)
 
@@ -313,6 +316,7 @@ class Creator:
         """Return the account's balance, with one request."""
         self._transport.check_open()
         answer = _Answer()
+        failure: Exception | None = None
         try:
             async with asyncio.timeout(self._request_timeout):
                 response = await self._open_session().get(
@@ -324,8 +328,16 @@ class Creator:
                 )
                 await answer.read(response)
         except (aiohttp.ClientError, OSError) as exc:  # TimeoutError is an OSError
-            problem = self._problem(exc, missing="whole answer", seconds=self._request_timeout)
-            raise TransportError(problem) from safe_cause(exc)
+            failure = exc
+        except Exception as exc:
+            check_for_second_login(exc)
+            if self._borrowed is None:
+                raise
+            failure = exc
+        if failure is not None:  # raised here, the error does not refer to the request's headers
+            seconds = self._request_timeout
+            problem = self._problem(failure, missing="whole answer", seconds=seconds)
+            raise TransportError(problem) from safe_cause(failure)
         assert answer.status is not None, "the answer is whole"
         return wire.read_credits(
             answer.status, answer.headers, answer.body, api_key=self._api_key, now=time.time()

@@ -581,6 +581,45 @@ async def test_a_balance_that_does_not_come_is_a_transport_error():
         await error_of(client.credits(), ClientStateError)
 
 
+async def test_whatever_a_middleware_raises_is_a_transport_error_of_the_balance(monkeypatch):
+    async def failing(request, handler):
+        raise LookupError("no login")
+
+    async with Simulator() as simulator:
+        async with (
+            aiohttp.ClientSession(middlewares=[failing]) as session,
+            make_client(simulator, session=session) as client,
+        ):
+            await error_of(client.credits(), TransportError)
+        async with make_client(simulator) as client:
+            monkeypatch.setattr(aiohttp.ClientSession, "get", lambda *_, **__: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                await client.credits()
+
+
+async def test_no_error_refers_to_the_headers_of_the_request():
+    """They hold the key; what error reporters collect does not."""
+
+    async def hook():
+        raise LookupError("disk")
+
+    async with Simulator(generate_script=["made_reset", "code_422", "html_200"]) as simulator:
+        async with make_client(simulator) as client:
+            errors = [await error_of(client.submit(REQUEST)) for _ in range(3)]
+            with pytest.raises(LookupError) as caught:
+                await client.submit(REQUEST, before_sending=hook)
+            errors.append(caught.value)
+        base_url = simulator.base_url
+    async with KontextClient(KEY, base_url=base_url) as client:
+        errors.append(await error_of(client.submit(REQUEST, submit_grace=0)))
+        errors.append(await error_of(client.credits()))
+    for error in errors:
+        assert not isinstance(error.__context__, aiohttp.ClientError)
+        linked = {} if error.__cause__ is None else vars(error.__cause__)
+        assert KEY not in repr(linked)
+        assert KEY not in f"{error!r} {error} {vars(error)}"
+
+
 # --- any answer ----------------------------------------------------------------------------------
 
 BODIES = st.binary(max_size=300) | st.builds(

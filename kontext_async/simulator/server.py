@@ -12,7 +12,7 @@ from urllib.parse import unquote
 
 from aiohttp import web
 
-from kontext_async.simulator.callbacks import CallbackSender, SentCallback
+from kontext_async.simulator.callbacks import CallbackSender
 from kontext_async.simulator.clock import Clock
 from kontext_async.simulator.creations import CREATION_STEPS, LOST_ANSWERS
 from kontext_async.simulator.generation import problem_with
@@ -89,9 +89,10 @@ class Simulator:
     - ``log_limit``: number of requests that ``requests`` keeps, the latest. None: all.
     - ``seed``: the same seed gives the same id the same duration, outcome and faults.
 
-    ``requests`` is the log, and ``created`` the ids of the tasks that requests created, in order.
-    ``answered`` and ``refused`` count the requests to the API that the
-    rate limit admitted and refused. ``max_in_flight`` is the most requests served at once.
+    ``requests`` is the log, ``created`` the ids of the tasks that requests created, and
+    ``callbacks`` what was sent, in order. ``answered`` and ``refused`` count the requests to the
+    API that the rate limit admitted and refused. ``max_in_flight`` is the most requests served at
+    once.
 
     Raises ValueError for a rate outside 0 to 1, and for an unknown step.
     """
@@ -155,6 +156,7 @@ class Simulator:
         self._sent, self._sent_last = _Sent(reusable=True), _Sent(reusable=False)
         self.requests: deque[LoggedRequest] = deque(maxlen=log_limit)
         self.created: list[str] = []
+        self.callbacks = self._callbacks.sent
         self.answered = 0
         self.refused = 0
         self.max_in_flight = 0
@@ -206,11 +208,6 @@ class Simulator:
             image_script=image_script,
         )
         return self._store.add(task).task_id
-
-    @property
-    def callbacks(self) -> list[SentCallback]:
-        """The callbacks that were sent, in order."""
-        return self._callbacks.sent
 
     def polls(self, task_id: str) -> int:
         """Return the number of a task's polls that the rate limit admitted; KeyError if unknown."""

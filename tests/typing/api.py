@@ -16,6 +16,7 @@ from kontext_async import (
     DurationModel,
     GenerationFailedError,
     Handling,
+    ImageRequest,
     Journal,
     KontextClient,
     KontextError,
@@ -23,12 +24,35 @@ from kontext_async import (
     PollState,
     RateLimit,
     Stream,
+    SubmittedTask,
     TaskOutcome,
     TaskRecord,
     TaskStatus,
     WaitTimeoutError,
     wait_learned,
 )
+from kontext_async.callbacks import CallbackNotice, CallbackReceiver, verify_callback
+from kontext_async.results import Ledger, RequestOutcome
+
+
+async def create(client: KontextClient, ledger: Ledger) -> None:
+    request = ImageRequest(prompt="a lighthouse", aspect_ratio="16:9", safety_tolerance=2)
+    assert_type(ImageRequest.from_json({"prompt": "a"}), ImageRequest)
+    task = await client.submit(request, submit_grace=None)
+    assert_type(task, SubmittedTask)
+    assert_type(task.submitted_at, datetime)
+    done = await client.run(request, on_submitted=lambda task: task.task_id, timeout=None)
+    assert_type(done, CompletedTask)
+    assert_type(await client.credits(), float)
+    assert_type(client.notice("task12345"), bool)
+    stream = ledger.generate(client, [request, ("key", request)], max_new=5)
+    assert_type(stream, Stream[RequestOutcome])
+    async for outcome in stream:
+        assert_type(outcome.key, str)
+        assert_type(outcome.request, ImageRequest)
+    receiver = CallbackReceiver(client, key=["old", "new"], on_token=ledger.add_candidate)
+    assert_type(await receiver.receive({}, b"", token="token"), int)
+    assert_type(verify_callback({}, b"", "key"), CallbackNotice)
 
 
 async def poll(client: KontextClient) -> None:
