@@ -150,7 +150,7 @@ class Bucket:
 def saturate(limit, server, *, until, round_trip=0.005, began=0.0):
     """Send all that the limit lets through, pausing as a client does: (time, admitted) of each."""
     log, answers, order = [], [], itertools.count()
-    now, paused_until, pause, probing = began, -math.inf, 1.0, False
+    now, paused_until, pause, probing = began, -math.inf, 0.25, False
     while now < until:
         opens_at = max(limit.opens_at(now), paused_until)
         if opens_at <= now and not (probing and answers) and len(answers) < 64:
@@ -165,9 +165,9 @@ def saturate(limit, server, *, until, round_trip=0.005, began=0.0):
             log.append((at, admitted))
             limit.release(at, sent=sent, reply="answered" if admitted else "refused")
             if sent >= paused_until:
-                probing, pause = not admitted, 1.0 if admitted else min(2 * pause, 60.0)
                 if not admitted:
-                    paused_until = at + pause / 2
+                    paused_until = at + pause
+                probing, pause = not admitted, 0.25 if admitted else min(3 * pause, 60.0)
     return log
 
 

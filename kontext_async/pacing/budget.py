@@ -20,6 +20,7 @@ import attrs
 
 from kontext_async.errors import KontextError, RateLimitedError, TransportError
 from kontext_async.pacing.limits import DiscoveredLimit, Limit, RateLimit, Reply, SlidingWindow
+from kontext_async.pacing.overload import Overload, is_refusal
 from kontext_async.pacing.pauses import Pause, PauseState
 
 __all__ = ["ClientStats", "PlannedPoll", "RequestBudget"]
@@ -42,6 +43,7 @@ _URGENT_WITHIN = 60.0  # s
 _PROBE_WAIT = 60.0  # s
 _PROBE_STRIDE = 0.382  # of the queue of first polls, between two probes: spreads them evenly
 
+_MIN_LOGGED_PAUSE = 1.0  # s
 _MAX_MOVED = 1000  # entries that one dispatch sorts by deadline, so that it ends soon
 _MAX_REPLANNED = 300  # entries that one dispatch plans again
 _MIN_POSTPONED = 0.2  # s by which a poll that is due must have been planned later, to be put back
@@ -112,7 +114,9 @@ class RequestBudget:
         self._max_concurrency = max_concurrency
         self._limit: Limit = DiscoveredLimit() if rate_limit is None else SlidingWindow(rate_limit)
         self._pause = Pause()
+        self._overload = Overload()
         self._paused_at = 0.0  # when the pause that is on, or was on last, was logged
+        self._pause_logged: str | None = None
         # The queue; entries whose permit is done are dropped when they come to the front.
         self._waiting: list[_Waiting] = []  # a heap
         self._to_replan: list[_Waiting] = []  # a heap of those to be planned again
@@ -225,12 +229,17 @@ class RequestBudget:
         loop = asyncio.get_running_loop()
         now = loop.time()
         self._in_flight -= 1
-        reply: Reply = "lost" if cancelled else "answered"
+        is_refused = False
+        if not cancelled:
+            was_believed = self._overload.is_believed
+            is_refused = self._overload.observe(error, now=now, failing=failing)
+            if was_believed and not self._overload.is_believed:
+                self._limit = self._limit.forgotten()  # it was found from broken tasks
+            is_refused |= is_refusal(error)
+        reply: Reply = "lost" if cancelled else "refused" if is_refused else "answered"
         if error is not None:
             self._errors[type(error).__name__] += 1
-            if isinstance(error, RateLimitedError):
-                reply = "refused"
-            elif isinstance(error, TransportError):
+            if isinstance(error, TransportError):
                 reply = "lost"
         self._limit.release(now, sent=sent, reply=reply)
         if reply != "lost":
@@ -239,7 +248,9 @@ class RequestBudget:
             self._pause.probe_lost(sent=sent)
         else:
             before = self._pause.state
-            self._pause.observe(error, now=now, sent=sent, first=first, failing=failing)
+            self._pause.observe(
+                error, now=now, sent=sent, first=first, failing=failing, refused=is_refused
+            )
             if self._pause.state is not before:
                 self._log_pause(before, error, now)
         if self._waiters:
@@ -265,13 +276,18 @@ class RequestBudget:
     def _log_pause(self, before: PauseState, error: KontextError | None, now: float) -> None:
         """Log that a pause or an outage began or ended; no text of the service is in it."""
         state = self._pause.state
+        if before.is_open:
+            self._paused_at = now
+        remaining = self._pause.remaining(now)
         if state.is_open:
-            what = "outage" if before.is_outage else "pause"
-            _log.info("the %s ended after %.0f s", what, now - self._paused_at)
-        elif before.is_open or state.is_outage is not before.is_outage:
-            self._paused_at = now if before.is_open else self._paused_at
-            what = "outage" if state.is_outage else "pause"
-            remaining = self._pause.remaining(now)
+            if self._pause_logged is not None:
+                _log.info("the %s ended after %.0f s", self._pause_logged, now - self._paused_at)
+            self._pause_logged = None
+            return
+        what = "outage" if state.is_outage else "pause"
+        # The short ones of a rate limit that is being tried are no news.
+        if what != self._pause_logged and remaining >= _MIN_LOGGED_PAUSE:
+            self._pause_logged = what
             cause = type(error).__name__
             _log.warning("%s: all polls wait, at first for %.0f s: %s", what, remaining, cause)
 

@@ -58,6 +58,10 @@ class Limit(Protocol):
     def cancel(self) -> None:
         """Note that the last permit was never used."""
 
+    def forgotten(self) -> Limit:
+        """Return the same limit without what it has learned from refusals."""
+        ...
+
     def max_delay(self) -> float:
         """Return for how many seconds this limit may now delay a permit."""
         ...
@@ -72,14 +76,22 @@ class SlidingWindow:
     The server counts a request at some time between its sending and its answer. So a permit
     stays in the window until a period after the answer. Counted from the sending, windows of the
     server have too many.
+
+    If requests are refused all the same, the service counts otherwise, such as one at a time: then
+    they are spaced as those of a `DiscoveredLimit` are, from the known rate on.
     """
 
     def __init__(self, limit: RateLimit) -> None:
         self._limit = limit
         self._in_flight = 0
         self._released: deque[float] = deque()  # at most a period ago
+        self._spacing: DiscoveredLimit | None = None
 
     def opens_at(self, now: float) -> float:
+        opens_at = self._window_opens_at(now)
+        return opens_at if self._spacing is None else max(opens_at, self._spacing.opens_at(now))
+
+    def _window_opens_at(self, now: float) -> float:
         while self._released and self._released[0] + self._limit.period <= now:
             self._released.popleft()
         if self._in_flight + len(self._released) < self._limit.max_requests:
@@ -88,13 +100,26 @@ class SlidingWindow:
 
     def acquire(self, now: float) -> None:
         self._in_flight += 1
+        if self._spacing is not None:
+            self._spacing.acquire(now)
 
     def release(self, now: float, *, sent: float, reply: Reply) -> None:
         self._in_flight -= 1
         self._released.append(now)
+        if self._spacing is not None:
+            self._spacing.release(now, sent=sent, reply=reply)
+        elif reply == "refused":
+            self._spacing = DiscoveredLimit.after_refusal(now, self.rate())
 
     def cancel(self) -> None:
         self._in_flight -= 1
+        if self._spacing is not None:
+            self._spacing.cancel()
+
+    def forgotten(self) -> SlidingWindow:
+        limit = SlidingWindow(self._limit)
+        limit._in_flight, limit._released = self._in_flight, self._released
+        return limit
 
     def max_delay(self) -> float:
         # A window that is half full now may be full when the permit is wanted.
@@ -111,16 +136,19 @@ class DiscoveryState(enum.Enum):
     UNUSED = "unused"
     SEARCHING = "searching"
     FIRST_REFUSED = "first refused"
+    RISING = "rising"
     CRUISING = "cruising"
     REFUSED = "refused"
 
     def __init__(self, label: str) -> None:
         # Attributes, because the hot path reads them and Python 3.11 is slow to look up members.
-        self.has_rate = label in {"cruising", "refused"}
+        self.has_rate = label in {"rising", "cruising", "refused"}
         self.is_refused = label in {"first refused", "refused"}
 
 
 _UNUSED = DiscoveryState.UNUSED
+_RISING = DiscoveryState.RISING
+_CRUISING = DiscoveryState.CRUISING
 
 
 class DiscoveredLimit:
@@ -158,25 +186,34 @@ class DiscoveredLimit:
     _ANSWERS_PER_STEP = 8  # answers that raise the concurrency by 1
 
     # The share of the answered rate that a cycle starts below it.
-    _DECREASE = 0.07
-    _DECREASE_UNSURE = 0.2  # after a refusal that disagreed with the one before
+    _DECREASE = 0.12
+    _DECREASE_UNSURE = 0.15  # after a refusal that disagreed with the one before
 
     # The curve is back at the answered rate after the longer of these two, times the stretch.
     _MIN_CYCLE_SECONDS = 8.0
-    _MIN_CYCLE_REQUESTS = 40.0
+    _MIN_CYCLE_REQUESTS = 60.0
     _FIRST_STRETCH = 0.5  # the first estimate is too low if the pause after it was long
     _STRETCH_GROWTH = 4.0  # for each refusal that agrees
-    _MAX_STRETCH = 12.0
+    _MAX_STRETCH = 1.5
+    _MAX_STRETCH_SLOW = 3.0  # where a refusal costs more
+    _LONG_PAUSE = 0.5  # s
+    _FULL_WINDOW = 2.0  # s
+    _UNSETTLED_CYCLES = 4
 
     _AGREEMENT = 0.15  # the share by which two refusals may differ and still agree
     _MIN_ANSWERS = 8  # fewer answers say little: they are judged together with earlier cycles
     _REMEMBERED_ANSWERS = 40.0  # of earlier cycles
     _RECENT_ANSWERS = 16  # that give the rate just before a refusal, or an eighth if that is more
     _PAUSE_ALLOWANCE = 1.25  # a pause of a fifth of its cycle does not lower the estimate
+    _ROUNDING = 1.0  # s
     _BUSY_INTERVALS = 1.5  # requests at most this many intervals apart use up the rate
 
+    _MIN_FIRST_RATE = 4.0  # requests per second, where few answers came before the first refusal
     _MIN_RATE = 0.2  # requests per second; correcting a lower estimate would take hours
-    _MAX_CATCH_UP = 0.05  # seconds' worth of permits that a late event loop may catch up on
+    _TOP = 1.25  # of the curve's length: not refused by then, the limit is thought to have risen
+    _DOUBLING_SECONDS = 2.0
+    _DOUBLING_ANSWERS = 8.0
+    _MAX_DOUBLINGS = 30.0
     _MIN_SECONDS = 1e-3  # keeps a rate finite
 
     def __init__(self) -> None:
@@ -198,8 +235,30 @@ class DiscoveredLimit:
         self._decrease = self._DECREASE
         self._stretch = 1.0
         self._climbed = 0.0  # seconds on the curve, counted only while the rate is used up
+        self._answered_before = 0  # in this cycle, when it began to rise
+        self._refused_rate = 0.0
+        self._cycles = 0
+        self._is_settled = False  # true once a cycle has had enough answers to judge it by
         self._last_sent = 0.0
         self._next_at = 0.0
+
+    @classmethod
+    def after_refusal(cls, now: float, rate: float) -> DiscoveredLimit:
+        """Return a limit near a rate that has just been refused."""
+        limit = cls()
+        limit._state = DiscoveryState.REFUSED
+        limit._refused_at = limit._cycle_began = now
+        limit._is_settled = True
+        limit._rate_before = limit._peak = limit._refused_rate = rate
+        # So much that the pause after the refusal hardly counts.
+        limit._earlier_answers = 10 * cls._REMEMBERED_ANSWERS
+        limit._earlier_seconds = limit._earlier_answers / rate
+        return limit
+
+    def forgotten(self) -> DiscoveredLimit:
+        limit = DiscoveredLimit()
+        limit._in_flight = self._in_flight
+        return limit
 
     def opens_at(self, now: float) -> float:
         if self._state.has_rate:
@@ -213,7 +272,10 @@ class DiscoveredLimit:
             interval = 1 / self._curve_rate()
             if now - self._last_sent < self._BUSY_INTERVALS * interval:
                 self._climbed += now - self._last_sent
-            self._next_at = max(self._next_at, now - self._MAX_CATCH_UP) + interval
+            # Evenly spaced: a late event loop does not catch up, as that would be a burst.
+            self._next_at = now + interval
+            if self._state is _CRUISING and self._climbed > self._TOP * self._length():
+                self._rise(1 / interval)
         elif self._state is _UNUSED:
             self._state = DiscoveryState.SEARCHING
             self._cycle_began = now
@@ -241,15 +303,34 @@ class DiscoveredLimit:
         return self._curve_rate() if self._state.has_rate else None
 
     def _curve_rate(self) -> float:
+        if self._state is _CRUISING:
+            return self._peak * (1 + self._decrease * (self._climbed / self._length() - 1) ** 3)
+        if self._state is _RISING:
+            doublings = min(
+                self._climbed / self._DOUBLING_SECONDS,
+                (self._answered - self._answered_before) / self._DOUBLING_ANSWERS,
+            )
+            return float(self._peak * 2.0 ** min(doublings, self._MAX_DOUBLINGS))
+        return self._refused_rate
+
+    def _length(self) -> float:
+        """Return the seconds after which the curve is back at its peak."""
         length = max(self._MIN_CYCLE_SECONDS, self._MIN_CYCLE_REQUESTS / self._peak)
-        return self._peak * (
-            1 + self._decrease * (self._climbed / (length * self._stretch) - 1) ** 3
-        )
+        return length * self._stretch
+
+    def _rise(self, rate: float) -> None:
+        """Double the rate again and again until it is refused: the limit seems far away."""
+        self._state = _RISING
+        self._peak = rate
+        self._climbed = 0.0
+        self._answered_before = self._answered
 
     def _refuse(self, now: float) -> None:
         # More refusals before an answer say the same again.
         if not self._state.is_refused:
             is_first = self._state is DiscoveryState.SEARCHING
+            if not is_first:
+                self._refused_rate = self._curve_rate()
             self._state = DiscoveryState.FIRST_REFUSED if is_first else DiscoveryState.REFUSED
             self._refused_at = now
             self._rate_before = self._recent_rate()
@@ -258,20 +339,38 @@ class DiscoveredLimit:
         took = max(now - self._cycle_began, self._MIN_SECONDS)
         if self._state is DiscoveryState.FIRST_REFUSED:
             peak = self._busiest_rate(now, took)
+            if self._answered < self._MIN_ANSWERS:
+                peak = max(peak, self._MIN_FIRST_RATE)
             self._stretch = self._FIRST_STRETCH if self._probe_refused else 1.0
         else:
             peak = self._allowed_rate(took)
-            agrees = abs(peak / self._peak - 1) <= self._AGREEMENT
-            grown = min(self._STRETCH_GROWTH * self._stretch, self._MAX_STRETCH)
+            agrees = self._is_settled and abs(peak / self._peak - 1) <= self._AGREEMENT
+            was_long = self._probe_refused or now - self._refused_at >= self._LONG_PAUSE
+            longest = self._MAX_STRETCH_SLOW if was_long else self._MAX_STRETCH
+            grown = min(self._STRETCH_GROWTH * self._stretch, longest)
             self._stretch = grown if agrees else 1.0
             self._decrease = self._DECREASE if agrees else self._DECREASE_UNSURE
+        self._probe_refused = False
         self._remember_cycle(took)
-        self._state = DiscoveryState.CRUISING
+        is_first = self._state is DiscoveryState.FIRST_REFUSED
+        paused, sending = now - self._refused_at, self._refused_at - self._cycle_began
+        if is_first:
+            # A window that stayed full for long has shown how many it holds.
+            self._is_settled = paused >= self._FULL_WINDOW
+        else:
+            # A cycle that was mostly pause, or had few answers, says little: but four of them do.
+            self._cycles += 1
+            has_enough = self._answered >= self._MIN_ANSWERS and sending >= paused
+            self._is_settled |= has_enough or self._cycles >= self._UNSETTLED_CYCLES
         self._cycle_began = now
         self._answered = 0
         self._answers.clear()
         self._peak = max(peak, self._MIN_RATE)
         self._climbed = 0.0
+        if not self._is_settled:
+            self._rise(self._peak * (1 - self._decrease))
+        else:
+            self._state = _CRUISING
         self._next_at = now + 1 / self._curve_rate()
 
     def _allowed_rate(self, took: float) -> float:
@@ -279,7 +378,10 @@ class DiscoveredLimit:
         if self._answered < self._MIN_ANSWERS:
             return (self._earlier_answers + self._answered) / (self._earlier_seconds + took)
         # The pause counts, because requests refused in it were too many as well.
-        sending = (self._refused_at - self._cycle_began) / took
+        # A second of it may be the rounding of the service's own Retry-After.
+        sending = (self._refused_at - self._cycle_began) / max(
+            took - self._ROUNDING, self._refused_at - self._cycle_began, self._MIN_SECONDS
+        )
         return max(
             self._rate_before * min(1.0, self._PAUSE_ALLOWANCE * sending), self._answered / took
         )

@@ -25,6 +25,10 @@ _MAX_RETRY_AFTER = 300.0  # s; a longer Retry-After counts as this
 # Seconds; pauses of an unknown length double from the first to the longest.
 _FIRST_PAUSE = 1.0
 _FIRST_MAINTENANCE_PAUSE = 5.0
+# A refusal by a rate: short, because many limiters admit the next request soon, and growing
+# faster, because others refuse to the end of a minute (tests/test_limits.py).
+_FIRST_REFUSAL_PAUSE = 0.25
+_REFUSAL_GROWTH = 3.0
 _MAX_PAUSE = 60.0
 
 # Evidence of an outage, from distinct tasks that begin to fail in a row with no success between:
@@ -130,15 +134,17 @@ class Pause:
         sent: float,
         first: bool = False,
         failing: bool = False,
+        refused: bool = False,
     ) -> None:
         """Start, lengthen or clear the pause after the end of a request sent at ``sent``.
 
         ``first``: it was the task's first poll; ``failing``: the one before it failed too.
+        ``refused``: the error is a refusal by a rate, whatever its number.
         """
         if error is None:
             self._observe_success(sent)
-        elif error.handling is Handling.BACK_OFF:
-            self._start(error, now=now, sent=sent)
+        elif refused or error.handling is Handling.BACK_OFF:
+            self._start(error, now=now, sent=sent, refused=refused)
         elif isinstance(error, (ServerError, TransportError, ResponseFormatError)):
             self._observe_failure(error, now=now, sent=sent, first=first, failing=failing)
         else:
@@ -168,27 +174,38 @@ class Pause:
         else:  # the service no longer asks for time, and this task alone fails
             self._clear(sent=sent)
 
-    def _start(self, error: KontextError, *, now: float, sent: float, longer: bool = True) -> None:
+    def _start(
+        self,
+        error: KontextError,
+        *,
+        now: float,
+        sent: float,
+        longer: bool = True,
+        refused: bool = False,
+    ) -> None:
         retry_after = error.retry_after if isinstance(error, ApiError) else None
         asked = min(retry_after, _MAX_RETRY_AFTER) if retry_after else None
         if self.state in _PROBING:
             if asked and now < self._until:
                 self._until = max(self._until, now + asked)
         elif sent >= self._until:
-            is_asked = error.handling is Handling.BACK_OFF
+            is_asked = refused or error.handling is Handling.BACK_OFF
             self._past = self.spent(now)
             self._was_outage = not is_asked
             self._streak += longer
             self.state = PauseState.BACK_OFF if is_asked else PauseState.OUTAGE
             self._cause = error
             self._began = now
-            self._until = now + (asked or self._doubled(error))
+            self._until = now + (asked or self._grown(error, refused=refused))
 
-    def _doubled(self, error: KontextError) -> float:
-        is_maintenance = isinstance(error, MaintenanceError)
-        first = _FIRST_MAINTENANCE_PAUSE if is_maintenance else _FIRST_PAUSE
-        doublings = min(self._streak - 1, 10)  # a float overflows at 1024
-        return min(first * 2.0**doublings, _MAX_PAUSE)
+    def _grown(self, error: KontextError, *, refused: bool) -> float:
+        first, growth = _FIRST_PAUSE, 2.0
+        if refused:
+            first, growth = _FIRST_REFUSAL_PAUSE, _REFUSAL_GROWTH
+        elif isinstance(error, MaintenanceError):
+            first = _FIRST_MAINTENANCE_PAUSE
+        steps = min(self._streak - 1, 10)  # a float overflows at 1024
+        return min(first * growth**steps, _MAX_PAUSE)
 
     def _clear(self, *, sent: float) -> None:
         if sent >= self._until:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Literal, Self
 from urllib.parse import unquote
 
 from aiohttp import web
@@ -68,7 +69,8 @@ class Simulator:
     - ``failure_rate``: fraction of tasks that fail, 0 to 1.
     - ``fault_rate``: fraction of polls and image downloads that meet one of ``faults``, 0 to 1.
       For images, only those in `IMAGE_STEPS` count. Scripted requests meet none.
-    - ``rate_limit``: requests to the API above it are refused with 429. None: no limit.
+    - ``rate_limit``: requests to the API above it are refused. None: no limit.
+    - ``refusal_status``: 429 refuses as the API does; 503 as a gateway does, without an envelope.
     - ``retry_after``: True adds a Retry-After header to such a refusal.
     - ``api_key``: the only key accepted. None: any key.
     - ``latency``: seconds before each reply.
@@ -106,6 +108,7 @@ class Simulator:
         fault_rate: float = 0.0,
         faults: Sequence[str] = FAULTS,
         rate_limit: Limit | None = None,
+        refusal_status: Literal[429, 503] = 429,
         retry_after: bool = False,
         api_key: str | None = None,
         latency: float = 0.0,
@@ -131,6 +134,7 @@ class Simulator:
         self._faults = [as_step(name) for name in faults]
         self._image_faults = [IMAGE_STEPS[name] for name in faults if name in IMAGE_STEPS]
         self._limit = copy.deepcopy(rate_limit)  # its state is not shared
+        self._refusal_status = refusal_status
         self._retry_after = retry_after
         self._api_key = api_key
         self._latency = latency
@@ -301,9 +305,15 @@ class Simulator:
         wait = self._limit.admit(self._clock.now) if self._limit else 0.0
         if wait:
             self.refused += 1
-            return refused(429, status=429, retry_after=wait if self._retry_after else None)
+            return self._limit_exceeded(wait)
         self.answered += 1
         return None
+
+    def _limit_exceeded(self, wait: float) -> Reply:
+        if self._refusal_status == 429:
+            return refused(429, status=429, retry_after=wait if self._retry_after else None)
+        headers = {"Retry-After": str(math.ceil(wait))} if self._retry_after else {}
+        return http(503, "<h1>503 Service Temporarily Unavailable</h1>", headers=headers)
 
     def _record_info(self, request: web.BaseRequest, logged: LoggedRequest) -> Reply:
         task_id = logged.task_id = request.query.get("taskId")

@@ -1,0 +1,55 @@
+"""The evidence that a 503 is the refusal of an overloaded service, and not a broken task's.
+
+Pure: every method takes the time, in seconds of one monotonic clock.
+"""
+
+from __future__ import annotations
+
+from kontext_async.errors import ApiError, KontextError, RateLimitedError
+
+__all__ = ["Overload", "is_refusal"]
+
+# A good answer within this many seconds shows that the service is up.
+_RECENTLY = 10.0
+
+# The share of refused polls whose next poll is answered, smoothed over about this many; below a
+# half they are of broken tasks (tests/test_faults.py has ids that are always answered 503).
+_SMOOTHING = 1 / 8
+_BELIEVED = 0.5
+
+
+def is_refusal(error: KontextError | None) -> bool:
+    """Return True for a refusal by its number: 429, and 503 with the time to wait."""
+    if isinstance(error, RateLimitedError):
+        return True
+    return isinstance(error, ApiError) and error.code == 503 and error.retry_after is not None
+
+
+class Overload:
+    """Tells a bare 503 of an overloaded service from one of a broken task.
+
+    nginx refuses so by default, and so do HAProxy and many others. Of an overloaded service the
+    next poll of the same task is likely to be answered; of a broken task it never is.
+    """
+
+    def __init__(self) -> None:
+        self._answered_at = -_RECENTLY
+        self._recovery = 1.0
+
+    @property
+    def is_believed(self) -> bool:
+        """False while most polls that were refused were refused again."""
+        return self._recovery >= _BELIEVED
+
+    def observe(self, error: KontextError | None, *, now: float, failing: bool) -> bool:
+        """Note the end of a request, and return True if it is a refusal by overload.
+
+        ``failing``: the poll of the same task before it failed too.
+        """
+        is_503 = isinstance(error, ApiError) and error.code == 503 and error.retry_after is None
+        if failing and (is_503 or error is None):
+            self._recovery += ((error is None) - self._recovery) * _SMOOTHING
+        if error is None:
+            self._answered_at = now
+        is_up = now - self._answered_at < _RECENTLY
+        return is_503 and is_up and self.is_believed and not failing
