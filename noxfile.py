@@ -106,6 +106,14 @@ def chaos(session: nox.Session) -> None:
     session.run("pytest", "tests/test_chaos.py", *session.posargs, env={"KONTEXT_CHAOS": "200"})
 
 
+@nox.session
+def fleet(session: nox.Session) -> None:
+    """Kill two of three workers in twenty runs of ten thousand tasks."""
+    session.install("-e", ".[test]")
+    environment = {"KONTEXT_FLEET_RUNS": "20", "KONTEXT_FLEET_TASKS": "10000"}
+    session.run("pytest", "tests/test_fleet_crash.py", *session.posargs, env=environment)
+
+
 @nox.session(venv_backend="none")
 def debian(session: nox.Session) -> None:
     """Run the README's two commands on fresh Debian systems: trixie and sid, or those named."""

@@ -29,6 +29,7 @@ import aioresponses.core
 import hypothesis
 import pytest
 from aiohttp.client_proto import ResponseHandler
+from postgres import dsn, postgres  # noqa: F401  # fixtures
 from virtual_time import VirtualTimeLoop
 
 from kontext_async.transport import pooled

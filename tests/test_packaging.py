@@ -59,7 +59,8 @@ ALLOWED = {
     "results/ledger": {"", "results", "results/images", *CLIENT},
     "results/report": {"", "results", "results/images", "results/ledger", *CLIENT},
     "results": {"errors", "results/images", "results/ledger", "results/report"},
-    "cli": {"", "_version", "callbacks", *CLIENT, "results", "simulator"},
+    "fleet": {"", "results", "results/images", "results/ledger", *CLIENT},
+    "cli": {"", "_version", "callbacks", *CLIENT, "fleet", "results", "simulator"},
     "__main__": {"cli"},
 }
 PURE = ["errors.py", "models.py", "pacing/limits.py", "pacing/pauses.py", "schedule.py", "wire"]
@@ -176,8 +177,19 @@ def test_public_classes_belong_to_the_package_in_reprs_and_docs():
 
 def test_importing_the_package_loads_nothing_that_an_extra_brings():
     """`import kontext_async` is light: no CLI, simulator, database, image or template library."""
-    heavy = ["typer", "rich", "click", "sqlite3", "PIL", "jinja2", "pytest", "tenacity.tornadoweb"]
-    ours = ["cli", "simulator", "testing", "results"]
+    heavy = [
+        "typer",
+        "rich",
+        "click",
+        "sqlite3",
+        "PIL",
+        "jinja2",
+        "pytest",
+        "psycopg",
+        "procrastinate",
+        "tenacity.tornadoweb",
+    ]
+    ours = ["cli", "fleet", "simulator", "testing", "results"]
     code = (
         "import sys, kontext_async;"
         f"print([m for m in {heavy + [f'kontext_async.{o}' for o in ours]} if m in sys.modules])"

@@ -1,0 +1,241 @@
+"""Many workers on one database: nothing is lost, and each task has one outcome."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+import pytest
+
+from kontext_async import (
+    AuthenticationError,
+    ClientStateError,
+    ConfigurationError,
+    DurationModel,
+    KontextClient,
+)
+from kontext_async.fleet import Fleet, FleetError
+from kontext_async.results import ImageSaver
+from kontext_async.simulator import Failure, Simulator
+
+BEAT = {"heartbeat": 0.3}
+
+
+@pytest.fixture
+async def fleet(dsn):
+    async with Fleet(dsn) as opened:
+        await opened.init()
+        yield opened
+
+
+@pytest.fixture
+async def simulator():
+    async with Simulator(durations=0.2, auto_create=True) as running:
+        yield running
+
+
+@pytest.fixture
+async def client(simulator):
+    eager = DurationModel(cost_per_request=0.001)
+    async with KontextClient("secret-key", base_url=simulator.base_url, durations=eager) as opened:
+        yield opened
+
+
+async def collected(fleet):
+    return [entry async for entry in fleet.outcomes()]
+
+
+async def test_each_task_that_is_submitted_has_one_outcome(fleet, simulator, client):
+    """A worker works through the chunks, and returns when no task is waiting."""
+    simulator.add_task("fails", outcome=Failure(400, "flagged"))
+    assert await fleet.submit(["fails", *(f"t{n}" for n in range(20))], chunk=8) == 21
+    await fleet.work(client, until_done=True, **BEAT)
+    entries = {entry.task_id: entry for entry in await collected(fleet)}
+    assert len(entries) == 21
+    assert entries["t3"].state == "done"
+    assert entries["t3"].record.result_image_url
+    assert (entries["fails"].state, entries["fails"].error_code) == ("failed", 400)
+    status = await fleet.status()
+    assert status.tasks == {"waiting": 0, "done": 20, "failed": 1, "unfinished": 0, "error": 0}
+    assert (status.queued_chunks, status.running_chunks, status.workers) == (0, 0, ())
+
+
+async def test_known_ids_are_dropped_and_unfinished_ones_wait_again(fleet, simulator, client):
+    """An id is waited for once; one whose wait met an error may be submitted again."""
+    simulator.add_task("refused", script=["code_402"])
+    assert await fleet.submit(["refused", "refused", "good"]) == 2
+    await fleet.work(client, until_done=True, **BEAT)
+    states = {entry.task_id: entry.state for entry in await collected(fleet)}
+    assert states == {"refused": "error", "good": "done"}
+    assert await fleet.submit(["refused", "good"]) == 1
+    await fleet.work(client, until_done=True, **BEAT)
+    assert [entry.state for entry in await collected(fleet)] == ["done", "done"]
+
+
+async def test_submitting_takes_many_ids_from_any_source(fleet):
+    """Ids come from an async iterable too, and become chunks of the size asked for."""
+
+    async def source():
+        for n in range(10_001):
+            yield f"t{n}"
+
+    assert await fleet.submit(source(), chunk=500) == 10_001
+    status = await fleet.status()
+    assert (status.tasks["waiting"], status.queued_chunks) == (10_001, 21)
+
+
+async def test_outcomes_come_while_workers_work(fleet, simulator, client):
+    """The stream has an outcome long before the last task has ended."""
+    simulator.add_task("slow", duration=1.5)
+    await fleet.submit(["quick", "slow"])
+    working = asyncio.create_task(fleet.work(client, until_done=True, **BEAT))
+    async with contextlib.aclosing(fleet.outcomes()) as outcomes:
+        first = await anext(outcomes)
+        assert first.task_id == "quick"
+        (worker,) = (await fleet.status()).workers
+        assert worker.seconds_ago < 5
+        assert [entry.task_id async for entry in outcomes] == ["slow"]
+    await working
+
+
+async def test_a_refused_key_ends_the_worker_and_not_the_tasks(fleet, simulator):
+    """The worker raises; its chunk is back in the queue, for a worker with a better key."""
+    await fleet.submit(["a", "b"])
+    async with (
+        Simulator(api_key="another", auto_create=True) as locked,
+        KontextClient("secret-key", base_url=locked.base_url) as refused,
+    ):
+        with pytest.raises(AuthenticationError):
+            await fleet.work(refused, **BEAT)
+    status = await fleet.status()
+    assert (status.tasks["waiting"], status.queued_chunks, status.running_chunks) == (2, 1, 0)
+
+
+async def test_a_cancelled_worker_puts_its_chunks_back(fleet, simulator, client, monkeypatch):
+    """Within seconds the chunk is free, the worker gone, and nothing runs."""
+    monkeypatch.setattr("kontext_async.fleet.worker._GRACE", 0.2)
+    simulator.add_task("slow", duration=600.0)
+    await fleet.submit(["slow", "quick"])
+    working = asyncio.create_task(fleet.work(client, **BEAT))
+    async with contextlib.aclosing(fleet.outcomes()) as outcomes:
+        assert (await anext(outcomes)).task_id == "quick"
+    working.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(working, 5)
+    status = await fleet.status()
+    assert (status.queued_chunks, status.running_chunks, status.workers) == (1, 0, ())
+    assert status.tasks["waiting"] == 1
+
+
+async def test_a_worker_saves_images_and_another_saves_what_it_left(
+    fleet, simulator, client, tmp_path
+):
+    """A chunk whose tasks have ended without their images is worked on for the images alone."""
+    await fleet.submit(["a", "b"])
+    await fleet.work(client, until_done=True, **BEAT)  # as one that dies before it saves
+    queue = fleet._database.app.configure_task("kontext_chunk", queue="kontext")
+    await queue.defer_async(task_ids=["a", "b"])
+    await fleet.submit(["c"])
+    polls = len([r for r in simulator.requests if r.task_id == "a"])
+    async with ImageSaver(client, tmp_path / "images") as saver:
+        await fleet.work(client, saver=saver, until_done=True, **BEAT)
+    assert {path.name for path in (tmp_path / "images").iterdir()} == {
+        entry.saved_path for entry in await collected(fleet)
+    }
+    records = [r for r in simulator.requests if r.task_id == "a" and "record" in r.path]
+    assert len(records) == polls
+
+
+async def test_an_image_that_cannot_be_saved_has_its_error(fleet, simulator, client, tmp_path):
+    """The task is done, and its entry says why there is no image."""
+    await fleet.submit(["a"])
+    async with ImageSaver(client, tmp_path, max_bytes=1) as saver:
+        await fleet.work(client, saver=saver, until_done=True, **BEAT)
+    (entry,) = await collected(fleet)
+    assert (entry.state, entry.saved_path, entry.error_type) == ("done", None, "DownloadError")
+
+
+async def test_the_first_outcome_of_a_task_stays(fleet, simulator, client):
+    """A chunk that is worked on twice leaves the outcomes as they were."""
+    await fleet.submit(["a"])
+    await fleet.work(client, until_done=True, **BEAT)
+    (before,) = await collected(fleet)
+    queue = fleet._database.app.configure_task("kontext_chunk", queue="kontext")
+    await queue.defer_async(task_ids=["a"])
+    await fleet.work(client, until_done=True, **BEAT)
+    assert await collected(fleet) == [before]
+
+
+async def test_the_key_is_nowhere_in_the_database(postgres, dsn, simulator, client):
+    """Ids, records and outcomes are there; the key and the password are not."""
+    async with Fleet(dsn) as fleet:
+        await fleet.init()
+        await fleet.init()  # idempotent
+        await fleet.submit(["a"])
+        await fleet.work(client, until_done=True, **BEAT)
+        tables = await fleet._database.fetch(
+            "SELECT table_name FROM information_schema.tables WHERE table_schema = 'public'"
+        )
+        assert len(tables) > 5
+        for (table,) in tables:
+            query = "SELECT query_to_xml('SELECT * FROM ' || %s, true, false, '')::text"
+            ((text,),) = await fleet._database.fetch(query, (table,))
+            assert "secret-key" not in text
+
+
+async def test_a_database_without_tables_is_named(dsn, client):
+    """Each call says which command makes the tables."""
+    async with Fleet(dsn) as fleet:
+        for call in (fleet.submit(["a"]), fleet.status(), fleet.work(client), collected(fleet)):
+            with pytest.raises(FleetError, match="kontext fleet init") as caught:
+                await call
+            assert not caught.value.retryable
+
+
+async def test_a_database_that_is_not_there_is_an_error(tmp_path):
+    """Entering fails soon, and what it says holds no password."""
+    fleet = Fleet(f"postgresql://user:hunter2@/fleet?host={tmp_path}")
+    with pytest.raises(FleetError) as caught:
+        await fleet.__aenter__()
+    assert caught.value.retryable
+    assert "hunter2" not in f"{caught.value} {fleet!r}"
+
+
+@pytest.mark.parametrize("dsn", ["", "postgresql://user:hunter2@[host/x", "hunter2", 5])
+def test_what_is_not_an_address_is_refused_without_being_shown(dsn):
+    with pytest.raises(ConfigurationError) as caught:
+        Fleet(dsn)
+    assert "hunter2" not in str(caught.value)
+    assert caught.value.__cause__ is None
+
+
+async def test_arguments_are_checked(fleet, client):
+    with pytest.raises(ConfigurationError, match="chunk"):
+        await fleet.submit(["a"], chunk=0)
+    with pytest.raises(ConfigurationError, match="max_chunks"):
+        await fleet.work(client, max_chunks=True)
+    with pytest.raises(ConfigurationError, match="heartbeat"):
+        await fleet.work(client, heartbeat=0)
+    with pytest.raises(ConfigurationError, match="single string"):
+        await fleet.submit("abc")
+    with pytest.raises(ConfigurationError):
+        await fleet.submit([" "])
+    with pytest.raises(ClientStateError):
+        await Fleet("dbname=x").submit(["a"])
+
+
+async def test_outcomes_that_the_table_refuses_end_the_chunk(fleet, simulator, client):
+    """The chunk goes back to the queue, to be tried again a little later."""
+    await fleet.submit(["a"])
+    await fleet._database.fetch("ALTER TABLE kontext_tasks ADD CHECK (state = 'waiting')")
+    working = asyncio.create_task(fleet.work(client, **BEAT))
+    tried = []
+    while not tried:  # only the database knows
+        await asyncio.sleep(0.05)
+        tried = await fleet._database.fetch(
+            "SELECT scheduled_at > now() FROM procrastinate_jobs WHERE attempts > 0"
+        )
+    assert tried == [(True,)]
+    working.cancel()
+    await asyncio.wait({working})
+    assert (await fleet.status()).tasks["waiting"] == 1
