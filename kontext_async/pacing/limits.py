@@ -326,8 +326,9 @@ class DiscoveredLimit:
         self._answered_before = self._answered
 
     def _refuse(self, now: float) -> None:
-        # More refusals before an answer say the same again.
-        if not self._state.is_refused:
+        # More refusals before an answer say the same again. One in UNUSED is of a request sent
+        # before the limit was forgotten.
+        if not self._state.is_refused and self._state is not _UNUSED:
             is_first = self._state is DiscoveryState.SEARCHING
             if not is_first:
                 self._refused_rate = self._curve_rate()
