@@ -82,9 +82,12 @@ class CliHelp(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         runner = CliRunner(env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"})
-        names = [c.name or c.callback.__name__ for c in kontext.registered_commands]
+        commands = [[c.name or c.callback.__name__] for c in kontext.registered_commands]
+        for group in kontext.registered_groups:
+            inner = group.typer_instance.registered_commands
+            commands += [[group.name, c.name or c.callback.__name__] for c in inner]
         parts = []
-        for arguments in ([], *([name] for name in names)):
+        for arguments in ([], *commands):
             said = runner.invoke(kontext, [*arguments, "--help"], prog_name="kontext")
             title = " ".join(["kontext", *arguments])
             parts.append(f"## {title}\n\n```text\n{said.stdout.strip()}\n```\n")

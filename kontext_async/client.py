@@ -19,7 +19,7 @@ from kontext_async.batch import Journal, outcome_stream, outcomes_in_order
 from kontext_async.creation import Creator, SubmittedTask, check_callback_url
 from kontext_async.errors import ConfigurationError, RateLimitedError
 from kontext_async.models import CompletedTask, TaskRecord
-from kontext_async.pacing import ClientStats, RateLimit, RequestBudget
+from kontext_async.pacing import ClientStats, RateLimit, RequestBudget, SlidingWindow
 from kontext_async.polling import (
     DEFAULT_ERROR_GRACE,
     DEFAULT_NOT_FOUND_GRACE,
@@ -124,8 +124,8 @@ def checked_session(session: aiohttp.ClientSession | None) -> aiohttp.ClientSess
     return session
 
 
-def _check_limit(name: str, limit: RateLimit | None) -> None:
-    if limit is not None and not isinstance(limit, RateLimit):
+def _check_limit(name: str, limit: RateLimit | SlidingWindow | None) -> None:
+    if limit is not None and not isinstance(limit, (RateLimit, SlidingWindow)):
         raise ConfigurationError(f"{name} must be a RateLimit or None, not {limit!r}")
 
 
@@ -146,7 +146,8 @@ class KontextClient:
     is stripped. ``base_url``: https; http only to a loopback host, or with ``allow_http``.
     ``session``: your own is used with its connector, proxy, tracing and middlewares, and never
     closed; None makes one. ``request_timeout``: seconds for one request, its body included.
-    ``max_concurrency``: the most requests in flight. ``rate_limit``: None discovers it.
+    ``max_concurrency``: the most requests in flight. ``rate_limit``: None discovers it; that
+    of `Fleet.shared_limit` is shared with other processes.
     ``durations``: the model of task durations to use and feed; None starts from a general guess.
     ``callback_url``: the address that the service calls when a task ends; ``{token}`` in it is
     replaced by a random text for each task. A wait for a new task then begins to poll when the
@@ -167,7 +168,7 @@ class KontextClient:
         session: aiohttp.ClientSession | None = None,
         request_timeout: float = 30.0,
         max_concurrency: int = 64,
-        rate_limit: RateLimit | None = None,
+        rate_limit: RateLimit | SlidingWindow | None = None,
         durations: DurationModel | None = None,
         allow_http: bool = False,
         callback_url: str | None = None,

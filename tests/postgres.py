@@ -21,6 +21,9 @@ PROGRAMS = sorted(
 )
 NAME = "PostgreSQL's initdb is not there: apt-get install postgresql"
 
+# Ends it when the thread that started it ends, however that happens.
+WITH_US = ("setpriv", "--pdeathsig", "INT") if shutil.which("setpriv") else ()
+
 
 class Cluster:
     """One server, which may be stopped and started again."""
@@ -62,7 +65,7 @@ class Cluster:
         options = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
         with (self.folder / "log").open("ab") as log:
             self.process = subprocess.Popen(
-                [self.programs / "postgres", "-D", self.data, *options],
+                [*WITH_US, self.programs / "postgres", "-D", self.data, *options],
                 user=self.user,
                 cwd=self.folder,
                 stdout=log,

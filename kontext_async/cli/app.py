@@ -23,6 +23,7 @@ from kontext_async.cli.batch import (
 )
 from kontext_async.cli.connection import connection
 from kontext_async.cli.creating import credits_left, edit, generate, resolve, unknown
+from kontext_async.cli.fleet import fleet_app, submit, worker
 from kontext_async.cli.input import distinct_ids
 from kontext_async.cli.options import (
     AllowHttp,
@@ -362,3 +363,6 @@ app.command()(edit)
 app.command()(unknown)
 app.command()(resolve)
 app.command("credits")(credits_left)
+app.command()(submit)
+app.command()(worker)
+app.add_typer(fleet_app, name="fleet")

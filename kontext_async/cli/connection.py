@@ -14,7 +14,7 @@ from yarl import URL
 from kontext_async.cli.input import read_key
 from kontext_async.cli.output import fail
 from kontext_async.client import KontextClient
-from kontext_async.pacing import RateLimit
+from kontext_async.pacing import RateLimit, SlidingWindow
 
 
 @attrs.frozen(kw_only=True)
@@ -25,7 +25,7 @@ class Connection:
     key: str = attrs.field(repr=False)
     allow_http: bool
     proxy: str | None = attrs.field(repr=False)
-    rate_limit: RateLimit | None = None
+    rate_limit: RateLimit | SlidingWindow | None = None
 
     @contextlib.asynccontextmanager
     async def open(self) -> AsyncGenerator[tuple[KontextClient, aiohttp.ClientSession | None]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterable, Iterable
+from contextlib import asynccontextmanager
 from typing import Final, Self
 
 from procrastinate.types import JSONDict
@@ -22,8 +23,10 @@ from kontext_async.fleet.database import (
     Row,
     translate_errors,
 )
+from kontext_async.fleet.shared_limit import SharedLimit, check_limit, lease
 from kontext_async.fleet.status import FleetStatus, read_status
 from kontext_async.fleet.worker import CHUNK_TASK, Worker
+from kontext_async.pacing import RateLimit
 from kontext_async.polling import check_seconds
 from kontext_async.results.images import ImageSaver
 from kontext_async.results.ledger.rows import LedgerEntry, entry_of
@@ -164,6 +167,25 @@ class Fleet:
         with translate_errors():
             await self._database.fetch(LEFT)  # are there tables?
             await worker.run()
+
+    @asynccontextmanager
+    async def shared_limit(
+        self, limit: RateLimit, *, name: str = "default"
+    ) -> AsyncGenerator[SharedLimit, None]:
+        """Share a known rate limit exactly with all workers that give the same ``name``.
+
+        Pass the value as ``rate_limit`` to one `KontextClient`. Each process that wants to send
+        has an equal share of the limit, as a lease that it renews every second. While the
+        database is away, it keeps its last share.
+
+        ``name``: one for each account. Raises `ConfigurationError` if another process shares a
+        different limit under this name.
+        """
+        self._check_open()
+        check_limit(limit)
+        with translate_errors():
+            async with lease(self._database, limit, name) as shared:
+                yield shared
 
     async def outcomes(self) -> AsyncGenerator[LedgerEntry, None]:
         """Iterate over the tasks that have an outcome, then over others as they end.

@@ -5,9 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
-import secrets
-import socket
 from collections.abc import AsyncGenerator, Coroutine
 from typing import Any, Final
 
@@ -19,11 +16,12 @@ from kontext_async.client import KontextClient
 from kontext_async.errors import AuthenticationError, KontextError
 from kontext_async.fleet.database import AWAY, QUEUE, Database, Row
 from kontext_async.fleet.journal import OutcomeWriter, TableJournal
+from kontext_async.fleet.names import new_name
 from kontext_async.polling import TaskOutcome
 from kontext_async.results.images import ImageSaver, SavedImage, save_outcomes
 from kontext_async.results.ledger.rows import RECALLED, error_text, recalled
 
-__all__ = ["CHUNK_TASK", "Worker", "new_name"]
+__all__ = ["CHUNK_TASK", "Worker"]
 
 CHUNK_TASK: Final = "kontext_chunk"
 
@@ -57,11 +55,6 @@ _GONE = "DELETE FROM kontext_workers WHERE name = %s OR seen_at < now() - interv
 _QUEUED = """
     SELECT 1 FROM procrastinate_jobs WHERE queue_name = %s AND status IN ('todo', 'doing') LIMIT 1
 """
-
-
-def new_name() -> str:
-    """Return a name that no other worker has, also after a restart with the same process id."""
-    return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
 
 
 class _PutBack(BaseRetryStrategy):

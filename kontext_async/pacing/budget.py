@@ -110,9 +110,13 @@ class RequestBudget:
     limit is known, first polls may delay them a little. First polls are first come, first served.
     """
 
-    def __init__(self, *, max_concurrency: int, rate_limit: RateLimit | None) -> None:
+    def __init__(
+        self, *, max_concurrency: int, rate_limit: RateLimit | SlidingWindow | None
+    ) -> None:
         self._max_concurrency = max_concurrency
-        self._limit: Limit = DiscoveredLimit() if rate_limit is None else SlidingWindow(rate_limit)
+        if isinstance(rate_limit, RateLimit):
+            rate_limit = SlidingWindow(rate_limit)
+        self._limit: Limit = DiscoveredLimit() if rate_limit is None else rate_limit
         self._pause = Pause()
         self._overload = Overload()
         self._paused_at = 0.0  # when the pause that is on, or was on last, was logged

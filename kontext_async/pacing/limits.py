@@ -79,9 +79,12 @@ class SlidingWindow:
 
     If requests are refused all the same, the service counts otherwise, such as one at a time: then
     they are spaced as those of a `DiscoveredLimit` are, from the known rate on.
+
+    ``max_requests`` may be changed at any time.
     """
 
     def __init__(self, limit: RateLimit) -> None:
+        self.max_requests = limit.max_requests
         self._limit = limit
         self._in_flight = 0
         self._released: deque[float] = deque()  # at most a period ago
@@ -91,12 +94,18 @@ class SlidingWindow:
         opens_at = self._window_opens_at(now)
         return opens_at if self._spacing is None else max(opens_at, self._spacing.opens_at(now))
 
-    def _window_opens_at(self, now: float) -> float:
+    def used(self, now: float) -> int:
+        """Return the number of permits in the window."""
         while self._released and self._released[0] + self._limit.period <= now:
             self._released.popleft()
-        if self._in_flight + len(self._released) < self._limit.max_requests:
+        return self._in_flight + len(self._released)
+
+    def _window_opens_at(self, now: float) -> float:
+        excess = self.used(now) - self.max_requests
+        if excess < 0:
             return now
-        return self._released[0] + self._limit.period if self._released else math.inf
+        is_enough = excess < len(self._released)  # that some leave the window
+        return self._released[excess] + self._limit.period if is_enough else math.inf
 
     def acquire(self, now: float) -> None:
         self._in_flight += 1
@@ -123,11 +132,11 @@ class SlidingWindow:
 
     def max_delay(self) -> float:
         # A window that is half full now may be full when the permit is wanted.
-        half_full = 2 * (self._in_flight + len(self._released)) >= self._limit.max_requests
+        half_full = 2 * (self._in_flight + len(self._released)) >= self.max_requests
         return self._limit.period if half_full else 0.0
 
     def rate(self) -> float:
-        return self._limit.max_requests / self._limit.period
+        return self.max_requests / self._limit.period
 
 
 class DiscoveryState(enum.Enum):

@@ -1,0 +1,223 @@
+"""Commands of a fleet: many workers on one database."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import attrs
+import typer
+from rich.table import Table
+
+from kontext_async.cli.batch import make_folder
+from kontext_async.cli.connection import connection
+from kontext_async.cli.input import Problem, distinct_ids, fail_on, ids_from_stdin
+from kontext_async.cli.options import (
+    AllowHttp,
+    AllowPrivate,
+    BaseUrl,
+    KeyFile,
+    KnownLimit,
+    Proxy,
+    Source,
+)
+from kontext_async.cli.output import Exit, error_console, fail, plain, say, write_line
+from kontext_async.cli.running import run
+from kontext_async.client import DEFAULT_BASE_URL
+from kontext_async.results import ImageSaver
+
+if TYPE_CHECKING:
+    from kontext_async.fleet import Fleet, FleetStatus
+
+__all__ = ["fleet_app", "submit", "worker"]
+
+_DSN_HELP = (
+    "Connection string of PostgreSQL, such as postgresql://user@host/fleet; also the environment "
+    "variable KONTEXT_FLEET_DSN. Leave the password to PGPASSWORD or ~/.pgpass: other users can "
+    "see command lines."
+)
+_VARIABLE = "KONTEXT_FLEET_DSN"
+_Dsn = Annotated[
+    str,
+    typer.Option("--dsn", metavar="DSN", envvar=_VARIABLE, show_envvar=False, help=_DSN_HELP),
+]
+_DsnArgument = Annotated[
+    str, typer.Argument(metavar="DSN", envvar=_VARIABLE, show_envvar=False, help=_DSN_HELP)
+]
+
+fleet_app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Prepare a database for many workers, and see what they do.",
+)
+
+
+def _fleet(dsn: str) -> Fleet:
+    try:
+        from kontext_async.fleet import Fleet  # noqa: PLC0415  # needs the extra
+    except ModuleNotFoundError as error:
+        fail(str(error))
+    # The engine logs each failed chunk with a traceback; the fleet's own lines are enough.
+    for name in ("procrastinate", "psycopg.pool"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    return Fleet(dsn)
+
+
+@fleet_app.command()
+def init(dsn: _DsnArgument) -> None:
+    """Create the tables of a fleet that are missing."""
+
+    async def create() -> Exit:
+        async with _fleet(dsn) as fleet:
+            await fleet.init()
+        return Exit.DONE
+
+    run(create())
+
+
+@fleet_app.command()
+def status(dsn: _DsnArgument) -> None:
+    """Count tasks by state, and list the workers."""
+
+    async def show() -> Exit:
+        async with _fleet(dsn) as fleet:
+            state = await fleet.status()
+        for table in _tables(state):
+            error_console().print(table)
+        if not sys.stdout.isatty():
+            write_line(
+                {
+                    **state.tasks,
+                    "queuedChunks": state.queued_chunks,
+                    "runningChunks": state.running_chunks,
+                    "workers": [
+                        {
+                            "name": worker.name,
+                            "waits": worker.waits,
+                            "rate": worker.rate,
+                            "seenAt": worker.seen_at,
+                        }
+                        for worker in state.workers
+                    ],
+                }
+            )
+        return Exit.DONE
+
+    run(show())
+
+
+def _tables(state: FleetStatus) -> tuple[Table, Table]:
+    tasks = Table("Tasks", "")
+    for name, count in state.tasks.items():
+        tasks.add_row(name, str(count))
+    tasks.add_row("chunks queued", str(state.queued_chunks))
+    tasks.add_row("chunks running", str(state.running_chunks))
+    workers = Table("Worker", "Waits", "Requests/s", "Last sign of life")
+    for worker in state.workers:
+        ago = f"{worker.seconds_ago:.0f} s ago"
+        workers.add_row(plain(worker.name), str(worker.waits), f"{worker.rate:.1f}", ago)
+    return tasks, workers
+
+
+def submit(
+    *,
+    source: Source = None,
+    dsn: _Dsn,
+    chunk: Annotated[
+        int, typer.Option(min=1, metavar="IDS", help="The most ids that a worker takes at once.")
+    ] = 200,
+) -> None:
+    """Add task ids for the workers of a fleet; known ids are dropped."""
+    if source is None:
+        fail("no task ids: give them in a file with --from")
+    ids = None if source == "-" else distinct_ids([], source)
+
+    async def add() -> Exit:
+        problems: list[str] = []
+        async with _fleet(dsn) as fleet:
+            new = await fleet.submit(_from_stdin(problems) if ids is None else ids, chunk=chunk)
+        say(f"{new} new {'task' if new == 1 else 'tasks'}")
+        fail_on(problems)
+        return Exit.DONE
+
+    run(add())
+
+
+async def _from_stdin(problems: list[str]) -> AsyncGenerator[str]:
+    async for items in ids_from_stdin():
+        for item in items:
+            if isinstance(item, Problem):
+                problems.append(str(item))
+            else:
+                yield item
+
+
+def worker(
+    *,
+    dsn: _Dsn,
+    into: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Save the images of this worker's tasks there."),
+    ] = None,
+    max_chunks: Annotated[
+        int, typer.Option(min=1, metavar="CHUNKS", help="The most chunks at a time.")
+    ] = 20,
+    heartbeat: Annotated[
+        float,
+        typer.Option(
+            min=0.1,
+            metavar="SECONDS",
+            help="Time between two signs of life. After five without one, others have taken over. "
+            "Give all workers the same.",
+        ),
+    ] = 5.0,
+    until_done: Annotated[
+        bool, typer.Option("--until-done", help="End when no chunk is left.")
+    ] = False,
+    rate_limit: KnownLimit = None,
+    base_url: BaseUrl = DEFAULT_BASE_URL,
+    allow_http: AllowHttp = False,
+    allow_private: AllowPrivate = False,
+    proxy: Proxy = None,
+    api_key_file: KeyFile = None,
+) -> None:
+    """Wait for the tasks of a fleet, until SIGTERM or Ctrl-C.
+
+    Then it takes no more, ends what ends within 5 seconds, and puts the rest back.
+    """
+    options = connection(
+        base_url=base_url, api_key_file=api_key_file, allow_http=allow_http, proxy=proxy
+    )
+    if into is not None:
+        make_folder(into)
+
+    async def work() -> Exit:
+        async with AsyncExitStack() as stack:
+            fleet = await stack.enter_async_context(_fleet(dsn))
+            limit = None
+            if rate_limit is not None:
+                limit = await stack.enter_async_context(fleet.shared_limit(rate_limit))
+            client, session = await stack.enter_async_context(
+                attrs.evolve(options, rate_limit=limit).open()
+            )
+            saver = None
+            if into is not None:
+                saver = await stack.enter_async_context(
+                    ImageSaver(
+                        client, into, overwrite=True, allow_private=allow_private, session=session
+                    )
+                )
+            await fleet.work(
+                client,
+                saver=saver,
+                max_chunks=max_chunks,
+                heartbeat=heartbeat,
+                until_done=until_done,
+            )
+        return Exit.DONE
+
+    run(work())

@@ -1,0 +1,115 @@
+"""The commands of a fleet, from an empty database to outcomes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from background import serving
+from typer.testing import CliRunner
+
+import kontext_async
+from kontext_async.cli.app import app
+
+COMMAND = [sys.executable, "-P", "-c", "from kontext_async.cli import main; main()"]
+
+
+@pytest.fixture
+def simulator():
+    with serving(durations=0.2, auto_create=True) as running:
+        yield running
+
+
+@pytest.fixture
+def kontext(dsn, simulator, monkeypatch):
+    """Run a command with a key, a database and a simulator in its environment."""
+    monkeypatch.setenv("APIKLEY_API_KEY", "secret-key")
+    monkeypatch.setenv("KONTEXT_FLEET_DSN", dsn)
+    monkeypatch.setenv("KONTEXT_BASE_URL", simulator.base_url)
+
+    def run(*words, code=0, **keywords):
+        done = CliRunner().invoke(app, words, **keywords)
+        assert done.exit_code == code, done.output
+        return done
+
+    return run
+
+
+def state(kontext):
+    return json.loads(kontext("fleet", "status").stdout)
+
+
+def test_from_an_empty_database_to_outcomes(kontext, tmp_path):
+    """The four commands in their order; the worker saves the images."""
+    (tmp_path / "ids.txt").write_text("a\nb\nc\nb\n")
+    kontext("fleet", "init")
+    added = kontext("submit", "--from", str(tmp_path / "ids.txt"), "--chunk", "2")
+    assert "3 new tasks" in added.stderr
+    before = state(kontext)
+    assert (before["waiting"], before["queuedChunks"], before["workers"]) == (3, 2, [])
+    kontext("worker", "--until-done", "--heartbeat", "0.3", "--into", str(tmp_path / "images"))
+    after = state(kontext)
+    assert (after["done"], after["waiting"], after["runningChunks"]) == (3, 0, 0)
+    assert len(list((tmp_path / "images").iterdir())) == 3
+
+
+def test_ids_come_from_standard_input_too(kontext):
+    """Lines that hold no id are named, and the others are added."""
+    kontext("fleet", "init")
+    done = kontext("submit", "--from", "-", input="a\n[1]\n", code=2)
+    assert "1 new task\n" in done.stderr
+    assert "standard input, line 2" in done.stderr
+
+
+def test_submitting_needs_ids(kontext):
+    assert "--from" in kontext("submit", code=2).stderr
+
+
+def test_a_missing_table_is_a_message(kontext):
+    assert "kontext fleet init" in kontext("fleet", "status", code=4).stderr
+
+
+def test_a_missing_extra_is_named(kontext, monkeypatch):
+    """The command says what to install."""
+    for name in [name for name in sys.modules if name.startswith("kontext_async.fleet")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "procrastinate", None)
+    assert "kontext-async[fleet]" in kontext("fleet", "init", code=2).stderr
+
+
+def test_a_broken_installation_is_not_taken_for_a_missing_extra(monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("kontext_async.fleet")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "kontext_async.fleet.status", None)
+    with pytest.raises(ModuleNotFoundError, match=r"kontext_async\.fleet\.status"):
+        __import__("kontext_async.fleet")
+
+
+def test_sigterm_puts_the_rest_back_within_ten_seconds(kontext, simulator):
+    """The worker is in the status while it works, and gone after it."""
+    simulator.add_task("slow", duration=600.0)
+    kontext("fleet", "init")
+    kontext("submit", "--from", "-", input="slow\nquick\n")
+    words = ["worker", "--heartbeat", "0.3", "--rate-limit", "20/1"]
+    environment = os.environ | {"PYTHONPATH": str(Path(kontext_async.__file__).parent.parent)}
+    with subprocess.Popen(
+        [*COMMAND, *words], env=environment, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            while not (seen := state(kontext))["done"]:
+                assert process.poll() is None
+            assert seen["workers"][0]["waits"] >= 0
+            process.send_signal(signal.SIGTERM)
+            _, errors = process.communicate(timeout=10)
+        finally:
+            process.kill()
+    assert process.returncode == 143, errors
+    assert "secret-key" not in errors
+    after = state(kontext)
+    assert (after["waiting"], after["queuedChunks"], after["runningChunks"]) == (1, 1, 0)
+    assert after["workers"] == []
