@@ -133,7 +133,7 @@ def run(*, images: int = 1000, image_bytes: int = 100_000, rounds: int = 7) -> l
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the rows as a Markdown table."""
     lines = [
-        "| saved by | images | of | CPU of each | to bare aiohttp | middle half | to fsync | images/s |",
+        "| saved by | images | of | CPU of each | to bare | middle half | to fsync | images/s |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
