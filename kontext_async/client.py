@@ -56,22 +56,23 @@ _KEY_VARIABLE = "APIKLEY_API_KEY"
 _DEFAULTS = (DEFAULT_TIMEOUT, DEFAULT_ERROR_GRACE, DEFAULT_NOT_FOUND_GRACE)
 
 
-def _checked_key(api_key: str | None) -> str:
+def _read_key(api_key: object) -> wire.ApiKey | str:
+    """Return the key in an argument or the environment, or why it cannot be used."""
     source = "api_key"
     if api_key is None:
         source = _KEY_VARIABLE
         api_key = os.environ.get(_KEY_VARIABLE, "")
     if not isinstance(api_key, str):
-        raise ConfigurationError(f"api_key must be a str, not {type(api_key).__name__}")
+        return f"api_key must be a str, not {type(api_key).__name__}"
     key = api_key.strip()
     if not key:
-        raise ConfigurationError(f"no API key: pass api_key, or set {_KEY_VARIABLE}")
+        return f"no API key: pass api_key, or set {_KEY_VARIABLE}"
     if not all("!" <= c <= "~" for c in key):
-        raise ConfigurationError(
+        return (
             f"{source} cannot be sent as a header: it must be printable ASCII without spaces "
             "(the key alone, without 'Bearer')"
         )
-    return key
+    return wire.ApiKey(key)
 
 
 def _checked_url(base_url: str, *, allow_http: bool) -> str:
@@ -174,7 +175,10 @@ class KontextClient:
         callback_url: str | None = None,
         creation_limit: RateLimit | None = DEFAULT_CREATION_LIMIT,
     ) -> None:
-        key = _checked_key(api_key)
+        key = _read_key(api_key)
+        del api_key  # error reporters show the variables of a frame
+        if isinstance(key, str):
+            raise ConfigurationError(key)
         self._base_url = _checked_url(base_url, allow_http=allow_http)
         check_seconds("request_timeout", request_timeout)
         if not request_timeout:

@@ -7,7 +7,9 @@ import json
 import math
 import os
 import pty
+import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -242,6 +244,32 @@ def test_sigterm_says_what_is_left(start, simulator):
     assert process.returncode == 143
     assert f"Still generating: {running}\n" in err
     assert "Traceback" not in err
+
+
+AS_PID_1 = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child"]
+
+
+def can_be_pid_1():
+    return shutil.which("unshare") is not None and not subprocess.call(
+        [*AS_PID_1, "true"], stderr=subprocess.DEVNULL
+    )
+
+
+@pytest.mark.skipif(not can_be_pid_1(), reason="unshare cannot make a PID namespace here")
+def test_sigterm_ends_the_command_as_pid_1_of_a_container(start, simulator):
+    """The kernel ignores it there if nothing handles it."""
+    running = simulator.add_task(duration=math.inf)
+    process = start(
+        "wait", running, "--base-url", simulator.base_url, command=[*AS_PID_1, *COMMAND]
+    )
+    wait_until_polled(simulator, running)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    inside = Path(f"/proc/{children.strip()}/status").read_text()
+    assert re.search(r"^NSpid:.*\t1$", inside, re.MULTILINE)
+    os.kill(int(children), signal.SIGTERM)
+    _, err = process.communicate(timeout=5)
+    assert process.returncode == 143
+    assert f"Still generating: {running}\n" in err
 
 
 HANGING_RESOLVER = """

@@ -38,7 +38,7 @@ from kontext_async import (
 )
 from kontext_async.creation import _OneShotBody
 from kontext_async.simulator import Simulator, SlidingWindow
-from kontext_async.wire import CREATION_POLICY, Verdict, read_creation
+from kontext_async.wire import CREATION_POLICY, ApiKey, Verdict, read_creation
 
 virtual_time = pytest.mark.virtual_time
 
@@ -657,7 +657,7 @@ def test_any_answer_gives_an_id_or_one_of_our_errors(status, headers, body, brok
         body,
         broken_off=broken_off,
         request=REQUEST,
-        api_key=KEY,
+        api_key=ApiKey(KEY),
         now=0.0,
     )
     assert (creation.task_id is None) is (creation.rule.verdict is not Verdict.ACCEPTED)
@@ -677,7 +677,9 @@ def test_any_answer_gives_an_id_or_one_of_our_errors(status, headers, body, brok
 def test_words_of_extra_and_short_prompts_are_hidden_too():
     request = ImageRequest(prompt="nudes", extra={"more": [{"a": "private detail"}, 5]})
     reply = json.dumps({"code": 422, "msg": "no nudes, no private detail, to be sure"}).encode()
-    creation = read_creation(200, {}, reply, broken_off=None, request=request, api_key=KEY, now=0.0)
+    creation = read_creation(
+        200, {}, reply, broken_off=None, request=request, api_key=ApiKey(KEY), now=0.0
+    )
     assert creation.error.msg == "no …, no …, to be sure"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import json
 import logging
@@ -19,13 +20,16 @@ from raw_server import http, raw_server
 from tenacity import wait_fixed
 
 from kontext_async import (
+    CompletedTask,
     ConfigurationError,
+    ImageRequest,
     KontextClient,
     KontextError,
     RateLimit,
     TransportError,
 )
-from kontext_async.simulator import STEPS, Simulator
+from kontext_async.results import download
+from kontext_async.simulator import CREATION_STEPS, STEPS, Simulator
 
 virtual_time = pytest.mark.virtual_time
 # Long enough to be cut in the middle of a shortened message.
@@ -314,3 +318,113 @@ async def test_the_log_has_neither_prompt_nor_answer(caplog):
     assert len(outlet.texts) > 5
     assert PROMPT not in outlet.seen()
     assert 'resultImageUrl":' not in outlet.seen()
+
+
+# Error reporters, such as Sentry, show the repr of each frame's variables and of their attributes.
+
+
+def attributes(value):
+    names = [*getattr(value, "__dict__", ())]
+    for kind in type(value).__mro__:
+        slots = kind.__dict__.get("__slots__", ())
+        names += [slots] if isinstance(slots, str) else slots
+    return [(name, getattr(value, name, None)) for name in names]
+
+
+def leaking_variables(error):
+    """Name the variables that show the key in the frames of an error and its causes."""
+    while error is not None:
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            for name, value in frame.f_locals.items():
+                for attribute, part in [("", value), *attributes(value)]:
+                    with contextlib.suppress(AttributeError):  # of an object half made
+                        if PIECE in repr(part):
+                            yield f"{frame.f_code.co_qualname}: {name}.{attribute}"
+        error = error.__cause__
+
+
+async def kinds_that_hide_the_key(*awaitables):
+    """Await all, and return the kinds of the errors; no frame of them may show the key."""
+    kinds, leaks = set(), []
+    for awaitable in awaitables:
+        try:
+            await awaitable
+        except KontextError as error:
+            leaks += leaking_variables(error)
+            kinds.add(type(error).__name__)
+    assert leaks == []
+    return kinds
+
+
+@virtual_time
+async def test_no_frame_of_a_failed_poll_shows_the_key():
+    """For all that the service may answer; the kinds are all that a poll may raise."""
+    kinds = set()
+    for name in STEPS:
+        async with (
+            Simulator() as simulator,
+            KontextClient(KEY, base_url=simulator.base_url, request_timeout=2.0) as client,
+        ):
+            task = simulator.add_task(script=[name] * 9)
+            options = {"timeout": 3, "wait": wait_fixed(1), "error_grace": 0, "not_found_grace": 0}
+            kinds |= await kinds_that_hide_the_key(
+                client.record_info(task), client.wait_for_result(task, **options)
+            )
+    assert kinds == {
+        *("ApiError", "AuthenticationError", "TaskNotFoundError", "InvalidRequestError"),
+        *("RateLimitedError", "MaintenanceError", "ServerError", "GenerationFailedError"),
+        *("ResponseFormatError", "TransportError", "WaitTimeoutError"),
+    }
+
+
+@virtual_time
+@pytest.mark.parametrize("name", ECHOES)
+async def test_no_frame_shows_a_key_that_the_service_echoes(name):
+    async with (
+        raw_server([ECHOES[name], None]) as server,
+        KontextClient(KEY, base_url=server.base_url, request_timeout=1.0) as client,
+    ):
+        options = {"timeout": 3, "wait": wait_fixed(1), "error_grace": 0, "not_found_grace": 0}
+        assert await kinds_that_hide_the_key(
+            client.record_info("task"),
+            client.wait_for_result("task", **options),
+            client.submit(ImageRequest(prompt=PROMPT), submit_grace=0),
+            client.credits(),
+        )
+
+
+@virtual_time
+async def test_no_frame_of_a_failed_creation_shows_the_key():
+    kinds = set()
+    for name in CREATION_STEPS:
+        async with (
+            Simulator(generate_script=[name] * 9) as simulator,
+            KontextClient(KEY, base_url=simulator.base_url, request_timeout=2.0) as client,
+        ):
+            submission = client.submit(ImageRequest(prompt=PROMPT), submit_grace=0)
+            kinds |= await kinds_that_hide_the_key(submission)
+    assert kinds > {"ApiError", "RateLimitedError", "SubmissionUnknownError"}
+
+
+async def test_no_frame_shows_the_key_where_nothing_answers(tmp_path):
+    """Neither of polls, of creations, nor of a download from the API's own origin."""
+    async with KontextClient(KEY, base_url="http://127.0.0.1:9") as client:
+        task = CompletedTask(task_id="task", result_image_url="http://127.0.0.1:9/image")
+        kinds = await kinds_that_hide_the_key(
+            client.record_info("task"),
+            client.wait_for_result("task", error_grace=0),
+            client.submit(ImageRequest(prompt=PROMPT), submit_grace=0),
+            client.credits(),
+            download(client, task, tmp_path, timeout=0.5),
+        )
+    assert kinds == {"TransportError", "DownloadError"}
+    assert await kinds_that_hide_the_key(client.record_info("task")) == {"ClientStateError"}
+
+
+@pytest.mark.parametrize("options", [{"base_url": "ftp://a.example"}, {"max_concurrency": 0}])
+@pytest.mark.parametrize("key", [KEY, f"Bearer {KEY}", KEY.encode()])
+async def test_no_frame_of_a_client_that_cannot_be_made_shows_the_key(options, key):
+    with pytest.raises(ConfigurationError) as caught:
+        KontextClient(key, **options)
+    frames = [place for place in leaking_variables(caught.value) if "test_no_" not in place]
+    assert frames == []

@@ -9,7 +9,7 @@ import pytest
 from wire_answers import KEY, PROMPT, RESULT, decode, leaks, outcome_of, refusal, success
 
 from kontext_async.wire.envelope import read_answer
-from kontext_async.wire.redaction import redactor_for
+from kontext_async.wire.redaction import ApiKey
 
 # The excerpt.
 
@@ -120,16 +120,17 @@ def test_a_key_in_numeric_references_is_not_in_the_text_of_a_page(form):
 
 def test_the_repr_of_an_answer_shows_neither_key_nor_prompt():
     body = json.dumps(success()).encode()
-    answer = read_answer(200, {}, body, task_id="task12345", api_key=KEY, now=0.0)
+    answer = read_answer(200, {}, body, task_id="task12345", api_key=ApiKey(KEY), now=0.0)
     assert answer.data["taskId"] == "task12345"
     assert PROMPT not in repr(answer)
     assert KEY not in repr(answer)
 
 
-def test_a_redactor_does_not_show_its_key():
-    redactor = redactor_for(KEY)
-    assert redactor.redact(f"Bearer {KEY}") == "Bearer ***"
-    assert KEY not in f"{redactor} {redactor!r}"
+def test_a_key_shows_itself_neither_in_its_repr_nor_in_its_attributes():
+    key = ApiKey(KEY)
+    assert key.redact(f"Bearer {key.reveal()}") == "Bearer ***"
+    attributes = [repr(getattr(key, name)) for name in ApiKey.__slots__]
+    assert KEY not in f"{key} {key!r} {attributes}"
 
 
 @pytest.mark.parametrize("how", ["plain", "slashes", "one", "all"])

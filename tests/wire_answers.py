@@ -13,6 +13,7 @@ import pytest
 from kontext_async import wire
 from kontext_async.errors import KontextError
 from kontext_async.models import TaskRecord
+from kontext_async.wire import ApiKey
 
 SAMPLES = Path(__file__).parent / "samples"
 TASK = "task12345"
@@ -37,6 +38,7 @@ def success(**data):
 
 
 def decode(body, status=200, headers=None, *, task_id=TASK, api_key=KEY, now=NOW):
+    api_key = ApiKey(api_key)
     if not isinstance(body, bytes):
         body = json.dumps(body).encode()
     return wire.decode(status, headers or {}, body, task_id=task_id, api_key=api_key, now=now)

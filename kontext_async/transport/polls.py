@@ -56,7 +56,7 @@ class Transport:
     def __init__(
         self,
         *,
-        api_key: str,
+        api_key: wire.ApiKey,
         base_url: str,
         session: aiohttp.ClientSession | None,
         request_timeout: float,
@@ -176,25 +176,21 @@ class Transport:
             if answer is None:
                 self.budget.release(sent, cancelled=True)
                 return None
-            status, headers, body = answer
-            record = wire.decode(
-                status, headers, body, task_id=task_id, api_key=self._api_key, now=time.time()
-            )
         except _POLL_ERRORS as error:
             if isinstance(error, ApiError):
                 self._reconsider(error, task_id)
             self.budget.release(sent, error, first=first, failing=failing)
             _log.debug("task %s: %s", task_id, type(error).__name__)
-            raise
+            # The variables of the frames below hold the answer, which may echo the key.
+            raise error.with_traceback(None)  # noqa: B904  # it is the same error
         except BaseException:
             self.budget.release(sent, cancelled=True)
             raise
         self.budget.release(sent)
         self._has_good_answer = True
         self._key_refusals.clear()
-        _log.debug("task %s: %s", task_id, record.status.name)
-        is_running = record.status.phase == "generating"
-        return record, wire.server_age(headers, record) if is_running else None
+        _log.debug("task %s: %s", task_id, answer[0].status.name)
+        return answer
 
     def _reconsider(self, error: ApiError, task_id: str) -> None:
         """Mark a refusal as transient if earlier good answers contradict it.
@@ -211,7 +207,17 @@ class Transport:
         elif error.from_gateway and error.code == 404:
             error.is_transient = self._has_good_answer
 
-    async def _get(self, task_id: str, sent: float, until: float) -> RawAnswer | None:
+    def _read(self, task_id: str, answer: RawAnswer) -> tuple[TaskRecord, float | None]:
+        status, headers, body = answer
+        record = wire.decode(
+            status, headers, body, task_id=task_id, api_key=self._api_key, now=time.time()
+        )
+        is_running = record.status.phase == "generating"
+        return record, wire.server_age(headers, record) if is_running else None
+
+    async def _get(
+        self, task_id: str, sent: float, until: float
+    ) -> tuple[TaskRecord, float | None] | None:
         assert self._loop is not None, "check_open comes first"
         assert self._session is not None, "check_open comes first"
         self._check_not_closed()  # perhaps since the permit was acquired
@@ -221,7 +227,7 @@ class Transport:
         self._in_flight.add(deadline)
         try:
             with deadline:
-                return await self._fetcher.fetch(task_id)
+                answer = await self._fetcher.fetch(task_id)
         except (aiohttp.ClientError, OSError) as exc:  # TimeoutError is an OSError
             error = self._translate(exc, task_id)
             cause = safe_cause(exc)
@@ -232,6 +238,8 @@ class Transport:
             if self._borrowed is None:
                 raise
             error, cause, is_late = self._translate(exc, task_id), None, False
+        else:
+            return self._read(task_id, answer)
         finally:
             self._in_flight.discard(deadline)
         self._check_not_closed()
@@ -245,7 +253,7 @@ class Transport:
                 f"no whole answer within {self.request_timeout:g} s", task_id=task_id
             )
         return TransportError(
-            describe_failure(exc).replace(self._api_key, "***"),
+            self._api_key.redact(describe_failure(exc)),
             task_id=task_id,
             retryable=not isinstance(exc, UNTRUSTED_SERVER),
         )

@@ -8,7 +8,7 @@ from yarl import URL
 
 from kontext_async._version import __version__
 from kontext_async.transport.answers import RawAnswer, read_body
-from kontext_async.wire import MAX_BODY
+from kontext_async.wire import MAX_BODY, ApiKey
 
 __all__ = ["CONNECT_TIMEOUT", "MAX_HEADER", "SessionFetcher", "new_session", "request_headers"]
 
@@ -21,11 +21,11 @@ MAX_HEADER = 64 * 1024  # bytes of one header; aiohttp's default of 8 KiB is les
 CONNECT_TIMEOUT = aiohttp.ClientTimeout(sock_connect=10.0)
 
 
-def request_headers(api_key: str) -> CIMultiDict[str]:
+def request_headers(api_key: ApiKey) -> CIMultiDict[str]:
     """Return the headers of every request to the API."""
     return CIMultiDict(
         {
-            "Authorization": f"Bearer {api_key}",
+            "Authorization": f"Bearer {api_key.reveal()}",
             "User-Agent": f"kontext-async/{__version__}",
             "Accept": "application/json",
             "Accept-Encoding": "identity",

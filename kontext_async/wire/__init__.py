@@ -17,6 +17,7 @@ from kontext_async.wire.creations import (
 from kontext_async.wire.credits import CREDITS, read_credits
 from kontext_async.wire.envelope import MAX_BODY, retry_after
 from kontext_async.wire.records import RECORD_INFO, check_task_id, decode, server_age
+from kontext_async.wire.redaction import ApiKey
 
 __all__ = [
     "CREATION_POLICY",
@@ -28,6 +29,7 @@ __all__ = [
     "RECORD_INFO",
     "UNTRUSTED",
     "Action",
+    "ApiKey",
     "Creation",
     "CreationRule",
     "ImageRequest",

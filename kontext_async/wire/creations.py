@@ -24,6 +24,7 @@ from kontext_async.errors import (
 from kontext_async.wire.envelope import MAX_BODY, Answer, read_answer
 from kontext_async.wire.json_values import is_array, is_object
 from kontext_async.wire.records import check_task_id
+from kontext_async.wire.redaction import ApiKey
 
 __all__ = [
     "CREATION_POLICY",
@@ -317,7 +318,7 @@ def read_creation(
     *,
     broken_off: str | None,
     request: ImageRequest,
-    api_key: str,
+    api_key: ApiKey,
     now: float,
 ) -> Creation:
     """Judge an answer to the request for a task.
@@ -326,7 +327,7 @@ def read_creation(
     holds the key or the prompt. ``now`` is the unix time.
     """
     task_id = _task_id(body, is_whole=broken_off is None)
-    if task_id is not None and api_key not in task_id:
+    if task_id is not None and api_key.redact(task_id) == task_id:
         return Creation(_ACCEPTED, task_id)
     if broken_off is not None:
         return Creation(LOST, error=SubmissionUnknownError(broken_off, http_status=status))

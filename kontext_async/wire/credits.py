@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from kontext_async.wire.envelope import read_answer
+from kontext_async.wire.redaction import ApiKey
 
 __all__ = ["CREDITS", "read_credits"]
 
@@ -15,7 +16,7 @@ CREDITS: Final = "/api/v1/chat/credit"
 
 
 def read_credits(
-    status: int, headers: Mapping[str, str], body: bytes, *, api_key: str, now: float
+    status: int, headers: Mapping[str, str], body: bytes, *, api_key: ApiKey, now: float
 ) -> float:
     """Return the balance in an answer, or raise the error it amounts to.
 

@@ -30,7 +30,7 @@ from kontext_async.errors import (
     TransportError,
 )
 from kontext_async.wire.json_values import integer, is_object
-from kontext_async.wire.redaction import Redactor, excerpt, page_text, redactor_for
+from kontext_async.wire.redaction import ApiKey, excerpt, page_text
 
 __all__ = ["MAX_BODY", "Answer", "http_date", "read_answer", "retry_after"]
 
@@ -69,7 +69,7 @@ class Answer:
     headers: Mapping[str, str]
     task_id: str
     now: float
-    redactor: Redactor
+    api_key: ApiKey
     value: Any
     code: int | None
     data: Any
@@ -98,7 +98,7 @@ class Answer:
             problem,
             task_id=self.task_id,
             http_status=self.status,
-            excerpt=excerpt(self.value, self.redactor),
+            excerpt=excerpt(self.value, self.api_key),
         )
 
     def _bare_refusal(self) -> KontextError:
@@ -107,10 +107,10 @@ class Answer:
         if 300 <= self.status <= 399:
             return self._redirect()
         page = page_text(self.value) if isinstance(self.value, str) else self.value
-        return self._api_error(_error_class(self.status), excerpt(page, self.redactor))
+        return self._api_error(_error_class(self.status), excerpt(page, self.api_key))
 
     def _redirect(self) -> TransportError:
-        target = _host(self.redactor.redact(self.headers.get("Location", "")))
+        target = _host(self.api_key.redact(self.headers.get("Location", "")))
         return TransportError(
             f"redirected (HTTP {self.status}){target}; redirects are not followed: check base_url",
             task_id=self.task_id,
@@ -134,7 +134,7 @@ def read_answer(
     body: bytes,
     *,
     task_id: str,
-    api_key: str,
+    api_key: ApiKey,
     now: float,
 ) -> Answer:
     """Parse an answer about ``task_id``; its strings come without ``api_key``.
@@ -143,21 +143,20 @@ def read_answer(
 
     Raises `ResponseFormatError` if the body is larger than `MAX_BODY`.
     """
-    redactor = redactor_for(api_key)
-    value = _parse(body, redactor)
+    value = _parse(body, api_key)
     envelope = value if is_object(value) else {}
     code, data = integer(envelope.get("code")), envelope.get("data")
-    answer = Answer(status, headers, task_id, now, redactor, value, code, data)
+    answer = Answer(status, headers, task_id, now, api_key, value, code, data)
     if len(body) > MAX_BODY:
         raise answer.unreadable(f"larger than {MAX_BODY} bytes")
     return answer
 
 
-def _parse(body: bytes, redactor: Redactor) -> Any:
+def _parse(body: bytes, api_key: ApiKey) -> Any:
     try:
-        return redactor.load(body.removeprefix(codecs.BOM_UTF8).decode())
+        return api_key.load(body.removeprefix(codecs.BOM_UTF8).decode())
     except ValueError:
-        return redactor.redact(body.decode(errors="replace"))
+        return api_key.redact(body.decode(errors="replace"))
 
 
 def _host(location: str) -> str:

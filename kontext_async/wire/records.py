@@ -10,7 +10,7 @@ from kontext_async.errors import ConfigurationError, GenerationFailedError, Kont
 from kontext_async.models import TaskRecord, TaskStatus
 from kontext_async.wire.envelope import Answer, http_date, read_answer
 from kontext_async.wire.json_values import integer, is_array, is_object, kind_of
-from kontext_async.wire.redaction import Redactor
+from kontext_async.wire.redaction import ApiKey
 
 __all__ = ["RECORD_INFO", "check_task_id", "decode", "server_age"]
 
@@ -40,7 +40,7 @@ def decode(
     body: bytes,
     *,
     task_id: str,
-    api_key: str,
+    api_key: ApiKey,
     now: float,
 ) -> TaskRecord:
     """Return the record in an answer about ``task_id``, or raise the error it amounts to.
@@ -102,7 +102,7 @@ def _read_record(answer: Answer) -> TaskRecord | str:
     status = _status(data.get("successFlag"))
     if status is None:
         return _flag_problem(data)
-    origin, result = _urls(data, answer.redactor)
+    origin, result = _urls(data, answer.api_key)
     return TaskRecord(
         task_id=answer.task_id,
         status=status,
@@ -139,21 +139,21 @@ def _text(value: object) -> str | None:
     return value if type(value) is str and value not in ("", "null") else None
 
 
-def _urls(data: dict[str, Any], redactor: Redactor) -> tuple[str | None, str | None]:
+def _urls(data: dict[str, Any], api_key: ApiKey) -> tuple[str | None, str | None]:
     """Return the URLs of the origin and the result, from wherever a service may put them."""
     response = data.get("response")
     if isinstance(response, str):
         if response.startswith(("http://", "https://")):
             return None, response
-        response = _parsed(response, redactor)
+        response = _parsed(response, api_key)
     urls = response if is_object(response) else {}
     result = _text(urls.get("resultImageUrl")) or _first_text(urls.get("resultUrls"))
     return _text(urls.get("originImageUrl")), result or _text(data.get("resultImageUrl"))
 
 
-def _parsed(text: str, redactor: Redactor) -> Any:
+def _parsed(text: str, api_key: ApiKey) -> Any:
     try:
-        return redactor.load(text)
+        return api_key.load(text)
     except ValueError:
         return None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import html
 import json
 import re
@@ -11,7 +10,7 @@ from typing import Any, Final
 
 from kontext_async.wire.json_values import is_array, is_object
 
-__all__ = ["Redactor", "excerpt", "page_text", "redactor_for"]
+__all__ = ["ApiKey", "excerpt", "page_text"]
 
 _EXCERPT: Final = 200  # characters
 _MAX_DEPTH: Final = 8  # of arrays and objects within each other, in an excerpt
@@ -31,17 +30,27 @@ def _character(c: str) -> str:
     return f"(?:{in_json}|{in_html})"
 
 
-class Redactor:
-    """Replace one API key by ``***``, in any spelling."""
+class ApiKey:
+    """An API key, which replaces itself by ``***`` in texts, in any spelling.
 
-    def __init__(self, api_key: str) -> None:
-        is_secret = len(api_key) >= _MIN_KEY
+    Error reporters show the repr of a frame's variables and of their attributes. So the key is
+    in neither: only functions hold it.
+    """
+
+    __slots__ = ("_is_suspect", "_replace", "reveal")
+
+    def __init__(self, text: str) -> None:
+        is_secret = len(text) >= _MIN_KEY
         # The longest part that JSON and HTML write as it is: a quick search for suspects.
-        self._needle = max(re.split(r"""["'\\/&<>]""", api_key), key=len) if is_secret else "\\u"
-        self._key = _any_spelling(api_key) if is_secret else re.compile("(?!)")
+        needle = max(re.split(r"""["'\\/&<>]""", text), key=len) if is_secret else "\\u"
+        self.reveal: Callable[[], str] = lambda: text
+        # Every answer is searched, so this must be fast. Behind "\u" may also be half a
+        # character (a lone surrogate), which UTF-8 cannot hold.
+        self._is_suspect: Callable[[str], bool] = lambda shown: needle in shown or "\\u" in shown
+        self._replace = (_any_spelling(text) if is_secret else re.compile("(?!)")).sub
 
     def redact(self, text: str) -> str:
-        return self._key.sub("***", text) if self._is_suspect(text) else text
+        return self._replace("***", text) if self._is_suspect(text) else text
 
     def load(self, text: str) -> Any:
         """Parse a JSON text; its strings come without the key and can be encoded in UTF-8.
@@ -54,16 +63,8 @@ class Redactor:
         except RecursionError:
             raise ValueError("nested too deeply") from None
 
-    def _is_suspect(self, text: str) -> bool:
-        # Every answer is searched, so this must be fast. Behind "\u" may also be half a
-        # character (a lone surrogate), which UTF-8 cannot hold.
-        return self._needle in text or "\\u" in text
-
     def _clean(self, text: str) -> str:
         return self.redact(text).encode(errors="replace").decode()
-
-
-redactor_for: Final = functools.lru_cache(maxsize=16)(Redactor)
 
 
 def _map_strings(value: object, change: Callable[[str], str]) -> Any:
@@ -76,14 +77,14 @@ def _map_strings(value: object, change: Callable[[str], str]) -> Any:
     return value
 
 
-def excerpt(value: object, redactor: Redactor) -> str:
+def excerpt(value: object, api_key: ApiKey) -> str:
     """Return the first 200 printable characters of an answer, without the key and paramJson.
 
     ``value`` is the JSON value of the answer, or its text.
     """
     public = _without_params(value)
     text = public if isinstance(public, str) else json.dumps(public, ensure_ascii=False)
-    shown = redactor.redact(text)[:_EXCERPT]  # redacted again: a key may be a number
+    shown = api_key.redact(text)[:_EXCERPT]  # redacted again: a key may be a number
     return "".join(c if c.isprintable() else " " for c in shown)
 
 
