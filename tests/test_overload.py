@@ -8,7 +8,15 @@ import itertools
 
 import pytest
 
-from kontext_async import KontextClient, RateLimit
+from kontext_async import (
+    KontextClient,
+    RateLimit,
+    RateLimitedError,
+    ServerError,
+    TransportError,
+)
+from kontext_async.pacing import RequestBudget
+from kontext_async.pacing.overload import Overload, is_refusal
 from kontext_async.simulator import Simulator, SlidingWindow, TokenBucket
 
 pytestmark = pytest.mark.virtual_time
@@ -28,9 +36,13 @@ REFUSALS = {
 }
 
 
-async def used(shape, refusal, *, known=None, seconds=40.0, tasks=500):
-    """Return the share of a limit that is used from the tenth second on, and that is refused."""
+async def used(shape, refusal, *, known=None):
+    """Return the share of a limit that is used from the tenth second on, and that is refused.
+
+    It would allow 600 requests in that time, and the tasks want three times as many.
+    """
     rate, latency, limit = SHAPES[shape]
+    counted = 600 / rate
     simulator = Simulator(
         rate_limit=limit,
         latency=latency,
@@ -42,17 +54,17 @@ async def used(shape, refusal, *, known=None, seconds=40.0, tasks=500):
     async with simulator:
         began = asyncio.get_running_loop().time()
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout(10.0 + counted):
                 async with KontextClient(
                     "key", base_url=simulator.base_url, rate_limit=known
                 ) as client:
                     await client.wait_for_results(
-                        [f"t{n}" for n in range(tasks)], timeout=None, wait=lambda _: 1.0
+                        [f"t{n}" for n in range(3 * rate)], timeout=None, wait=lambda _: 1.0
                     )
-        assert asyncio.get_running_loop().time() - began >= seconds
+        assert asyncio.get_running_loop().time() - began >= 10.0 + counted
         late = [request for request in simulator.requests if request.time >= 10.0]
     refused = sum(request.status in (429, 503) for request in late)
-    return (len(late) - refused) / (seconds - 10) / rate, refused / len(late)
+    return (len(late) - refused) / 600, refused / len(late)
 
 
 @pytest.mark.parametrize(("shape", "refusal"), [*itertools.product(SHAPES, REFUSALS)])
@@ -63,13 +75,100 @@ async def test_a_limit_of_any_shape_is_used_whatever_the_number_of_its_refusal(s
     assert refused <= 0.06
 
 
-@pytest.mark.parametrize("refusal", REFUSALS)
 @pytest.mark.parametrize(
-    ("shape", "known"),
-    [("evenly spaced", RateLimit(20, 1.0)), ("burst of five", RateLimit(20, 1.0))],
+    ("shape", "refusal"),
+    [*itertools.product(["evenly spaced"], REFUSALS), ("burst of five", "503")],
 )
-async def test_a_known_limit_that_is_refused_is_spaced(shape, refusal, known):
+async def test_a_known_limit_that_is_refused_is_spaced(shape, refusal):
     """A limit in the words of its operator may hold fewer at once than in its period."""
-    share, refused = await used(shape, refusal, known=known)
+    share, refused = await used(shape, refusal, known=RateLimit(20, 1.0))
     assert share >= 0.80
     assert refused <= 0.06
+
+
+# The evidence
+
+
+def unavailable(retry_after=None):
+    return ServerError("busy", code=503, http_status=503, retry_after=retry_after)
+
+
+@pytest.mark.parametrize(
+    ("error", "refusal"),
+    [
+        (None, False),
+        (RateLimitedError("slow down", code=429), True),
+        (unavailable(2.0), True),
+        (unavailable(0.0), True),
+        (unavailable(), False),
+        (ServerError("boom", code=500, retry_after=2.0), False),
+        (TransportError("reset"), False),
+    ],
+)
+async def test_a_refusal_by_its_number_is_429_or_503_with_the_time_to_wait(error, refusal):
+    assert is_refusal(error) is refusal
+
+
+async def test_a_bare_503_is_a_refusal_for_ten_seconds_after_a_good_answer():
+    overload = Overload()
+    assert not overload.observe(unavailable(), now=0.0, failing=False)
+    assert not overload.observe(None, now=1.0, failing=False)
+    assert overload.observe(unavailable(), now=10.9, failing=False)
+    assert not overload.observe(unavailable(), now=11.0, failing=False)
+
+
+async def test_the_second_503_of_a_task_in_a_row_is_no_refusal():
+    overload = Overload()
+    overload.observe(None, now=0.0, failing=False)
+    assert overload.observe(unavailable(), now=1.0, failing=False)
+    assert not overload.observe(unavailable(), now=2.0, failing=True)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ServerError("boom", code=500), unavailable(2.0), TransportError("reset")],
+)
+async def test_another_error_is_no_refusal_by_overload_and_no_evidence(error):
+    overload = Overload()
+    overload.observe(None, now=0.0, failing=False)
+    for _ in range(50):
+        assert not overload.observe(error, now=1.0, failing=True)
+    assert overload.is_believed
+    assert not overload.observe(error, now=1.0, failing=False)
+
+
+async def test_overload_is_not_believed_after_six_polls_refused_again_until_one_is_answered():
+    """Of a broken task the next poll is refused as well, of an overloaded service it rarely is."""
+    overload = Overload()
+    overload.observe(None, now=0.0, failing=False)
+    for _ in range(5):
+        overload.observe(unavailable(), now=1.0, failing=True)
+        overload.observe(unavailable(), now=1.0, failing=False)  # a first one is no evidence
+        overload.observe(None, now=1.0, failing=False)
+        assert overload.is_believed
+    overload.observe(unavailable(), now=1.0, failing=True)
+    assert not overload.is_believed
+    assert not overload.observe(unavailable(), now=1.0, failing=False)
+    overload.observe(None, now=1.0, failing=True)
+    assert overload.is_believed
+    assert overload.observe(unavailable(), now=1.0, failing=False)
+
+
+async def test_a_limit_that_was_found_from_broken_tasks_is_forgotten():
+    budget = RequestBudget(max_concurrency=64, rate_limit=None)
+
+    async def request(error=None, *, failing=False):
+        sent = await budget.acquire(asyncio.get_running_loop().time(), seen=True)
+        budget.release(sent, error, failing=failing)
+
+    def rate():
+        return budget.stats(waits=0, now=asyncio.get_running_loop().time()).rate
+
+    await request()
+    await request(unavailable())
+    await request()
+    for _ in range(5):
+        await request(unavailable(), failing=True)
+    assert rate() is not None
+    await request(unavailable(), failing=True)
+    assert rate() is None

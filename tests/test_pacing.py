@@ -379,12 +379,12 @@ async def test_a_refusal_pauses_the_whole_client_and_one_request_probes():
     budget = make_budget()
     budget.try_acquire(now(), seen=True)
     budget.release(0.0, refused())
-    assert budget.pause_remaining(now()) == 1.0
+    assert budget.pause_remaining(now()) == 0.25
     probe, other = (waiter(budget) for _ in range(2))
-    assert await probe == 1.0
+    assert await probe == 0.25
     await asyncio.sleep(5)
     assert not other.done()
-    budget.release(1.0)
+    budget.release(0.25)
     budget.release(await other)
 
 
@@ -405,12 +405,21 @@ async def test_a_pause_is_logged_when_it_begins_and_when_it_ends(caplog):
     ]
 
 
+async def test_the_short_pauses_of_a_limit_that_is_tried_are_not_logged(caplog):
+    caplog.set_level("INFO", "kontext_async")
+    budget = make_budget()
+    await request(budget, refused())
+    await request(budget, refused())
+    await request(budget)
+    assert not caplog.records
+
+
 async def test_an_outage_is_logged_too_and_what_becomes_of_it(caplog):
     caplog.set_level("INFO", "kontext_async")
     budget = make_budget()
     for task_id in "abcde":
         await request(budget, broken(task_id))
-    await request(budget, refused())
+    await request(budget, refused(2.0))
     await request(budget)
     assert [r.getMessage() for r in caplog.records] == [
         "outage: all polls wait, at first for 1 s: ServerError",
@@ -422,28 +431,29 @@ async def test_an_outage_is_logged_too_and_what_becomes_of_it(caplog):
 @pytest.mark.parametrize(
     ("error", "pauses"),
     [
-        (refused(), [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0]),
+        (refused(), [0.25, 0.75, 2.25, 6.75, 20.25, 60.0, 60.0]),
         (refused(2.0), [2.0, 2.0]),
         (refused(1e6), [300.0]),
-        (refused(0.0), [1.0, 2.0]),
+        (refused(0.0), [0.25, 0.75]),
         (MaintenanceError("", code=455), [5.0, 10.0, 20.0, 40.0, 60.0]),
         (ServerError("", code=503, retry_after=7.0), [7.0]),
+        (ServerError("", code=503, retry_after=0.0), [0.25, 0.75]),
     ],
 )
-async def test_pauses_are_as_long_as_asked_or_double_while_they_last(error, pauses):
+async def test_pauses_are_as_long_as_asked_or_grow_while_they_last(error, pauses):
     budget = make_budget()
     for pause in pauses:
         await request(budget, error)
         assert budget.pause_remaining(now()) == pytest.approx(pause)
 
 
-async def test_a_good_answer_to_the_probe_ends_the_doubling():
+async def test_a_good_answer_to_the_probe_ends_the_growth():
     budget = make_budget()
     for _ in range(3):
         await request(budget, refused())
     await request(budget)
     await request(budget, refused())
-    assert budget.pause_remaining(now()) == pytest.approx(1.0)
+    assert budget.pause_remaining(now()) == pytest.approx(0.25)
 
 
 async def test_refusals_of_requests_in_flight_lengthen_the_pause_only_if_they_ask_for_more():
@@ -451,9 +461,9 @@ async def test_refusals_of_requests_in_flight_lengthen_the_pause_only_if_they_as
     for _ in range(4):
         budget.try_acquire(now(), seen=True)
     budget.release(0.0, refused())
-    await asyncio.sleep(0.5)
+    await asyncio.sleep(0.125)
     budget.release(0.0, refused())
-    assert budget.pause_remaining(now()) == 0.5
+    assert budget.pause_remaining(now()) == 0.125
     budget.release(0.0, refused(10.0))
     assert budget.pause_remaining(now()) == 10.0
     await asyncio.sleep(10)
@@ -467,7 +477,7 @@ async def test_a_good_answer_to_an_earlier_request_does_not_end_the_pause():
     budget.try_acquire(now(), seen=True)
     budget.release(0.0, refused())
     budget.release(0.0)
-    assert budget.pause_remaining(now()) == 1.0
+    assert budget.pause_remaining(now()) == 0.25
     assert isinstance(budget.blocked_by("t", now()), RateLimitedError)
 
 
@@ -478,7 +488,7 @@ async def test_a_cancelled_probe_lets_the_next_request_probe():
     following = waiter(budget)
     await asyncio.sleep(1)
     budget.release(sent, cancelled=True)
-    assert await following == 2.0
+    assert await following == 1.25
 
 
 async def test_a_probe_that_was_never_sent_lets_the_next_request_probe():
@@ -488,7 +498,7 @@ async def test_a_probe_that_was_never_sent_lets_the_next_request_probe():
     following = waiter(budget)
     await asyncio.sleep(1)
     budget.cancel(sent)
-    assert await following == 2.0
+    assert await following == 1.25
 
 
 async def test_the_end_of_an_earlier_request_does_not_end_the_probe():
@@ -497,7 +507,7 @@ async def test_the_end_of_an_earlier_request_does_not_end_the_probe():
         budget.try_acquire(now(), seen=True)
     budget.release(0.0, refused())
     probe, following = waiter(budget), waiter(budget)
-    assert await probe == 1.0
+    assert await probe == 0.25
     await asyncio.sleep(1)
     budget.release(0.0, cancelled=True)
     budget.release(0.0)
@@ -505,7 +515,7 @@ async def test_the_end_of_an_earlier_request_does_not_end_the_probe():
     await asyncio.sleep(1)
     assert budget.pause_remaining(now()) == 0.0
     assert not following.done()
-    budget.release(1.0)
+    budget.release(0.25)
     budget.release(await following)
 
 
@@ -534,14 +544,14 @@ async def test_a_failure_after_a_pause_that_was_asked_for_is_that_tasks_own(erro
     await request(budget, error)
     assert budget.pause_remaining(now()) == 0.0
     await request(budget, refused())
-    assert budget.pause_remaining(now()) == 1.0
+    assert budget.pause_remaining(now()) == 0.25
 
 
 async def test_a_probe_that_is_refused_extends_the_pause():
     budget = make_budget()
     await request(budget, refused())
     await request(budget, refused())
-    assert budget.pause_remaining(now()) == pytest.approx(2.0)
+    assert budget.pause_remaining(now()) == pytest.approx(0.75)
 
 
 @pytest.mark.parametrize("error", FAILURES)
@@ -597,7 +607,7 @@ async def probed_by(budget, *wanted):
 
     ``wanted`` has a name, when the permit is wanted, the deadline, and whether the task is known.
     """
-    await request(budget, refused())
+    await request(budget, refused(1.0))
     waits = {
         name: asyncio.create_task(budget.acquire(now() + late, seen=seen, deadline=now() + left))
         for name, late, left, seen in wanted
@@ -670,13 +680,13 @@ async def test_time_spent_in_pauses_is_counted_once():
     budget = make_budget()
     await request(budget, refused())
     assert budget.pause_spent(now()) == 0.0
-    await asyncio.sleep(0.25)
-    assert budget.pause_spent(now()) == 0.25
+    await asyncio.sleep(0.125)
+    assert budget.pause_spent(now()) == 0.125
     await asyncio.sleep(10)
-    assert budget.pause_spent(now()) == 1.0
+    assert budget.pause_spent(now()) == 0.25
     await request(budget, refused())
     await asyncio.sleep(10)
-    assert budget.pause_spent(now()) == 3.0
+    assert budget.pause_spent(now()) == 1.0
 
 
 async def test_a_pause_blocks_a_task_with_the_error_that_caused_it():

@@ -212,6 +212,7 @@ class DiscoveredLimit:
     _AGREEMENT = 0.15  # the share by which two refusals may differ and still agree
     _MIN_ANSWERS = 8  # fewer answers say little: they are judged together with earlier cycles
     _REMEMBERED_ANSWERS = 40.0  # of earlier cycles
+    _KNOWN_SECONDS = 1000.0  # at a known rate: beside them the pause after a refusal hardly counts
     _RECENT_ANSWERS = 16  # that give the rate just before a refusal, or an eighth if that is more
     _PAUSE_ALLOWANCE = 1.25  # a pause of a fifth of its cycle does not lower the estimate
     _ROUNDING = 1.0  # s
@@ -259,9 +260,8 @@ class DiscoveredLimit:
         limit._refused_at = limit._cycle_began = now
         limit._is_settled = True
         limit._rate_before = limit._peak = limit._refused_rate = rate
-        # So much that the pause after the refusal hardly counts.
-        limit._earlier_answers = 10 * cls._REMEMBERED_ANSWERS
-        limit._earlier_seconds = limit._earlier_answers / rate
+        limit._earlier_answers = rate * cls._KNOWN_SECONDS
+        limit._earlier_seconds = cls._KNOWN_SECONDS
         return limit
 
     def forgotten(self) -> DiscoveredLimit:
