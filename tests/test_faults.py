@@ -205,22 +205,26 @@ async def test_a_wait_blocked_by_an_outage_shows_no_other_tasks_error(simulator,
     broken=st.integers(0, 120),
     duration=st.sampled_from([2.0, 12.0, 45.0]),
     wait=st.sampled_from([None, wait_fixed(2), wait_fixed(10)]),
+    known=st.sampled_from([UNBOUND, None]),
     order=st.randoms(use_true_random=False),
 )
 @settings(max_examples=5)
-def test_any_share_of_broken_tasks_leaves_the_others_alone(healthy, broken, duration, wait, order):
+@pytest.mark.parametrize("step", ["http_500", "http_503"])
+def test_any_share_of_broken_tasks_leaves_the_others_alone(
+    step, healthy, broken, duration, wait, known, order
+):
     """The others end within three times their undisturbed time, the broken ones by their grace."""
 
     async def main():
         async with Simulator() as simulator:
             good = [simulator.add_task(duration=duration) for _ in range(healthy)]
-            bad = [simulator.add_task(script=itertools.repeat("http_500")) for _ in range(broken)]
+            bad = [simulator.add_task(script=itertools.repeat(step)) for _ in range(broken)]
             ids = [*good, *bad]
             order.shuffle(ids)
             ended = {}
             keywords = {"error_grace": 100, "wait": wait}
             async with (
-                KontextClient("key", base_url=simulator.base_url, rate_limit=UNBOUND) as client,
+                KontextClient("key", base_url=simulator.base_url, rate_limit=known) as client,
                 client.as_completed(ids, **keywords) as outcomes,
             ):
                 async for outcome in outcomes:

@@ -169,9 +169,10 @@ class DiscoveredLimit:
     =============  ============  ======================  ===============  =====================
     UNUSED         concurrency   SEARCHING
     SEARCHING      concurrency                           FIRST_REFUSED
-    FIRST_REFUSED  concurrency                                            CRUISING
-    CRUISING       rate                                  REFUSED
-    REFUSED        rate                                                   CRUISING
+    FIRST_REFUSED  concurrency                                            RISING / CRUISING
+    RISING         rate                                  REFUSED
+    CRUISING       rate          RISING above the top    REFUSED
+    REFUSED        rate                                                   RISING / CRUISING
     =============  ============  ======================  ===============  =====================
 
     An empty cell leaves the state as it is. A lost reply never changes it.
@@ -179,17 +180,22 @@ class DiscoveredLimit:
     Without a refusal there is no rate to go by. The concurrency starts low and rises with the
     answers, so that the first overshoot is small.
 
-    The answer after a refusal starts a new cycle. Its rate starts a little below the rate that was
-    *answered* before, and follows a cubic curve (as TCP CUBIC does, RFC 9438). It returns to
-    nearly the refused rate soon, stays flat around it, and rises faster beyond it. Where two
-    refusals agree, the next curve is longer: a steady limit is probed ever more rarely. Where they
-    disagree, it is short again.
+    The answer after a refusal starts a new cycle: CRUISING once the rate is settled, RISING
+    before. Each starts a little below the rate that was *answered* before, and its requests are
+    evenly spaced.
+
+    RISING doubles the rate every two seconds and eight answers until it is refused. The rate is
+    settled by a cycle with enough answers, by four that say little, or by a first refusal that
+    lasted two seconds: such a window has shown how many it holds.
+
+    CRUISING follows a cubic curve (as TCP CUBIC does, RFC 9438). It returns to nearly the refused
+    rate soon, stays flat around it, and rises faster beyond it. Where two refusals agree, the next
+    curve is longer: a steady limit is probed ever more rarely. Where they disagree, it is short
+    again. A rate not refused by the curve's top, a quarter beyond its length, is RISING.
     """
 
-    # tests/benchmarks/discovery.py measures these constants. Changing one by a fifth changes the
-    # answered share of the limits in tests/test_limits.py by 1.6 points at most, with these
-    # exceptions in the worst case: _DECREASE 0.084 costs 8.7 points, _DECREASE_UNSURE 0.24 4.3,
-    # _PAUSE_ALLOWANCE 1.0 3.9, and _MIN_CYCLE_REQUESTS 48 3.1.
+    # tests/test_limits.py chose these constants by the shares that it asks for, and
+    # tests/test_overload.py those of a rising rate, with tests/benchmarks/discovery.py.
 
     _INITIAL_CONCURRENCY = 4
     _ANSWERS_PER_STEP = 8  # answers that raise the concurrency by 1
