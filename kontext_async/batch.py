@@ -177,6 +177,7 @@ class _Batch:
         self._failure: BaseException | None = None  # to be raised from `next`
         self._changed = asyncio.Event()
         self._state = _State.READING
+        self._source_read: asyncio.Timeout | None = None
         self._reader = self._spawn(self._read())
 
     @property
@@ -229,8 +230,18 @@ class _Batch:
             return
         self._state = _State.ENDING
         self._poller.shut()
-        self._reader.cancel()
+        self._cancel_reader()
         self._spawn(self._cancel_waits())
+
+    def _cancel_reader(self) -> None:
+        """Cancel the reader once: the source may be cleaning up since its deadline or the close."""
+        read = self._source_read
+        if read is not None:
+            if read.expired():
+                return
+            read.reschedule(None)
+            self._transport.source_reads.discard(read)
+        self._reader.cancel()
 
     async def _read(self) -> None:
         async with contextlib.aclosing(self._ids()) as task_ids:
@@ -273,16 +284,20 @@ class _Batch:
     async def _next_id(self, source: AsyncIterator[object]) -> object:
         """Return the next id, or `_END` if there is none before the batch's deadline."""
         scope = asyncio.timeout_at(None if self._latest == math.inf else self._latest)
+        self._source_read = scope
         self._transport.source_reads.add(scope)
         try:
             async with scope:
-                return await anext(source, _END)
+                next_id = await anext(source, _END)
         except TimeoutError:
             if not scope.expired():  # the source's own
                 raise
             self._transport.check_open()
             return _END
+        else:
+            return next_id if self._is_active else _END  # it may ignore its cancellation
         finally:
+            self._source_read = None
             self._transport.source_reads.discard(scope)
 
     def _begin(self, task_id: object, name: str) -> None:

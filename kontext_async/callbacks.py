@@ -9,7 +9,6 @@ import base64
 import codecs
 import hashlib
 import hmac
-import json
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -20,7 +19,7 @@ from aiohttp import web
 
 from kontext_async.errors import ConfigurationError, KontextError
 from kontext_async.wire import check_task_id
-from kontext_async.wire.json_values import is_object
+from kontext_async.wire.json_values import is_object, parse
 
 __all__ = [
     "CallbackClient",
@@ -122,8 +121,8 @@ def _read(body: bytes) -> CallbackNotice:
     if len(body) > _MAX_BODY:
         raise CallbackError("the callback is too large", http_status=400)
     try:
-        value: Any = json.loads(body.removeprefix(codecs.BOM_UTF8).decode())
-    except (ValueError, RecursionError):
+        value: Any = parse(body.removeprefix(codecs.BOM_UTF8).decode())
+    except ValueError:
         raise CallbackError("the callback is not JSON", http_status=400) from None
     fields = value if is_object(value) else {}
     data = fields.get("data")

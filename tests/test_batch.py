@@ -886,6 +886,58 @@ async def test_closing_the_client_lets_the_source_finish_its_cleanup(client, sim
     assert steps == ["begun", "ended"]
 
 
+@pytest.mark.parametrize("script", [["generating"] * 99, ["stall"]])
+@pytest.mark.parametrize("turns_before", range(4))
+@pytest.mark.parametrize("ended_by", ["client", "deadline", "waits"])
+async def test_a_source_is_cancelled_once(simulator, script, turns_before, ended_by):
+    """Its clean-up takes as long as it takes, whoever ends the batch meanwhile, or twice."""
+    cancelled, steps = [], []
+
+    async def source():
+        yield simulator.add_task(script=script)
+        try:
+            await never()
+        finally:
+            for step in ("begun", "ended"):
+                steps.append(step)
+                try:
+                    await asyncio.sleep(5)
+                except asyncio.CancelledError:
+                    cancelled.append(step)
+                    raise
+
+    def fail(event):
+        if ended_by == "waits":
+            raise CallersError
+
+    async with make_client(simulator) as client:
+        limit = 3.0 if ended_by == "deadline" else 5.0
+        waiting = collected(client, source(), batch_timeout=limit, on_event=fail)
+        batch = asyncio.create_task(waiting)
+        await asyncio.sleep(3)
+        await turns(turns_before)
+        await client.aclose()
+        with contextlib.suppress(ClientStateError, CallersError):
+            await batch
+    assert (cancelled, steps) == ([], ["begun", "ended"])
+
+
+async def test_a_source_that_ignores_its_cancellation_is_read_no_further(client, simulator):
+    ids = tasks(simulator, 2, duration=FOR_EVER)
+
+    async def source():
+        yield ids[0]
+        with contextlib.suppress(asyncio.CancelledError):
+            await never()
+        yield ids[1]
+
+    batch = asyncio.create_task(error_of(collected(client, source()), ClientStateError))
+    await asyncio.sleep(3)
+    await client.aclose()
+    await batch
+    assert simulator.polls(ids[1]) == 0
+
+
 async def test_what_a_source_raises_on_closing_is_raised_after_the_outcomes(client):
     """For a source that fails in its own ``finally``, at the end of the ids."""
 

@@ -88,6 +88,13 @@ def test_the_id_is_found_in_each_place_that_pages_name(text):
     assert (notice.task_id, notice.code, notice.message) == ("task", None, "")
 
 
+@pytest.mark.parametrize("raw", ["9" * 5000, "NaN", "-1e999", "[" * 9_000 + "]" * 9_000])
+@pytest.mark.parametrize("field", ["code", "msg", "seed", "taskId"])
+def test_no_value_of_another_field_hides_the_id(raw, field):
+    text = f'{{"{field}": {raw}, "data": {{"taskId": "task", "seed": {raw}}}}}'
+    assert verify_callback(signed(), text.encode(), KEY, now=NOW).task_id == "task"
+
+
 def test_header_names_may_be_of_any_case_and_keys_may_be_several():
     """While the key is being replaced, both are good."""
     headers = {name.lower(): value for name, value in signed().items()}
@@ -111,6 +118,7 @@ def test_header_names_may_be_of_any_case_and_keys_may_be_several():
         (signed(), b"", 400, "not JSON"),
         (signed(), b"\xff", 400, "not JSON"),
         (signed(), b"[" * 60_000, 400, "not JSON"),
+        (signed(), b"[" * 30_000 + b"]" * 30_000, 400, "names no task"),
         (signed(), b"[]", 400, "names no task"),
         (signed(), b"{}", 400, "names no task"),
         (signed(), body(""), 400, "names no task"),

@@ -620,6 +620,21 @@ async def test_no_error_refers_to_the_headers_of_the_request():
         assert KEY not in f"{error!r} {error} {vars(error)}"
 
 
+@pytest.mark.parametrize("raw", ["9" * 5000, "NaN", "1e999", "[" * 20_000 + "]" * 20_000])
+def test_no_value_of_another_field_hides_the_id_of_a_task_that_is_paid_for(raw):
+    body = f'{{"code": {raw}, "seed": {raw}, "data": {{"taskId": "task", "seed": {raw}}}}}'
+    creation = read_creation(
+        200,
+        {},
+        body.encode(),
+        broken_off=None,
+        request=REQUEST,
+        api_key=ApiKey(KEY),
+        now=0.0,
+    )
+    assert (creation.task_id, creation.error) == ("task", None)
+
+
 # --- any answer ----------------------------------------------------------------------------------
 
 BODIES = st.binary(max_size=300) | st.builds(

@@ -22,7 +22,7 @@ from kontext_async.errors import (
     TaskNotFoundError,
 )
 from kontext_async.wire.envelope import MAX_BODY, Answer, read_answer
-from kontext_async.wire.json_values import is_array, is_object
+from kontext_async.wire.json_values import is_array, is_object, parse
 from kontext_async.wire.records import check_task_id
 from kontext_async.wire.redaction import ApiKey
 
@@ -377,8 +377,8 @@ def _task_id(body: bytes, *, is_whole: bool) -> str | None:
     """Return the id of the new task in an answer, also in one that broke off."""
     text = body[:MAX_BODY].decode("utf-8-sig", errors="replace")
     try:
-        value: Any = json.loads(text)
-    except (ValueError, RecursionError):
+        value: Any = parse(text)
+    except ValueError:
         return None if is_whole else _cut_id(text)
     if not is_object(value):
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
@@ -118,6 +119,8 @@ def _read_record(answer: Answer) -> TaskRecord | str:
 
 def _is_another(named: object, task_id: str) -> bool:
     """Return True if a record's id, a string or a number, is not the id that was asked for."""
+    if type(named) is float and not math.isfinite(named):
+        return False
     return named != task_id and type(named) in (str, int, float) and str(named) != task_id
 
 

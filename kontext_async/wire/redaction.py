@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from typing import Any, Final
 
-from kontext_async.wire.json_values import is_array, is_object
+from kontext_async.wire.json_values import is_array, is_object, parse
 
 __all__ = ["ApiKey", "excerpt", "page_text"]
 
@@ -55,13 +55,10 @@ class ApiKey:
     def load(self, text: str) -> Any:
         """Parse a JSON text; its strings come without the key and can be encoded in UTF-8.
 
-        Raises ValueError if the text is not JSON or is nested too deeply.
+        Raises ValueError if the text is not JSON.
         """
-        try:
-            value = json.loads(text)
-            return _map_strings(value, self._clean) if self._is_suspect(text) else value
-        except RecursionError:
-            raise ValueError("nested too deeply") from None
+        value = parse(text)
+        return _map_strings(value, self._clean) if self._is_suspect(text) else value
 
     def _clean(self, text: str) -> str:
         return self.redact(text).encode(errors="replace").decode()
