@@ -190,7 +190,7 @@ class DiscoveredLimit:
 
     CRUISING follows a cubic curve (as TCP CUBIC does, RFC 9438). It returns to nearly the refused
     rate soon, stays flat around it, and rises faster beyond it. Where two refusals agree, the next
-    curve is longer: a steady limit is probed ever more rarely. Where they disagree, it is short
+    curve is longer: a steady limit is probed more rarely. Where they disagree, it is short
     again. A rate not refused by the curve's top, a quarter beyond its length, is RISING.
     """
 
@@ -207,13 +207,11 @@ class DiscoveredLimit:
     # The curve is back at the answered rate after the longer of these two, times the stretch.
     _MIN_CYCLE_SECONDS = 8.0
     _MIN_CYCLE_REQUESTS = 60.0
-    _FIRST_STRETCH = 0.5  # the first estimate is too low if the pause after it was long
-    _STRETCH_GROWTH = 4.0  # for each refusal that agrees
-    _MAX_STRETCH = 1.5
-    _MAX_STRETCH_SLOW = 3.0  # where a refusal costs more
-    _LONG_PAUSE = 0.5  # s
-    _FULL_WINDOW = 2.0  # s
-    _UNSETTLED_CYCLES = 4
+    _STRETCH = 1.5  # after a refusal that agrees
+    _STRETCH_SLOW = 3.0  # where the refusal costs more
+    _LONG_PAUSE = 0.5  # s; a refusal costs more if its pause was longer, or a probe was refused
+    _FULL_WINDOW = 2.0  # s; a first refusal that lasts longer is of a window that is full
+    _UNSETTLED_CYCLES = 4  # that say little: then the rate is settled all the same
 
     _AGREEMENT = 0.15  # the share by which two refusals may differ and still agree
     _MIN_ANSWERS = 8  # fewer answers say little: they are judged together with earlier cycles
@@ -357,14 +355,12 @@ class DiscoveredLimit:
             peak = self._busiest_rate(now, took)
             if self._answered < self._MIN_ANSWERS:
                 peak = max(peak, self._MIN_FIRST_RATE)
-            self._stretch = self._FIRST_STRETCH if self._probe_refused else 1.0
         else:
             peak = self._allowed_rate(took)
             agrees = self._is_settled and abs(peak / self._peak - 1) <= self._AGREEMENT
             was_long = self._probe_refused or now - self._refused_at >= self._LONG_PAUSE
-            longest = self._MAX_STRETCH_SLOW if was_long else self._MAX_STRETCH
-            grown = min(self._STRETCH_GROWTH * self._stretch, longest)
-            self._stretch = grown if agrees else 1.0
+            longer = self._STRETCH_SLOW if was_long else self._STRETCH
+            self._stretch = longer if agrees else 1.0
             self._decrease = self._DECREASE if agrees else self._DECREASE_UNSURE
         self._probe_refused = False
         self._remember_cycle(took)
