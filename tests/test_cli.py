@@ -31,7 +31,15 @@ from kontext_async import (
     WaitTimeoutError,
 )
 from kontext_async.cli import app, local, main, progress, waiting
-from kontext_async.cli.output import Exit, classify, exit_code, outcome_line, silence_stdout
+from kontext_async.cli.output import (
+    Exit,
+    classify,
+    exit_code,
+    outcome_line,
+    say,
+    silence_stdout,
+    write_result,
+)
 from kontext_async.cli.running import run
 from kontext_async.cli.tally import Tally
 from kontext_async.simulator import (
@@ -318,6 +326,73 @@ class TestWait:
         assert ":smile:" in result.stderr
 
 
+class TestRows:
+    """A terminal's lines for people."""
+
+    ID = "fluxkontext_" + "0123456789abcdef" * 2
+    URL = f"https://example.com/{ID}.png"
+
+    @pytest.fixture
+    def rows(self, monkeypatch):
+        """Write rows to a terminal of this width, and return its lines."""
+
+        def rows(width, *lines):
+            screen = Terminal()
+            monkeypatch.setattr(sys, "stdout", screen)
+            monkeypatch.setenv("TERM", "xterm")
+            monkeypatch.setenv("NO_COLOR", "1")
+            monkeypatch.setenv("COLUMNS", str(width))
+            for line in lines:
+                write_result(line)
+            text = re.sub(r"\x1b]8;.*?\x1b\\", "", screen.getvalue())
+            return [line.rstrip() for line in text.splitlines()]
+
+        return rows
+
+    def row(self, task_id=ID, **fields):
+        names = ("duration", "file", "resultImageUrl", "errorCode", "message")
+        line = dict.fromkeys(names) | {"taskId": task_id, "outcome": "success"}
+        return line | {"duration": timedelta(seconds=12)} | fields
+
+    def test_columns_are_aligned(self, rows):
+        """Short ids of like lengths have their links at the same column."""
+        link = {"resultImageUrl": "https://example.com/a.png"}
+        assert rows(
+            80, self.row("task9", **link), self.row("task10", outcome="failed", **link)
+        ) == [
+            "success   12 s  task9   https://example.com/a.png",
+            "failed    12 s  task10  https://example.com/a.png",
+        ]
+
+    def test_what_has_no_room_follows_below(self, rows):
+        """A message is broken between words, and a link stays whole."""
+        short = {"resultImageUrl": "https://example.com/a.png"}
+        assert rows(60, self.row(**short)) == [
+            f"success   12 s  {self.ID}",
+            "                https://example.com/a.png",
+        ]
+        message = "The prompt was flagged as violating the content policies."
+        lines = rows(60, self.row(resultImageUrl=self.URL, errorCode=400, message=message))
+        assert lines == [
+            f"success   12 s  {self.ID}",
+            f"  {self.URL}",
+            "                400: The prompt was flagged as violating the",
+            "                content policies.",
+        ]
+
+    def test_messages_break_between_words(self, monkeypatch):
+        """A command to copy stays whole."""
+        screen = Terminal()
+        monkeypatch.setattr(sys, "stderr", screen)
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.setenv("COLUMNS", "20")
+        say("Look for each in the provider's log")
+        say("To wait again: kontext wait task1", is_copied=True)
+        assert screen.getvalue() == (
+            "Look for each in the\nprovider's log\nTo wait again: kontext wait task1\n"
+        )
+
+
 class TestKey:
     def test_from_a_file(self, kontext, simulator, tmp_path, monkeypatch):
         """A key file may end in a newline."""
@@ -515,7 +590,7 @@ class TestProgress:
         assert code == 0
         said = capsys.readouterr().err
         assert said.startswith("Waiting for 3 tasks\n")
-        assert "1 of 3, 1 done, 0 failed, 2 in flight, 0.1/s, 0:00:20 left\n" in said
+        assert "1 of 3, 1 done, 0 failed, 2 in flight, 0.1/s, 0:00:21 left\n" in said
         assert said.splitlines()[-1].startswith("3 done, 0 failed in ")
         assert ANSI not in said
         assert len(tally.lags) == 3
@@ -535,8 +610,24 @@ class TestProgress:
         )
         said = screen.getvalue()
         assert "Waiting for 1 task\n" in said
+        first_frame = said.partition("Waiting for 1 task\n")[2].partition("\n")[0]
+        assert "0 of 1, 0 done, 0 failed, 0 in flight" in first_frame.partition("\r")[0]
         assert "0 of 1, 0 done, 0 failed, 1 in flight" in said
         assert f"\x1b[2K<{task_id}>\n" in said
+
+    @pytest.mark.virtual_time
+    async def test_a_terminal_with_the_results_has_an_error_once(self, near, monkeypatch):
+        """The result says it, so that the message need not."""
+        simulator, client = near
+        screen = Terminal()
+        monkeypatch.setattr(sys, "stderr", screen)
+        monkeypatch.setattr(sys, "stdout", screen)
+        tally = Tally([simulator.add_task(**failing()) for _ in range(3)])
+        await waiting.wait_for_all(
+            client, tally, lambda o: write_result(outcome_line(o)), timeout=60.0
+        )
+        assert screen.getvalue().count("It was flagged.") == 3
+        assert "more with" not in screen.getvalue()
 
     @pytest.mark.virtual_time
     async def test_a_live_bar_beside_a_pipe(self, near, monkeypatch, capsys):

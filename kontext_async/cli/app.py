@@ -47,6 +47,7 @@ from kontext_async.cli.output import (
     be_quiet,
     error_console,
     exit_code,
+    is_one_terminal,
     log_polls,
     outcome_line,
     record_line,
@@ -135,7 +136,8 @@ def get(
             try:
                 line = record_line(await client.record_info(known_id))
             except KontextError as error:
-                say(str(error))
+                if not is_one_terminal():
+                    say(str(error))
                 line = outcome_line(TaskOutcome(task_id=known_id, error=error))
         write_result(line, as_json=as_json)
         return exit_code([line["outcome"]])

@@ -153,7 +153,7 @@ def make_report(folder: Path) -> Exit:
     except OSError as error:
         say(f"kontext: cannot write the report into {folder}: {error.strerror}")
         return Exit.ERROR
-    say(f"Report: {path}")
+    say(f"Report: {path}", is_copied=True)
     return Exit.DONE
 
 
@@ -161,7 +161,7 @@ def say_how_to_continue(tally: BatchTally, folder: Path, options: str) -> None:
     """Print the counts after Ctrl-C, and the command that continues the batch."""
     say(f"Interrupted: {tally.counts()}, of {tally.total} tasks. These results are in {folder}.")
     say_what_is_left(tally)
-    say(f"To continue: kontext batch {options}--into {shlex.quote(str(folder))}")
+    say(f"To continue: kontext batch {options}--into {shlex.quote(str(folder))}", is_copied=True)
 
 
 def show_status(folder: Path) -> Exit:

@@ -358,13 +358,15 @@ def _say_what_is_uncertain(folder: Path) -> None:
     if count:
         tasks = "1 task" if count == 1 else f"{count} tasks"
         say(f"{tasks} may have been created without an answer, and be paid for. To see which:")
-        say(f"  kontext unknown {shlex.quote(str(folder))}")
+        say(f"  kontext unknown {shlex.quote(str(folder))}", is_copied=True)
 
 
 def _say_how_to_continue(tally: RequestTally, folder: Path) -> None:
     say(f"Interrupted: {tally.counts()}, of {tally.total} requests. The results are in {folder}.")
-    say("What was created is paid for. To continue, run the same command again: it pays for no")
-    say("request twice.")
+    say(
+        "What was created is paid for. To continue, run the same command again: it pays for no "
+        "request twice."
+    )
     _say_what_is_uncertain(folder)
 
 
@@ -382,8 +384,8 @@ def unknown(folder: Folder) -> None:
         )
     if found:
         say("Look for each in the provider's web log of tasks, by its prompt and time. Then:")
-        say(f"  kontext resolve {shlex.quote(str(folder))} KEY --task-id ID")
-        say(f"  kontext resolve {shlex.quote(str(folder))} KEY --abandon")
+        say(f"  kontext resolve {shlex.quote(str(folder))} KEY --task-id ID", is_copied=True)
+        say(f"  kontext resolve {shlex.quote(str(folder))} KEY --abandon", is_copied=True)
     raise typer.Exit(Exit.ERROR if found else Exit.DONE)
 
 

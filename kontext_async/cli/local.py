@@ -118,7 +118,8 @@ async def serve(simulator: Simulator) -> Exit:
     async with simulator:
         write_line({"baseUrl": simulator.base_url})
         say(f"The API is simulated at {simulator.base_url}, for any key. Ctrl-C ends it. Try:")
-        say(f"  APIKLEY_API_KEY=any kontext wait --base-url {simulator.base_url} task1 task2")
+        try_it = f"APIKLEY_API_KEY=any kontext wait --base-url {simulator.base_url} task1 task2"
+        say(f"  {try_it}", is_copied=True)
         await terminated.wait()
     return Exit.DONE
 

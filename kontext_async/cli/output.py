@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from datetime import datetime, timedelta
@@ -35,6 +35,8 @@ _DEFAULT_WIDTH = 200
 
 
 _STYLES = {"success": "green", "failed": "red", "error": "red", "timeout": "yellow"}
+_INDENT = 16  # columns of an outcome and its duration: at 60 an id of the service fits
+_LINK_INDENT = 2  # of a link that has no room after the other
 # Characters of a URL that stay as they are in a terminal's link.
 _URL_CHARACTERS = "%/:=&?~#+!$,;'@()*[]"
 
@@ -179,20 +181,47 @@ def _translate_errors() -> Generator[TextIO]:
 
 
 def write_row(fields: Mapping[str, Any]) -> None:
-    """Write the same for people, on one line with a clickable link, to a terminal."""
+    """Write the same for people to a terminal, with a clickable link.
+
+    What does not fit beside the task's id follows below it.
+    """
     outcome, duration = fields["outcome"], fields["duration"]
-    row = Text().append(f"{outcome:<10} ", style=_STYLES.get(outcome, ""))
-    row.append(f"{plain(fields['taskId'] or fields['key'])}  ")
-    if duration is not None:
-        row.append(f"{duration.total_seconds():.0f} s  ")
+    took = "" if duration is None else f"{duration.total_seconds():.0f} s"
+    console = Console(markup=False, highlight=False, emoji=False)
+    row = Text().append(f"{outcome:<9}", style=_STYLES.get(outcome, ""))
+    row.append(f"{took:>5}  {plain(fields['taskId'] or fields['key'])}")
+    end = row.cell_len
+    for part in _details(fields):
+        start = _next_stop(end)
+        if start + part.cell_len <= console.width:
+            row.append(" " * (start - end)).append(part)
+            end = start + part.cell_len
+            continue
+        room = max(console.width - _INDENT, _INDENT)
+        is_link = bool(part.style)
+        indent = _LINK_INDENT if is_link and part.cell_len > room else _INDENT
+        # A link stays whole, so that it can be copied.
+        lines = [part] if is_link else list(part.wrap(console, room))
+        for line in lines:
+            row.append("\n" + " " * indent).append(line)
+        end = indent + lines[-1].cell_len
+    with _translate_errors():
+        console.print(row, soft_wrap=True)
+
+
+def _details(fields: Mapping[str, Any]) -> Iterator[Text]:
+    """Yield a row's link and message, those that it has."""
     if url := fields["file"] or fields["resultImageUrl"]:
         link = Path(url).absolute().as_uri() if fields["file"] else url
-        row.append(plain(url), style=Style(link=quote(link, safe=_URL_CHARACTERS)))
+        yield Text(plain(url), style=Style(link=quote(link, safe=_URL_CHARACTERS)))
     if fields["message"]:
         code = "" if fields["errorCode"] is None else f"{fields['errorCode']}: "
-        row.append(plain(f"  {code}{fields['message']}"))
-    with _translate_errors():
-        Console(markup=False, highlight=False, emoji=False).print(row, soft_wrap=True)
+        yield Text(plain(f"{code}{fields['message']}"))
+
+
+def _next_stop(column: int) -> int:
+    """Return the tab stop after two spaces, so that ids of like lengths end alike."""
+    return -(-(column + 2) // 8) * 8
 
 
 def write_result(fields: Mapping[str, Any], *, as_json: bool = False) -> None:
@@ -254,9 +283,18 @@ def error_console() -> Console:
     )
 
 
-def say(text: str) -> None:
-    """Print a line for people, to standard error."""
-    error_console().print(plain(text), soft_wrap=True)
+def say(text: str, *, is_copied: bool = False) -> None:
+    """Print a message to standard error, broken between words where a terminal ends.
+
+    ``is_copied``: it holds a command or a path, and stays one line.
+    """
+    console = error_console()
+    console.print(plain(text), soft_wrap=is_copied or not console.is_terminal)
+
+
+def is_one_terminal() -> bool:
+    """Return True if results and messages go to a terminal: results say what went wrong."""
+    return all(stream is not None and stream.isatty() for stream in (sys.stdout, sys.stderr))
 
 
 def log_polls(wanted: bool) -> None:  # noqa: FBT001 - a command's option as it comes
@@ -274,7 +312,7 @@ def fail(problem: str) -> NoReturn:
     console = error_console()
     console.quiet = False
     for line in f"kontext: {problem}".split("\n"):
-        console.print(plain(line), soft_wrap=True)
+        console.print(plain(line), soft_wrap=not console.is_terminal)
     raise typer.Exit(Exit.USAGE)
 
 

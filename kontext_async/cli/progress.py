@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import sys
 from collections import Counter
 from collections.abc import Generator
 
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
-from kontext_async.cli.output import code_of, error_console, plain
+from kontext_async.cli.output import code_of, error_console, is_one_terminal, plain
 from kontext_async.cli.tally import Tally
 from kontext_async.client import KontextClient
 from kontext_async.errors import KontextError
@@ -34,6 +33,7 @@ class Display:
         self._tally = tally
         self._client = client
         self._console = error_console()
+        self._has_results = is_one_terminal()
         self._is_live = self._console.is_terminal and not self._console.is_dumb_terminal
         self._loop = asyncio.get_running_loop()
         self._bar = Progress(
@@ -59,6 +59,7 @@ class Display:
         self._began = self._loop.time()
         self._next_line = self._began + _LINE_INTERVAL
         self._say(f"Waiting for {self._subject()}")
+        self._draw(self._parts(self._began))
         self._next = self._loop.call_later(_DRAWING_INTERVAL, self._tick)
         try:
             with self._bar:
@@ -78,14 +79,7 @@ class Display:
         now = self._loop.time()
         parts = self._parts(now)
         if self._is_live:
-            tally = self._tally
-            self._bar.update(
-                self._row,
-                description=self._fitting(parts),
-                completed=tally.finished,
-                total=tally.total if tally.is_complete else None,
-                refresh=True,
-            )
+            self._draw(parts)
             return
         began, self._has_trouble = (
             self._tally.trouble is not None and not self._has_trouble,
@@ -94,6 +88,16 @@ class Display:
         if began or now >= self._next_line:
             self._next_line = now + _LINE_INTERVAL
             self._say(", ".join(parts))
+
+    def _draw(self, parts: list[str]) -> None:
+        """Draw the bar and the text beside it."""
+        self._bar.update(
+            self._row,
+            description=self._fitting(parts),
+            completed=self._tally.finished,
+            total=self._tally.total if self._tally.is_complete else None,
+            refresh=True,
+        )
 
     def _parts(self, now: float) -> list[str]:
         count, *rest = self._tally.progress(now - self._began)
@@ -122,7 +126,7 @@ class Display:
 
     def _say(self, text: str) -> None:
         """Print a line above the bar."""
-        self._console.print(plain(text), soft_wrap=True)
+        self._console.print(plain(text), soft_wrap=not self._console.is_terminal)
 
     def show_problem(self, text: str) -> None:
         """Print a place of the input that holds no id."""
@@ -130,7 +134,12 @@ class Display:
             self._say(f"kontext: {text}")
 
     def show_error(self, error: KontextError) -> None:
-        """Print the first error of each kind; the others are counted at the end."""
+        """Print the first error of each kind; the others are counted at the end.
+
+        A terminal that gets the results too has the errors there.
+        """
+        if self._has_results:
+            return
         kind = _kind(error)
         self._kinds[kind] += 1
         ids = self._ids.setdefault(kind, [])
@@ -154,11 +163,11 @@ class Display:
     @contextlib.contextmanager
     def bar_hidden(self) -> Generator[None]:
         """Hide the bar while standard output is written to the same terminal."""
-        is_shared = self._is_live and sys.stdout.isatty()
-        if is_shared:
+        is_drawn = self._is_live and self._has_results
+        if is_drawn:
             self._bar.stop()
         yield
-        if is_shared:
+        if is_drawn:
             self._bar.start()
 
 

@@ -94,4 +94,4 @@ def say_how_to_resume(tally: Tally, source: str | None, options: str) -> None:
     else:
         is_like_option = any(task_id.startswith("-") for task_id in ids)
         arguments = ("-- " if is_like_option else "") + shlex.join(ids)
-    say(f"To wait again: kontext wait {options}{arguments}")
+    say(f"To wait again: kontext wait {options}{arguments}", is_copied=True)
