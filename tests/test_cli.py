@@ -518,6 +518,49 @@ class TestRunning:
             silence_stdout()
 
 
+class TestAdvice:
+    """Messages name the command's options."""
+
+    @pytest.mark.parametrize("command", ["get", "wait", "credits"])
+    def test_plain_http_names_the_option(self, command, monkeypatch):
+        """A user of the command has no argument to pass."""
+        monkeypatch.setenv("APIKLEY_API_KEY", KEY)
+        ids = [] if command == "credits" else ["task1"]
+        result = CliRunner().invoke(app.app, [command, *ids, "--base-url", "http://example.com"])
+        assert result.exit_code == 2
+        assert "use https, or add --allow-http" in result.stderr
+        assert "allow_http" not in result.stderr
+
+    @pytest.mark.parametrize(
+        ("proxy", "is_named"),
+        [("http://proxy.example:3128", True), ("http://user:secret@proxy.example:3128", False)],
+    )
+    def test_the_hint_after_ctrl_c_keeps_the_options(self, proxy, is_named, monkeypatch, tmp_path):
+        """All that reach the API are named, but not a proxy's password."""
+        (tmp_path / "key").write_text(KEY)
+        (tmp_path / "ids").write_text("task1\n")
+
+        def interrupted(main, on_interrupt):
+            main.close()
+            on_interrupt()
+            raise typer.Exit(130)
+
+        monkeypatch.setattr(app, "run", interrupted)
+        reached = f"--base-url http://example.com --allow-http --api-key-file {tmp_path}/key "
+        through = f"--proxy {proxy} "
+        options = f"{reached}{through}".split()
+        into = f"--into {tmp_path}/out"
+        saving = f"batch --from {tmp_path}/ids --allow-private --report {into}".split()
+        hint = reached + (through if is_named else "")
+        result = CliRunner().invoke(app.app, ["wait", "task1", *options])
+        assert f"To wait again: kontext wait {hint}task1\n" in result.stderr
+        result = CliRunner().invoke(app.app, [*saving, *options])
+        assert (
+            f"To continue: kontext batch {hint}--allow-private --report {into}\n" in result.stderr
+        )
+        assert "secret" not in result.stderr
+
+
 class TestResuming:
     def test_few_ids_are_all_named(self, capsys):
         """The command that resumes can be copied."""
@@ -795,6 +838,8 @@ class TestHelp:
         page = CliRunner().invoke(app.app, [name, "--help"] if name else ["--help"]).output
         texts = {f"<{name}>": command.help} | {p.name: p.help for p in command.params}
         assert "..." not in page.replace("]...", "")
+        assert not re.search("<[a-z]|{[A-Z]", page), "Typer's own words for values"
+        assert all(len(line) <= 80 for line in page.splitlines())
         for parameter, text in texts.items():
             for paragraph in (text or "").split("\n\n"):
                 assert not problems_of(paragraph), f"{parameter}: {paragraph}"

@@ -21,9 +21,10 @@ from kontext_async.cli.batch import (
     say_how_to_continue,
     show_status,
 )
-from kontext_async.cli.connection import connection
+from kontext_async.cli.connection import connection, has_password
 from kontext_async.cli.creating import credits_left, edit, generate, resolve, unknown
 from kontext_async.cli.fleet import fleet_app, submit, worker
+from kontext_async.cli.help import Command
 from kontext_async.cli.input import distinct_ids
 from kontext_async.cli.options import (
     AllowHttp,
@@ -103,7 +104,9 @@ def _ids(given: Iterable[str], source: str | None) -> list[str]:
     return distinct_ids(given, source)
 
 
-def _options(*, base_url: str, allow_http: bool, api_key_file: Path | None) -> str:
+def _options(
+    *, base_url: str, allow_http: bool, api_key_file: Path | None, proxy: str | None
+) -> str:
     """Return the options of a command that its repetition needs, as a shell reads them."""
     words: list[str] = []
     if base_url != DEFAULT_BASE_URL:
@@ -112,10 +115,12 @@ def _options(*, base_url: str, allow_http: bool, api_key_file: Path | None) -> s
         words.append("--allow-http")
     if api_key_file is not None:
         words += ["--api-key-file", str(api_key_file)]
+    if proxy is not None and not has_password(proxy):
+        words += ["--proxy", proxy]
     return "".join(f"{shlex.quote(word)} " for word in words)
 
 
-@app.command()
+@app.command(cls=Command)
 def get(
     task_id: Annotated[str, typer.Argument(metavar="ID", help="Task id.")],
     *,
@@ -145,7 +150,7 @@ def get(
     run(poll())
 
 
-@app.command()
+@app.command(cls=Command)
 def wait(
     task_ids: Annotated[
         list[str] | None, typer.Argument(metavar="ID", help="Task ids.", show_default=False)
@@ -195,11 +200,13 @@ def wait(
             error_console().print(tally.summary())
         return code
 
-    again = _options(base_url=base_url, allow_http=allow_http, api_key_file=api_key_file)
+    again = _options(
+        base_url=base_url, allow_http=allow_http, api_key_file=api_key_file, proxy=proxy
+    )
     run(wait_for_tasks(), on_interrupt=lambda: say_how_to_resume(tally, source, again))
 
 
-@app.command()
+@app.command(cls=Command)
 def batch(
     *,
     into: Into,
@@ -256,19 +263,21 @@ def batch(
             )
         return max(code, make_report(into)) if report else code
 
-    again = _options(base_url=base_url, allow_http=allow_http, api_key_file=api_key_file)
+    again = _options(
+        base_url=base_url, allow_http=allow_http, api_key_file=api_key_file, proxy=proxy
+    )
     again += ("--allow-private " if allow_private else "") + ("--report " if report else "")
     run(save_tasks(), on_interrupt=lambda: say_how_to_continue(tally, into, again))
 
 
-@app.command()
+@app.command(cls=Command)
 def report(folder: Folder) -> None:
     """Write report.html, a page about a batch, into its folder."""
     require_report()
     raise typer.Exit(make_report(folder))
 
 
-@app.command()
+@app.command(cls=Command)
 def status(folder: Folder) -> None:
     """Count a batch's tasks by state, also while it runs."""
     raise typer.Exit(show_status(folder))
@@ -281,18 +290,25 @@ def _simulated_limit(text: str) -> Any:
     return read_limit(text)
 
 
-@app.command()
+@app.command(cls=Command)
 def simulate(
     *,
     port: Annotated[
-        int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 0 takes a free one.")
+        int,
+        typer.Option(
+            min=0, max=65535, metavar="PORT", help="Port on 127.0.0.1; 0 takes a free one."
+        ),
     ] = 0,
     duration: Annotated[
         float, typer.Option(min=0, metavar="SECONDS", help="Median duration of the tasks.")
     ] = 12.0,
     spread: Annotated[
         float,
-        typer.Option(min=0, help="Log-normal sigma of the task durations; 0 makes them all equal."),
+        typer.Option(
+            min=0,
+            metavar="SIGMA",
+            help="Log-normal sigma of the task durations; 0 makes them all equal.",
+        ),
     ] = 0.3,
     failure_rate: Annotated[
         float,
@@ -327,7 +343,10 @@ def simulate(
         int, typer.Option(min=0, metavar="BYTES", help="Minimum size of an image.")
     ] = 0,
     seed: Annotated[
-        int, typer.Option(help="The same seed gives an id the same duration, outcome and faults.")
+        int,
+        typer.Option(
+            metavar="N", help="The same seed gives an id the same duration, outcome and faults."
+        ),
     ] = 0,
 ) -> None:
     """Serve a simulated API on this machine until Ctrl-C or SIGTERM.
@@ -350,7 +369,7 @@ def simulate(
     )
 
 
-@app.command()
+@app.command(cls=Command)
 def demo() -> None:
     """Save the images of a dozen simulated tasks, without a key."""
     from kontext_async.cli.local import demonstrate  # noqa: PLC0415  # as in `simulate`
@@ -360,11 +379,11 @@ def demo() -> None:
     run(demonstrate(folder))
 
 
-app.command()(generate)
-app.command()(edit)
-app.command()(unknown)
-app.command()(resolve)
-app.command("credits")(credits_left)
-app.command()(submit)
-app.command()(worker)
+app.command(cls=Command)(generate)
+app.command(cls=Command)(edit)
+app.command(cls=Command)(unknown)
+app.command(cls=Command)(resolve)
+app.command("credits", cls=Command)(credits_left)
+app.command(cls=Command)(submit)
+app.command(cls=Command)(worker)
 app.add_typer(fleet_app, name="fleet")

@@ -78,6 +78,12 @@ def connection(
     )
 
 
+def has_password(proxy: str) -> bool:
+    """Return True if a proxy's address holds a user or a password."""
+    url = URL(proxy)
+    return url.user is not None or url.password is not None
+
+
 def _checked_proxy(text: str | None) -> str | None:
     if text is None:
         return None

@@ -24,7 +24,8 @@ def exit_on_error() -> Generator[None]:
     try:
         yield
     except KontextError as error:
-        say(f"kontext: {error}")
+        # The library's advice is an argument of its client; the command has an option for it.
+        say(f"kontext: {error}".replace("pass allow_http=True", "add --allow-http"))
         is_usage = isinstance(error, ConfigurationError)
         raise typer.Exit(Exit.USAGE if is_usage else Exit.ERROR) from error
 
