@@ -180,7 +180,7 @@ class Poller(Protocol):
         *,
         until: float,
         seen: bool,
-        failing: bool,
+        failing: int,
         deadline: float,
         plan: TaskWait | None,
     ) -> float | None: ...
@@ -276,7 +276,7 @@ class TaskWait:
 
     async def _poll(self) -> TaskOutcome | None:
         """Poll once, when it is time to; return the outcome if that ends the wait."""
-        failing = self._failures > 0
+        failing = (1 if self._last_record is not None else 2) if self._failures else 0
         self._is_asleep = True
         try:
             sent = await self._poller.acquire(
@@ -307,7 +307,7 @@ class TaskWait:
                 sent,
                 until=self._deadline,
                 first=self._polls == 1,
-                failing=failing,
+                failing=failing > 0,
             )
         except ClientStateError:
             raise

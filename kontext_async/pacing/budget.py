@@ -66,7 +66,7 @@ class _Waiting(NamedTuple):
     order: int
     deadline: float
     permit: _Permit
-    failing: bool
+    failing: int
     plan: PlannedPoll | None
 
 
@@ -77,7 +77,7 @@ class _Due(NamedTuple):
     order: int
     wanted_at: float
     permit: _Permit
-    failing: bool
+    failing: int
 
 
 @attrs.frozen(kw_only=True)
@@ -137,7 +137,7 @@ class RequestBudget:
         self.round_trip = 0.0  # seconds, smoothed as TCP does (RFC 6298); 0 before the first
         self._longest_delay = 0.0  # seconds, decaying
 
-    def try_acquire(self, now: float, *, seen: bool, failing: bool = False) -> bool:
+    def try_acquire(self, now: float, *, seen: bool, failing: int = 0) -> bool:
         """Acquire a permit and return True if one is free now."""
         if failing and self.has_outage:
             return False
@@ -157,12 +157,13 @@ class RequestBudget:
         *,
         seen: bool,
         deadline: float = math.inf,
-        failing: bool = False,
+        failing: int = 0,
         plan: PlannedPoll | None = None,
     ) -> float:
         """Wait until ``at`` and then for a permit; return when it was acquired, for `release`.
 
-        ``deadline`` of the wait that asks decides its priority. ``failing``: its last poll failed.
+        ``deadline`` of the wait that asks decides its priority. ``failing``: 0 if the task's last
+        poll was answered, 1 if it failed, 2 if none ever was; they probe an outage in this order.
         ``plan`` may move ``at`` meanwhile.
         """
         permit = self.enqueue(at, seen=seen, deadline=deadline, failing=failing, plan=plan)
@@ -178,7 +179,7 @@ class RequestBudget:
         *,
         seen: bool,
         deadline: float = math.inf,
-        failing: bool = False,
+        failing: int = 0,
         plan: PlannedPoll | None = None,
     ) -> asyncio.Future[float]:
         """Return the permit to await, as in `acquire`; whoever no longer wants it calls `leave`."""

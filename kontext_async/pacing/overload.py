@@ -9,8 +9,13 @@ from kontext_async.errors import ApiError, KontextError, RateLimitedError
 
 __all__ = ["Overload", "is_refusal"]
 
-# A good answer within this many seconds shows that the service is up.
-_RECENTLY = 10.0
+# Without a good answer for this many seconds the service is down, and not only overloaded.
+_DOWN_AFTER = 1.0
+
+# The share of 503s among the latest answers, smoothed over about so many, from which on they are
+# refusals; fewer are accidents, which say nothing about the rate (tests/test_chaos.py).
+_SHARE_SMOOTHING = 1 / 16
+_REFUSED_SHARE = 0.15
 
 # The share of refused polls whose next poll is answered, smoothed over about this many; below a
 # half they are of broken tasks (tests/test_faults.py has ids that are always answered 503).
@@ -33,13 +38,15 @@ class Overload:
     """
 
     def __init__(self) -> None:
-        self._answered_at = -_RECENTLY
+        self._answered_at = -_DOWN_AFTER
         self._recovery = 1.0
+        self._share = 0.0
+        self._is_down = False
 
     @property
     def is_believed(self) -> bool:
-        """False while most polls that were refused were refused again."""
-        return self._recovery >= _BELIEVED
+        """False while most polls that were refused were refused again, or the service is down."""
+        return self._recovery >= _BELIEVED and not self._is_down
 
     def observe(self, error: KontextError | None, *, now: float, failing: bool) -> bool:
         """Note the end of a request, and return True if it is a refusal by overload.
@@ -49,7 +56,9 @@ class Overload:
         is_503 = isinstance(error, ApiError) and error.code == 503 and error.retry_after is None
         if failing and (is_503 or error is None):
             self._recovery += ((error is None) - self._recovery) * _SMOOTHING
+        self._share += (is_503 - self._share) * _SHARE_SMOOTHING
         if error is None:
             self._answered_at = now
-        is_up = now - self._answered_at < _RECENTLY
-        return is_503 and is_up and self.is_believed and not failing
+        self._is_down = is_503 and now - self._answered_at >= _DOWN_AFTER
+        is_frequent = self._share >= _REFUSED_SHARE
+        return is_503 and is_frequent and self.is_believed and not failing

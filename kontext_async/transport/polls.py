@@ -123,13 +123,13 @@ class Transport:
         *,
         until: float,
         seen: bool,
-        failing: bool = False,
+        failing: int = 0,
         deadline: float,
         plan: PlannedPoll | None = None,
     ) -> float | None:
         """Acquire a permit at ``at`` or later, and return the time; None if ``until`` comes first.
 
-        ``seen``: the task has been polled before; ``failing``: its last poll failed. The wait's
+        ``seen``: the task has been polled before; ``failing``: as of `RequestBudget.acquire`. The wait's
         ``deadline`` decides its priority. ``plan`` may move ``at`` meanwhile. Raises
         `ClientStateError` once closed.
         """
