@@ -13,6 +13,7 @@ from kontext_async import (
     RateLimit,
     RateLimitedError,
     ServerError,
+    TaskNotFoundError,
     TransportError,
 )
 from kontext_async.pacing import RequestBudget
@@ -109,19 +110,42 @@ async def test_a_refusal_by_its_number_is_429_or_503_with_the_time_to_wait(error
     assert is_refusal(error) is refusal
 
 
-async def test_a_bare_503_is_a_refusal_for_ten_seconds_after_a_good_answer():
+def refused_before():
+    """Return the evidence after an answer and two bare 503s, of which the second is a refusal."""
     overload = Overload()
+    overload.observe(None, now=0.0, failing=False)
     assert not overload.observe(unavailable(), now=0.0, failing=False)
-    assert not overload.observe(None, now=1.0, failing=False)
-    assert overload.observe(unavailable(), now=10.9, failing=False)
-    assert not overload.observe(unavailable(), now=11.0, failing=False)
+    assert overload.observe(unavailable(), now=0.0, failing=False)
+    return overload
+
+
+async def test_a_single_503_is_an_accident_and_two_of_thirty_are_refusals():
+    """Accidents say nothing about the rate."""
+    overload = Overload()
+    for _ in range(20):
+        for _ in range(60):
+            overload.observe(None, now=0.0, failing=False)
+        assert not overload.observe(unavailable(), now=0.0, failing=False)
+    for _ in range(13):
+        overload.observe(None, now=0.0, failing=False)
+    assert overload.observe(unavailable(), now=0.0, failing=False)
+
+
+@pytest.mark.parametrize("answer", [None, TaskNotFoundError("unknown", code=422)])
+async def test_without_an_answer_for_a_second_the_service_is_down(answer):
+    """Any answer of the API shows that it is up, also one that refuses a task."""
+    overload = refused_before()
+    assert overload.observe(unavailable(), now=0.9, failing=False)
+    assert not overload.observe(unavailable(), now=1.0, failing=False)
+    assert not overload.is_believed
+    overload.observe(answer, now=2.0, failing=False)
+    assert overload.is_believed
+    assert overload.observe(unavailable(), now=2.9, failing=False)
 
 
 async def test_the_second_503_of_a_task_in_a_row_is_no_refusal():
-    overload = Overload()
-    overload.observe(None, now=0.0, failing=False)
-    assert overload.observe(unavailable(), now=1.0, failing=False)
-    assert not overload.observe(unavailable(), now=2.0, failing=True)
+    overload = refused_before()
+    assert not overload.observe(unavailable(), now=0.5, failing=True)
 
 
 @pytest.mark.parametrize(
@@ -139,19 +163,27 @@ async def test_another_error_is_no_refusal_by_overload_and_no_evidence(error):
 
 async def test_overload_is_not_believed_after_six_polls_refused_again_until_one_is_answered():
     """Of a broken task the next poll is refused as well, of an overloaded service it rarely is."""
-    overload = Overload()
-    overload.observe(None, now=0.0, failing=False)
+    overload = refused_before()
     for _ in range(5):
         overload.observe(unavailable(), now=1.0, failing=True)
-        overload.observe(unavailable(), now=1.0, failing=False)  # a first one is no evidence
         overload.observe(None, now=1.0, failing=False)
         assert overload.is_believed
     overload.observe(unavailable(), now=1.0, failing=True)
+    overload.observe(None, now=1.0, failing=False)
     assert not overload.is_believed
     assert not overload.observe(unavailable(), now=1.0, failing=False)
     overload.observe(None, now=1.0, failing=True)
     assert overload.is_believed
     assert overload.observe(unavailable(), now=1.0, failing=False)
+
+
+async def test_what_happens_long_after_a_refusal_is_no_evidence():
+    """The rate has risen since, so an overloaded service may refuse a task twice."""
+    overload = refused_before()
+    for _ in range(20):
+        overload.observe(unavailable(), now=30.0, failing=True)
+        overload.observe(None, now=30.0, failing=False)
+    assert overload.is_believed
 
 
 async def test_a_limit_that_was_found_from_broken_tasks_is_forgotten():
@@ -165,6 +197,7 @@ async def test_a_limit_that_was_found_from_broken_tasks_is_forgotten():
         return budget.stats(waits=0, now=asyncio.get_running_loop().time()).rate
 
     await request()
+    await request(unavailable())
     await request(unavailable())
     await request()
     for _ in range(5):

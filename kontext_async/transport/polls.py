@@ -130,8 +130,8 @@ class Transport:
         """Acquire a permit at ``at`` or later, and return the time; None if ``until`` comes first.
 
         ``seen``: the task has been polled before; ``failing``: as of
-        `RequestBudget.acquire`. The wait's ``deadline`` decides its priority. ``plan`` may move ``at`` meanwhile. Raises
-        `ClientStateError` once closed.
+        `RequestBudget.acquire`. The wait's ``deadline`` decides its priority. ``plan`` may move
+        ``at`` meanwhile. Raises `ClientStateError` once closed.
         """
         assert self._loop is not None, "check_open comes first"
         self._check_not_closed()
