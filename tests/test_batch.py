@@ -8,6 +8,7 @@ import gc
 import itertools
 import math
 import pickle
+import socket
 import threading
 import time
 import warnings
@@ -42,6 +43,7 @@ from kontext_async import (
     ServerError,
     TaskNotFoundError,
     TaskOutcome,
+    TransportError,
     WaitTimeoutError,
 )
 from kontext_async.simulator import Simulator
@@ -920,6 +922,22 @@ async def test_a_source_is_cancelled_once(simulator, script, turns_before, ended
         with contextlib.suppress(ClientStateError, CallersError):
             await batch
     assert (cancelled, steps) == ([], ["begun", "ended"])
+
+
+async def test_a_port_that_nobody_listens_on_ends_a_batch_by_the_default_grace(unused_port):
+    """Each outcome names the cause."""
+    async with KontextClient("marker-key", base_url=f"http://127.0.0.1:{unused_port}") as client:
+        outcomes = await client.wait_for_results([f"task{n}" for n in range(50)])
+    assert {type(outcome.error) for outcome in outcomes} == {TransportError}
+    assert all("Connection refused" in str(outcome.error) for outcome in outcomes)
+    assert 300 <= now() <= 375  # the grace, and the longest pause of an outage
+
+
+@pytest.fixture
+def unused_port():
+    with socket.socket() as held:  # bound, so that nobody else gets it
+        held.bind(("127.0.0.1", 0))
+        yield held.getsockname()[1]
 
 
 async def test_a_source_that_ignores_its_cancellation_is_read_no_further(client, simulator):

@@ -38,7 +38,7 @@ from kontext_async import (
 )
 from kontext_async.creation import _OneShotBody
 from kontext_async.simulator import Simulator, SlidingWindow
-from kontext_async.wire import CREATION_POLICY, ApiKey, Verdict, read_creation
+from kontext_async.wire import CREATION_POLICY, MAX_BODY, ApiKey, Verdict, read_creation
 
 virtual_time = pytest.mark.virtual_time
 
@@ -709,3 +709,12 @@ def test_the_page_shows_the_policy_as_the_code_has_it():
     assert rows[1:] == [
         (rule.came, rule.verdict.value, rule.action.value) for rule in CREATION_POLICY
     ]
+
+
+def test_an_answer_without_an_id_that_is_too_large_leaves_the_task_unknown():
+    body = b'{"code": 200}' + b" " * MAX_BODY
+    creation = read_creation(
+        200, {}, body, broken_off=None, request=REQUEST, api_key=ApiKey(KEY), now=0.0
+    )
+    assert creation.rule.verdict is Verdict.UNKNOWN
+    assert "larger than" in str(creation.error)

@@ -259,3 +259,30 @@ def test_the_hosted_ci_names_test_files_that_exist():
     named = re.findall(r"tests/\w+\.py", workflow.read_text(encoding="utf-8"))
     assert len(named) > 5
     assert all((CHECKOUT / name).is_file() for name in named)
+
+
+# The packages that a module may import beside the core's and the standard library's: its extra's.
+EXTRA_OF = {
+    "cli": {"rich", "typer"},
+    "fleet": {"procrastinate", "psycopg", "psycopg_pool"},
+    "results/images": {"PIL"},
+    "results/report": {"PIL", "jinja2", "markupsafe"},
+    "simulator": {"PIL"},
+    "testing": {"pytest", "pytest_asyncio"},
+}
+# aiohttp brings multidict and yarl, whose types are part of its interface.
+CORE_PACKAGES = {"aiohttp", "attr", "attrs", "cattrs", "multidict", "tenacity", "yarl"}
+
+
+@pytest.mark.parametrize("path", sources(), ids=str)
+def test_only_declared_dependencies_are_imported(path):
+    known = CORE_PACKAGES | EXTRA_OF.get(
+        row(path.relative_to(PACKAGE).with_suffix("").parts), set()
+    )
+    imported = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(node.module.partition(".")[0])
+    assert imported - set(sys.stdlib_module_names) - {"kontext_async"} <= known
