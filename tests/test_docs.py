@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import doctest
+import importlib
 import os
 import re
 import subprocess
@@ -25,6 +26,8 @@ from kontext_async.simulator import Failure
 CHECKOUT = Path(__file__).parent.parent
 PAGES = [CHECKOUT / "README.md", *sorted((CHECKOUT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+TEXT = re.compile(r"^```\{code-block\} python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+CONSOLE = re.compile(r"^```console\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 SESSION = re.compile(r"^```\{doctest\}\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
@@ -50,6 +53,10 @@ def snippets():
             yield pytest.param(match[1], id=f"{page.name}:{line}")
 
 
+def is_for_fleet(code):
+    return "kontext_async.fleet" in code
+
+
 def is_for_pytest(code):
     return "def test_" in code or "pytest_plugins" in code
 
@@ -73,12 +80,26 @@ def user(simulator, monkeypatch, tmp_path):
     (tmp_path / "ids.txt").write_text("task12345\ntask12346\n")
 
 
-@pytest.mark.parametrize("code", [s for s in snippets() if not is_for_pytest(s.values[0])])
+def programs(*, for_fleet):
+    codes = [s for s in snippets() if not is_for_pytest(s.values[0])]
+    return [s for s in codes if is_for_fleet(s.values[0]) is for_fleet]
+
+
+@pytest.mark.parametrize("code", programs(for_fleet=False))
 def test_programs_run(code, user, monkeypatch):
     """Each program in the pages runs to its end, on virtual time if it has its own simulator."""
     if "Simulator(" in code:
         monkeypatch.setattr(asyncio.events, "new_event_loop", VirtualTimeLoop)
     exec(compile(code, "<snippet>", "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.parametrize("text", TEXT.findall("\n".join(p.read_text("utf-8") for p in PAGES)))
+def test_programs_for_other_engines_compile(text):
+    """A program that needs what the tests do not install is Python, and names what exists."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("kontext_async"):
+            module = importlib.import_module(node.module)
+            assert all(hasattr(module, alias.name) for alias in node.names)
 
 
 @pytest.mark.parametrize("code", [s for s in snippets() if is_for_pytest(s.values[0])])
