@@ -36,6 +36,7 @@ default_role = "py:obj"
 nitpick_ignore_regex = [
     ("py:class", r"_asyncio\.Future"),  # as Python 3.11 names it
     ("py:class", r".*\.Saver"),  # a protocol that `ImageSaver` implements
+    ("py:class", r".*\.(SharedLimit|SlidingWindow)"),  # values that are only passed on
     (
         "py:.*",
         r"(aiohttp|asyncio|collections|datetime|logging|os|pathlib|random|tenacity|types|typing)\..*",
@@ -50,7 +51,8 @@ def link_from_the_top(
     if node.get("refdomain") != "py":
         return None
     python = env.get_domain("py")
-    for package in ("kontext_async", "kontext_async.results", "kontext_async.callbacks"):
+    names = ("", ".results", ".callbacks", ".fleet")
+    for package in [f"kontext_async{name}" for name in names]:
         found = python.resolve_xref(
             env,
             node["refdoc"],

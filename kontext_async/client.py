@@ -148,7 +148,7 @@ class KontextClient:
     ``session``: your own is used with its connector, proxy, tracing and middlewares, and never
     closed; None makes one. ``request_timeout``: seconds for one request, its body included.
     ``max_concurrency``: the most requests in flight. ``rate_limit``: None discovers it; that
-    of `Fleet.shared_limit` is shared with other processes.
+    of `kontext_async.fleet.Fleet.shared_limit` is shared with other processes.
     ``durations``: the model of task durations to use and feed; None starts from a general guess.
     ``callback_url``: the address that the service calls when a task ends; ``{token}`` in it is
     replaced by a random text for each task. A wait for a new task then begins to poll when the

@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import psycopg
 import pytest
 from background import serving
 from typer.testing import CliRunner
@@ -56,6 +58,28 @@ def test_from_an_empty_database_to_outcomes(kontext, tmp_path):
     after = state(kontext)
     assert (after["done"], after["waiting"], after["runningChunks"]) == (3, 0, 0)
     assert len(list((tmp_path / "images").iterdir())) == 3
+
+
+def test_a_worker_needs_no_folder_and_shares_a_limit(kontext):
+    """Outcomes alone, within a known limit."""
+    kontext("fleet", "init")
+    kontext("submit", "--from", "-", input="a\n")
+    kontext("worker", "--until-done", "--heartbeat", "0.3", "--rate-limit", "20/1")
+    assert state(kontext)["done"] == 1
+
+
+def test_people_have_a_table_of_workers(kontext, dsn, monkeypatch):
+    """A terminal has no line for programs."""
+    kontext("fleet", "init")
+    with psycopg.connect(dsn) as connection:
+        connection.execute("INSERT INTO kontext_workers (name, waits, rate) VALUES ('w1', 7, 2.5)")
+    (worker,) = state(kontext)["workers"]
+    assert (worker["name"], worker["waits"], worker["rate"]) == ("w1", 7, 2.5)
+    terminal = SimpleNamespace(stdout=SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr("kontext_async.cli.fleet.sys", terminal)
+    done = kontext("fleet", "status")
+    assert done.stdout == ""
+    assert all(text in done.stderr for text in ("w1", "7", "2.5", "0 s ago"))
 
 
 def test_ids_come_from_standard_input_too(kontext):

@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 
+import psycopg
 import pytest
+from procrastinate import App
+from procrastinate.exceptions import ConnectorException
 
 from kontext_async import (
     AuthenticationError,
@@ -13,8 +16,13 @@ from kontext_async import (
     ConfigurationError,
     DurationModel,
     KontextClient,
+    KontextError,
+    TaskOutcome,
 )
 from kontext_async.fleet import Fleet, FleetError
+from kontext_async.fleet.database import Database
+from kontext_async.fleet.journal import OutcomeWriter
+from kontext_async.fleet.worker import _SWEEP_LOCK, Worker
 from kontext_async.results import ImageSaver
 from kontext_async.simulator import Failure, Simulator
 
@@ -67,6 +75,7 @@ async def test_known_ids_are_dropped_and_unfinished_ones_wait_again(fleet, simul
     await fleet.work(client, until_done=True, **BEAT)
     states = {entry.task_id: entry.state for entry in await collected(fleet)}
     assert states == {"refused": "error", "good": "done"}
+    assert await fleet.submit(["good"]) == 0
     assert await fleet.submit(["refused", "good"]) == 1
     await fleet.work(client, until_done=True, **BEAT)
     assert [entry.state for entry in await collected(fleet)] == ["done", "done"]
@@ -135,12 +144,13 @@ async def test_a_worker_saves_images_and_another_saves_what_it_left(
     await fleet.work(client, until_done=True, **BEAT)  # as one that dies before it saves
     queue = fleet._database.app.configure_task("kontext_chunk", queue="kontext")
     await queue.defer_async(task_ids=["a", "b"])
-    await fleet.submit(["c"])
+    simulator.add_task("fails", outcome=Failure(400, "flagged"))
+    await fleet.submit(["c", "fails"])
     polls = len([r for r in simulator.requests if r.task_id == "a"])
     async with ImageSaver(client, tmp_path / "images") as saver:
         await fleet.work(client, saver=saver, until_done=True, **BEAT)
     assert {path.name for path in (tmp_path / "images").iterdir()} == {
-        entry.saved_path for entry in await collected(fleet)
+        entry.saved_path for entry in await collected(fleet) if entry.state == "done"
     }
     records = [r for r in simulator.requests if r.task_id == "a" and "record" in r.path]
     assert len(records) == polls
@@ -220,8 +230,11 @@ async def test_arguments_are_checked(fleet, client):
         await fleet.submit("abc")
     with pytest.raises(ConfigurationError):
         await fleet.submit([" "])
-    with pytest.raises(ClientStateError):
-        await Fleet("dbname=x").submit(["a"])
+    closed = Fleet("dbname=x")
+    await closed.aclose()
+    for call in (closed.init(), closed.submit(["a"]), closed.work(client), collected(closed)):
+        with pytest.raises(ClientStateError):
+            await call
 
 
 async def test_outcomes_that_the_table_refuses_end_the_chunk(fleet, simulator, client):
@@ -239,3 +252,70 @@ async def test_outcomes_that_the_table_refuses_end_the_chunk(fleet, simulator, c
     working.cancel()
     await asyncio.wait({working})
     assert (await fleet.status()).tasks["waiting"] == 1
+
+
+def fail_once(monkeypatch, owner, name, error):
+    """Let a method raise at its first call, as where the database is away for a moment."""
+    real, failed = getattr(owner, name), []
+
+    async def method(*arguments, **keywords):
+        if not failed:
+            failed.append(True)
+            raise error
+        return await real(*arguments, **keywords)
+
+    monkeypatch.setattr(owner, name, method)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "error"),
+    [
+        (App, "run_worker_async", ConnectorException()),
+        (OutcomeWriter, "_insert", psycopg.OperationalError()),
+        (Worker, "_sweep", TimeoutError()),
+        (Database, "connect", psycopg.OperationalError()),
+    ],
+)
+async def test_what_a_moment_without_the_database_interrupts_goes_on(
+    fleet, client, monkeypatch, owner, name, error
+):
+    """The engine, the journal, the heartbeat and the reader each try again."""
+    await fleet.submit(["a"])
+    fail_once(monkeypatch, owner, name, error)
+    working = asyncio.create_task(fleet.work(client, until_done=True, **BEAT))
+    assert [entry.task_id for entry in await collected(fleet)] == ["a"]
+    await working
+
+
+async def test_the_chunks_of_the_dead_are_put_back_by_one_worker_at_a_time(fleet, client):
+    """While another sweeps, a worker leaves it alone."""
+    await fleet.submit(["a"])
+    await fleet._database.fetch("UPDATE procrastinate_jobs SET status = 'doing'")  # by nobody
+    async with fleet._database.connection() as other:
+        async with other.transaction():
+            await other.execute("SELECT pg_advisory_xact_lock(%s)", (_SWEEP_LOCK,))
+            working = asyncio.create_task(fleet.work(client, until_done=True, **BEAT))
+            await asyncio.sleep(0.7)
+            assert (await fleet.status()).running_chunks == 1
+        await working
+    assert [entry.state for entry in await collected(fleet)] == ["done"]
+
+
+async def test_a_worker_that_cannot_show_that_it_lives_ends(fleet, client):
+    """It would be taken for dead; the error says what to do."""
+    await fleet._database.fetch("DROP TABLE kontext_workers")
+    with pytest.raises(FleetError, match="kontext fleet init"):
+        await fleet.work(client, **BEAT)
+
+
+async def test_a_writer_that_ends_gives_up_what_is_not_written(fleet):
+    """Nobody waits for it for ever; the tasks are waited for again later."""
+    writer = OutcomeWriter(fleet._database)
+    first = writer.write(TaskOutcome(task_id="a", error=KontextError("x")))
+    writing = asyncio.create_task(writer.run())
+    await writer.flush()
+    assert first.result() is None
+    second = writer.write(TaskOutcome(task_id="b", error=KontextError("x")))
+    writing.cancel()
+    await asyncio.wait({writing})
+    assert second.cancelled()

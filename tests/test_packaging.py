@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.metadata
 import inspect
 import os
 import pkgutil
@@ -199,6 +200,13 @@ def test_importing_the_package_loads_nothing_that_an_extra_brings():
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_the_core_needs_four_distributions():
+    """Whatever else is needed comes with an extra."""
+    needed = importlib.metadata.requires("kontext-async")
+    core = {re.match(r"[\w-]+", line)[0] for line in needed if "extra ==" not in line}
+    assert core == {"aiohttp", "attrs", "cattrs", "tenacity"}
 
 
 @pytest.fixture(scope="module")

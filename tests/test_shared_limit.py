@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 
+import psycopg
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kontext_async import KontextClient, RateLimit
-from kontext_async.fleet import Fleet
+from kontext_async import ConfigurationError, KontextClient, RateLimit
+from kontext_async.fleet import Fleet, shared_limit
 from kontext_async.fleet.shared_limit import Lease, next_share
 from kontext_async.pacing import SlidingWindow
 from kontext_async.simulator import Simulator
@@ -108,3 +110,86 @@ async def test_four_processes_keep_a_limit_exactly(dsn):
         assert sum(client.stats.rate_limited for client in clients) == 0
         assert sum(counts) >= 0.95 * 40 * took
         assert min(counts) > 0.8 * max(counts)
+
+
+async def test_a_lone_process_has_the_whole_limit_and_its_part_is_held_after_it(fleet):
+    """What it used stays held until the service has forgotten it; then others have it all."""
+    now = asyncio.get_running_loop().time
+    async with fleet.shared_limit(RateLimit(5, 0.5), name="a") as limit:
+        limit.opens_at(now())
+        await until(lambda: limit.max_requests == 5)
+        limit.acquire(now())
+    async with fleet.shared_limit(RateLimit(5, 0.5), name="a") as limit:
+        limit.opens_at(now())
+        await until(lambda: limit.max_requests == 4)
+        assert limit.rate() == 8
+
+
+async def test_different_limits_under_one_name_are_refused(fleet):
+    async with fleet.shared_limit(RateLimit(5, 1.0)):
+        with pytest.raises(ConfigurationError, match="5 requests in 1 s"):
+            async with fleet.shared_limit(RateLimit(6, 1.0)):
+                pass
+        async with fleet.shared_limit(RateLimit(6, 1.0), name="another"):
+            pass
+    with pytest.raises(ConfigurationError, match="RateLimit"):
+        async with fleet.shared_limit(5):
+            pass
+
+
+async def test_without_the_database_a_process_keeps_its_part_and_says_so(
+    fleet, monkeypatch, caplog
+):
+    """One warning for each time; a part that was never asked for stays nothing."""
+    monkeypatch.setattr(shared_limit, "_RENEW_AFTER", 0.05)
+    now = asyncio.get_running_loop().time
+    async with fleet.shared_limit(RateLimit(5, 1.0)) as limit:
+        limit.opens_at(now())
+        await until(lambda: limit.max_requests == 5)
+
+        async def away(*arguments):
+            raise psycopg.OperationalError
+
+        with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, "kontext_async"):
+            patch.setattr(shared_limit._Leasing, "_exchange", away)
+            await asyncio.sleep(0.5)
+            assert limit.max_requests == 5
+            assert limit.opens_at(now()) <= now()
+        assert [r.getMessage() for r in caplog.records] == [
+            "the database is away: this process keeps 5 of 5 requests"
+        ]
+        await asyncio.sleep(0.2)
+        limit.heard_at -= 60  # as in a process that was stopped for a minute
+        at = now()
+        assert limit.opens_at(at) > at
+
+
+async def test_the_part_of_a_dead_process_is_free_when_its_lease_is_over(fleet, monkeypatch):
+    """Until then nobody gets it; the time in which the database was down does not count."""
+    await fleet._database.fetch(
+        "INSERT INTO kontext_leases VALUES ('default', 'dead', 5, 1.0, 5, true, '2000-01-01')"
+    )
+    now = asyncio.get_running_loop().time
+    monkeypatch.setattr(shared_limit, "_LEASE", 3600.0)  # longer than this database is up
+    async with fleet.shared_limit(RateLimit(5, 1.0)) as limit:
+        limit.opens_at(now())
+        await asyncio.sleep(0.3)
+        assert limit.max_requests == 0
+        assert now() < limit.opens_at(now()) < now() + 1
+        monkeypatch.setattr(shared_limit, "_LEASE", -3600.0)
+        await until(lambda: limit.opens_at(now()) <= now())
+        assert limit.max_requests == 5
+
+
+async def test_an_outage_of_the_service_leaves_the_share(fleet):
+    """The limit forgets refusals, not its permits."""
+    async with fleet.shared_limit(RateLimit(5, 1.0)) as limit:
+        assert limit.forgotten() is limit
+
+
+async def until(condition):
+    for _ in range(1000):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    raise TimeoutError

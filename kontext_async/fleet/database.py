@@ -14,7 +14,7 @@ from procrastinate.schema import SchemaManager
 from psycopg.conninfo import conninfo_to_dict
 from psycopg_pool import AsyncConnectionPool
 
-from kontext_async.errors import ConfigurationError
+from kontext_async.errors import ClientStateError, ConfigurationError
 from kontext_async.fleet.errors import FleetError
 
 __all__ = ["AWAY", "CHANNEL", "LEFT", "QUEUE", "Connection", "Database", "Row", "translate_errors"]
@@ -135,7 +135,7 @@ class Database:
         )
         try:
             with translate_errors():
-                async with await self.connect():  # its error says more than the pool's
+                async with await self._connect():  # its error says more than the pool's
                     pass
                 await pool.open(wait=True, timeout=_CONNECT_TIMEOUT)
                 await self.app.open_async(pool)
@@ -157,12 +157,20 @@ class Database:
     @asynccontextmanager
     async def connection(self) -> AsyncGenerator[Connection]:
         """Lend a connection, which commits each statement."""
-        assert self._pool is not None, "the fleet checks that it is open"
-        async with self._pool.connection() as connection:
+        async with self._opened().connection() as connection:
             yield connection
 
     async def connect(self) -> Connection:
         """Return a connection of the caller's own, such as for LISTEN."""
+        self._opened()
+        return await self._connect()
+
+    def _opened(self) -> AsyncConnectionPool[Connection]:
+        if self._pool is None:
+            raise ClientStateError("this fleet is not open: use `async with`")
+        return self._pool
+
+    async def _connect(self) -> Connection:
         async with asyncio.timeout(_CONNECT_TIMEOUT):
             return await psycopg.AsyncConnection.connect(self._dsn, autocommit=True)
 

@@ -11,7 +11,7 @@ from procrastinate.types import JSONDict
 
 from kontext_async.batch import check_source
 from kontext_async.client import KontextClient
-from kontext_async.errors import ClientStateError, ConfigurationError
+from kontext_async.errors import ConfigurationError
 from kontext_async.fairness import yield_to_loop
 from kontext_async.fleet.database import (
     AWAY,
@@ -88,7 +88,6 @@ class Fleet:
 
     async def init(self) -> None:
         """Create the tables that are missing. Idempotent."""
-        self._check_open()
         await self._database.create_tables()
 
     async def submit(
@@ -102,7 +101,6 @@ class Fleet:
 
         Raises `ConfigurationError` for an invalid id, with the groups before it added.
         """
-        self._check_open()
         check_source(task_ids)
         _check_count("chunk", chunk)
         added = 0
@@ -151,7 +149,6 @@ class Fleet:
 
         Raises `AuthenticationError` if the API refuses the key; the tasks are put back.
         """
-        self._check_open()
         _check_count("max_chunks", max_chunks)
         check_seconds("heartbeat", heartbeat)
         if not heartbeat:
@@ -181,7 +178,6 @@ class Fleet:
         ``name``: one for each account. Raises `ConfigurationError` if another process shares a
         different limit under this name.
         """
-        self._check_open()
         check_limit(limit)
         with translate_errors():
             async with lease(self._database, limit, name) as shared:
@@ -191,9 +187,8 @@ class Fleet:
         """Iterate over the tasks that have an outcome, then over others as they end.
 
         It ends when no task is waiting. While the database is away, it waits. Use
-        `contextlib.aclosing` where you may leave early.
+        ``contextlib.aclosing`` where you may leave early.
         """
-        self._check_open()
         position = 0
         with translate_errors():
             while True:
@@ -203,8 +198,6 @@ class Fleet:
                             position = row[0]
                             yield entry_of(row[1:])
                 except AWAY:
-                    if not self._database.is_open:
-                        raise
                     await asyncio.sleep(_RETRY_AFTER)
                 else:
                     return
@@ -225,13 +218,8 @@ class Fleet:
 
     async def status(self) -> FleetStatus:
         """Count tasks and chunks, and describe the workers."""
-        self._check_open()
         with translate_errors():
             return await read_status(self._database)
-
-    def _check_open(self) -> None:
-        if not self._database.is_open:
-            raise ClientStateError("this fleet is not open: use `async with`")
 
 
 async def _each(

@@ -8,6 +8,7 @@ import logging
 from collections.abc import AsyncGenerator, Coroutine
 from typing import Any, Final
 
+import psycopg
 from procrastinate import App, BaseRetryStrategy, RetryDecision
 from procrastinate.exceptions import ConnectorException
 from procrastinate.jobs import Job
@@ -137,7 +138,7 @@ class Worker:
 
     async def _leave(self) -> None:
         """Write what is still to be written, and be gone from the table of workers."""
-        with contextlib.suppress(*AWAY):
+        with contextlib.suppress(psycopg.Error, TimeoutError):
             async with asyncio.timeout(_FLUSH):
                 await self._writer.flush()
                 await self._database.fetch(_GONE, (self.name,))
