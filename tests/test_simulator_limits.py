@@ -113,3 +113,20 @@ async def poll_until(simulator, seconds):
         while simulator.now < seconds:
             async with session.get(f"{simulator.base_url}/api/v1/flux/kontext/record-info"):
                 await asyncio.sleep(0.1)
+
+
+@pytest.mark.virtual_time
+@pytest.mark.parametrize(("retry_after", "asked"), [(True, "10"), (False, None)])
+async def test_a_limit_may_refuse_as_a_gateway_does(retry_after, asked):
+    """With a page, which is not an envelope."""
+    simulator = Simulator(
+        rate_limit=FixedWindow(1, 10.0), refusal_status=503, retry_after=retry_after
+    )
+    async with simulator, aiohttp.ClientSession() as session:
+        url = f"{simulator.base_url}/api/v1/flux/kontext/record-info?taskId=task"
+        for status in (200, 503):
+            async with session.get(url, headers={"Authorization": "Bearer key"}) as response:
+                assert response.status == status
+                body = await response.text()
+    assert response.headers.get("Retry-After") == asked
+    assert body.startswith("<h1>503")
