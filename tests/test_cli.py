@@ -694,6 +694,29 @@ class TestProgress:
         assert "paused for " in capsys.readouterr().err
 
 
+class TestThumbnails:
+    """Two thousand thumbnails take a while."""
+
+    def test_a_terminal_has_them_counted_live(self, monkeypatch):
+        """The last number is on the screen before it is removed."""
+        screen = Terminal()
+        monkeypatch.setattr(sys, "stderr", screen)
+        monkeypatch.setenv("TERM", "xterm")
+        with progress.thumbnails_shown() as show:
+            show(1200, 2000)
+        assert "thumbnails 1,200 of 2,000" in screen.getvalue()
+
+    def test_without_a_terminal_a_line_comes_at_times(self, monkeypatch, capsys):
+        """Nothing is said before the first interval is over."""
+        with progress.thumbnails_shown() as show:
+            show(1, 2000)
+        assert capsys.readouterr().err == ""
+        monkeypatch.setattr(progress, "_LINE_INTERVAL", 0.0)
+        with progress.thumbnails_shown() as show:
+            show(1200, 2000)
+        assert capsys.readouterr().err == "thumbnails 1,200 of 2,000\n"
+
+
 class TestLocal:
     async def test_simulate_serves_until_sigterm(self, capsys):
         """The address is a line for programs; people get a command to try."""

@@ -414,6 +414,14 @@ def test_thumbnails_are_small_and_have_the_images_shape(tmp_path):
     assert sum(p.stat().st_size for p in (tmp_path / "thumbnails").iterdir()) < 100_000
 
 
+def test_thumbnails_are_counted_while_they_are_made(tmp_path):
+    """The callback has the number made and that of all."""
+    counted = []
+    entries = [saved(tmp_path, f"{name}.png") for name in "abc"]
+    write_report(tmp_path, entries, on_progress=lambda *counts: counted.append(counts))
+    assert counted == [(1, 3), (2, 3), (3, 3)]
+
+
 def test_a_thumbnail_has_none_of_the_images_metadata(tmp_path):
     """Comments and color profiles are dropped."""
     info = PngImagePlugin.PngInfo()

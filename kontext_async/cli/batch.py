@@ -16,7 +16,7 @@ from rich.table import Table
 
 from kontext_async.cli.input import distinct_ids
 from kontext_async.cli.output import Exit, Saved, error_console, exit_code, fail, say, write_line
-from kontext_async.cli.progress import Display
+from kontext_async.cli.progress import Display, thumbnails_shown
 from kontext_async.cli.running import exit_on_error
 from kontext_async.cli.tally import BatchTally
 from kontext_async.cli.waiting import ids_to_wait_for, say_what_is_left
@@ -149,7 +149,8 @@ def make_report(folder: Path) -> Exit:
     with exit_on_error():
         submissions = list(Ledger.read_submissions(folder / LEDGER))
     try:
-        path = write_report(folder, entries, submissions)
+        with thumbnails_shown() as on_progress:
+            path = write_report(folder, entries, submissions, on_progress=on_progress)
     except OSError as error:
         say(f"kontext: cannot write the report into {folder}: {error.strerror}")
         return Exit.ERROR

@@ -9,10 +9,8 @@ from pathlib import Path
 
 import attrs
 import typer
-from aiohttp import web
 from yarl import URL
 
-from kontext_async.callbacks import CallbackReceiver
 from kontext_async.cli.input import read_key
 from kontext_async.cli.output import Exit, fail, say
 from kontext_async.client import KontextClient
@@ -65,6 +63,11 @@ async def receiving(
     if callbacks is None or callbacks.port is None:
         yield
         return
+    # These are a part of the start of every command, and few receive callbacks.
+    from aiohttp import web  # noqa: PLC0415
+
+    from kontext_async.callbacks import CallbackReceiver  # noqa: PLC0415
+
     receiver = CallbackReceiver(client, key=callbacks.key, on_token=ledger.add_candidate)
     app = web.Application()
     app.router.add_post(callbacks.path, receiver.handle)

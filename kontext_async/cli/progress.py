@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
@@ -169,6 +170,24 @@ class Display:
         yield
         if is_drawn:
             self._bar.start()
+
+
+@contextlib.contextmanager
+def thumbnails_shown() -> Generator[Callable[[int, int], None]]:
+    """Show how many thumbnails are made: live on a terminal, a line at times elsewhere."""
+    console = error_console()
+    next_line = time.monotonic() + _LINE_INTERVAL
+    with console.status("writing the report") as status:
+
+        def show(made: int, total: int) -> None:
+            nonlocal next_line
+            text = f"thumbnails {made:,} of {total:,}"
+            status.update(text)
+            if not console.is_terminal and time.monotonic() >= next_line:
+                next_line = time.monotonic() + _LINE_INTERVAL
+                console.print(text)
+
+        yield show
 
 
 def _kind(error: KontextError) -> str:

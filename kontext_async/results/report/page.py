@@ -6,7 +6,7 @@ import base64
 import hashlib
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from importlib.resources import files
 from pathlib import Path
@@ -90,7 +90,11 @@ class _Group:
 
 
 def write_report(
-    folder: Path, entries: Iterable[LedgerEntry], submissions: Iterable[SubmissionEntry] = ()
+    folder: Path,
+    entries: Iterable[LedgerEntry],
+    submissions: Iterable[SubmissionEntry] = (),
+    *,
+    on_progress: Callable[[int, int], object] | None = None,
 ) -> Path:
     """Write ``report.html`` into a folder of results and return its path.
 
@@ -99,12 +103,13 @@ def write_report(
 
     The page refers only to images in the folder. With Pillow (extra ``images``) it shows
     thumbnails, which are made in ``thumbnails/``. This takes a while for many images, so in an
-    asyncio program call it in a thread. Raises `ConfigurationError` without Jinja2 (extra
+    asyncio program call it in a thread; ``on_progress`` is called there with the number of
+    thumbnails made and of all. Raises `ConfigurationError` without Jinja2 (extra
     ``report``), and `OSError` if the folder cannot be written.
     """
     environment = _environment()
     folder = folder.resolve()
-    cards = _cards(folder, list(entries))
+    cards = _cards(folder, list(entries), on_progress)
     cards += [_request_card(entry) for entry in submissions if entry.state in _REQUESTS]
     page = environment.get_template("report.html.j2").generate(
         title=folder.name,
@@ -150,10 +155,14 @@ def _inline(role: str, name: str) -> dict[str, Any]:
     return {role: Markup(text), f"{role}_digest": f"sha256-{digest}"}  # noqa: S704  # our own
 
 
-def _cards(folder: Path, entries: Sequence[LedgerEntry]) -> list[_Card]:
+def _cards(
+    folder: Path,
+    entries: list[LedgerEntry],
+    on_progress: Callable[[int, int], object] | None,
+) -> list[_Card]:
     images = [_image(folder, entry.saved_path) for entry in entries]
     found = [image for image in images if image]
-    thumbnails = dict(zip(found, make_thumbnails(folder, found), strict=True))
+    thumbnails = dict(zip(found, make_thumbnails(folder, found, on_progress), strict=True))
     return [
         _card(folder, entry, image, image and thumbnails[image])
         for entry, image in zip(entries, images, strict=True)

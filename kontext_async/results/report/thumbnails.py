@@ -7,7 +7,7 @@ import hashlib
 import importlib.util
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,7 +25,9 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 _WORKERS = min(4, os.cpu_count() or 1)  # each may hold a decoded image
 
 
-def make_thumbnails(folder: Path, images: Sequence[Path]) -> list[Path | None]:
+def make_thumbnails(
+    folder: Path, images: Sequence[Path], on_progress: Callable[[int, int], object] | None = None
+) -> list[Path | None]:
     """Return the thumbnail of each image, or None if it cannot be made, as without Pillow.
 
     Thumbnails that are not older than their images are not made again.
@@ -33,7 +35,12 @@ def make_thumbnails(folder: Path, images: Sequence[Path]) -> list[Path | None]:
     if not images or importlib.util.find_spec("PIL") is None:
         return [None] * len(images)
     with ThreadPoolExecutor(_WORKERS) as pool:
-        return list(pool.map(functools.partial(_thumbnail, folder), images))
+        made: list[Path | None] = []
+        for thumbnail in pool.map(functools.partial(_thumbnail, folder), images):
+            made.append(thumbnail)
+            if on_progress is not None:
+                on_progress(len(made), len(images))
+        return made
 
 
 def _thumbnail(folder: Path, image: Path) -> Path | None:
