@@ -388,7 +388,7 @@ def test_a_settled_rate_stays_settled():
 def test_a_curve_that_is_not_refused_a_quarter_beyond_its_length_rises():
     limit, began = settled()
     now = began
-    while state(limit) is DiscoveryState.CRUISING:
+    while state(limit) is DiscoveryState.CRUISING and now < began + 20.0:
         now = limit.opens_at(now)
         exchange(limit, now)
     assert began + 10.0 < now < began + 10.25
@@ -468,6 +468,17 @@ def test_a_rising_rate_doubles_after_eight_answers_at_least():
     for _ in range(7):
         limit.release(now, sent=now, reply="answered")
     assert limit.rate() == pytest.approx(2 * rate)
+
+
+def test_a_rate_that_begins_to_rise_counts_its_answers_afresh():
+    limit, began = settled()
+    now = climb(limit, began, 10.0)
+    assert state(limit) is DiscoveryState.RISING
+    for _ in range(40):
+        now = limit.opens_at(now)
+        exchange(limit, now, "lost")
+    # Only the request that made it rise has been answered.
+    assert limit.rate() == pytest.approx(8.0 * (1 + 0.12 / 64) * 2 ** (1 / 8), rel=1e-3)
 
 
 def test_a_rising_rate_that_is_not_used_up_does_not_rise():
