@@ -15,6 +15,7 @@ from rich.table import Table
 
 from kontext_async.cli.batch import make_folder
 from kontext_async.cli.connection import connection
+from kontext_async.cli.help import Command
 from kontext_async.cli.input import Problem, distinct_ids, fail_on, ids_from_stdin
 from kontext_async.cli.options import (
     AllowHttp,
@@ -67,7 +68,7 @@ def _fleet(dsn: str) -> Fleet:
     return Fleet(dsn)
 
 
-@fleet_app.command()
+@fleet_app.command(cls=Command)
 def init(dsn: _DsnArgument) -> None:
     """Create the tables of a fleet that are missing."""
 
@@ -79,7 +80,7 @@ def init(dsn: _DsnArgument) -> None:
     run(create())
 
 
-@fleet_app.command()
+@fleet_app.command(cls=Command)
 def status(dsn: _DsnArgument) -> None:
     """Count tasks by state, and list the workers."""
 

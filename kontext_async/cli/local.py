@@ -129,10 +129,10 @@ async def demonstrate(folder: Path) -> Exit:
 
     The answer to one request is lost, and its task is found again by its callback.
     """
-    outcomes: list[TaskOutcome] = []
+    outcomes: list[tuple[TaskOutcome, Saved]] = []
 
     def handle(outcome: TaskOutcome, saved: Saved) -> None:
-        outcomes.append(outcome)
+        outcomes.append((outcome, saved))
         if not sys.stdout.isatty():
             write_line(outcome_line(outcome, saved))
 
@@ -174,13 +174,15 @@ def _create(request: StepRequest) -> Reply:
     return CREATION_STEPS["made_closed"](request) if prompt == _LOST else request.default_reply()
 
 
-def _table(outcomes: list[TaskOutcome]) -> Table:
+def _table(outcomes: list[tuple[TaskOutcome, Saved]]) -> Table:
+    """Return a table that names the files: the simulator's addresses end with it."""
     prompts = [prompt for prompt, *_ in _TASKS]
     table = Table("Prompt", "Outcome", "Took", Column("Image or error", overflow="fold"))
-    rows = [o for o in outcomes if isinstance(o, RequestOutcome)]
-    for outcome in sorted(rows, key=lambda outcome: prompts.index(outcome.request.prompt)):
-        line = outcome_line(outcome)
+    rows = [(o, saved) for o, saved in outcomes if isinstance(o, RequestOutcome)]
+    for outcome, saved in sorted(rows, key=lambda row: prompts.index(row[0].request.prompt)):
+        line = outcome_line(outcome, saved)
         took = "" if line["duration"] is None else f"{line['duration'].total_seconds():.0f} s"
-        result = line["resultImageUrl"] or f"{line['errorCode']}: {line['message']}"
+        file = line["file"] and Path(line["file"]).name
+        result = file or f"{line['errorCode']}: {line['message']}"
         table.add_row(plain(outcome.request.prompt), line["outcome"], took, plain(result))
     return table
