@@ -31,6 +31,7 @@ from kontext_async import (
     WaitTimeoutError,
 )
 from kontext_async.cli import app, local, main, progress, waiting
+from kontext_async.cli.help import Command
 from kontext_async.cli.output import (
     Exit,
     classify,
@@ -849,6 +850,18 @@ def problems_of(text):
         "is unclear": UNCLEAR.search(text),
     }
     return [problem for problem, found in rules.items() if found]
+
+
+def test_a_hidden_option_is_not_in_help():
+    """It works all the same."""
+    hiding = typer.Typer(rich_markup_mode=None, add_completion=False)
+
+    def run(secret: int = typer.Option(0, hidden=True)) -> None:
+        typer.echo(secret)
+
+    hiding.command(cls=Command)(run)
+    assert "secret" not in CliRunner().invoke(hiding, ["--help"]).output
+    assert CliRunner().invoke(hiding, ["--secret", "3"]).output == "3\n"
 
 
 class TestHelp:
