@@ -319,3 +319,16 @@ async def test_a_writer_that_ends_gives_up_what_is_not_written(fleet):
     writing.cancel()
     await asyncio.wait({writing})
     assert second.cancelled()
+
+
+async def test_a_second_outcome_of_a_task_changes_nothing(fleet):
+    """Two workers may wait for the same task at once, where one was taken for dead."""
+    await fleet.submit(["a"])
+    writer = OutcomeWriter(fleet._database)
+    writing = asyncio.create_task(writer.run())
+    for message in ("first", "second"):
+        await writer.write(TaskOutcome(task_id="a", error=KontextError(message)))
+    writing.cancel()
+    await asyncio.wait({writing})
+    (entry,) = await collected(fleet)
+    assert (entry.error_message, entry.attempts) == ("first", 1)
