@@ -114,6 +114,14 @@ def fleet(session: nox.Session) -> None:
     session.run("pytest", "tests/test_fleet_crash.py", *session.posargs, env=environment)
 
 
+@nox.session
+def gateways(session: nox.Session) -> None:
+    """Wait behind nginx and HAProxy, which limit what passes; a missing one is skipped by name."""
+    session.install("-e", ".[test]")
+    command = ("pytest", "-rs", "-s", "tests/test_gateways.py", *session.posargs)
+    session.run(*command, env={"KONTEXT_GATEWAYS": "1"})
+
+
 @nox.session(venv_backend="none")
 def debian(session: nox.Session) -> None:
     """Run the README's two commands on fresh Debian systems: trixie and sid, or those named."""
