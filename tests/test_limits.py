@@ -742,3 +742,65 @@ def test_a_limit_that_is_lowered_is_found_again():
     share, refusals = shares(log, 10.0)
     assert share >= 0.85
     assert refusals <= 0.05
+
+
+# --- answers that grow slower -------------------------------------------------------------------
+
+
+def answer_after(limit, at, taken):
+    limit.acquire(at)
+    limit.release(at + taken, sent=at, reply="answered")
+
+
+def test_slow_answers_raise_the_concurrency_no_further():
+    """A queue is filling, where answers take thrice as long as the fastest and 50 ms more."""
+    limit = DiscoveredLimit()
+    answer_after(limit, 0.0, 0.1)
+    for _ in range(100):
+        answer_after(limit, 1.0, 0.5)
+    for _ in range(4):
+        limit.acquire(2.0)
+    assert limit.opens_at(2.0) == math.inf
+    assert limit.rate() is None
+    for _ in range(7):
+        answer_after(limit, 3.0, 0.34)
+    assert limit.opens_at(4.0) == 4.0
+
+
+@pytest.mark.parametrize(("slow", "is_refused"), [(7, False), (8, True)])
+def test_eight_slow_answers_in_a_row_are_a_refusal(slow, is_refused):
+    """A fast one between begins the count again."""
+    limit = DiscoveredLimit.after_refusal(0.0, 10.0)
+    answer_after(limit, 0.5, 0.1)
+    for wave in (7, slow):
+        answer_after(limit, 1.0, 0.1)
+        for _ in range(wave):
+            answer_after(limit, 1.0, 0.5)
+    assert limit._state.is_refused is is_refused
+
+
+def test_a_queue_that_refuses_after_a_second_refuses_little():
+    """Two at a time take 0.1 s each; who waits for a second is refused."""
+    limit, free, answers, order = DiscoveredLimit(), [0.0, 0.0], [], itertools.count()
+    now, log, paused_until = 0.0, [], 0.0
+    while now < 60.0:
+        opens_at = max(limit.opens_at(now), paused_until)
+        if opens_at <= now and len(answers) < 64:
+            limit.acquire(now)
+            starts = max(now, free[0])
+            admitted = starts - now <= 1.0
+            if admitted:
+                heapq.heapreplace(free, starts + 0.1)
+            ends = starts + 0.1 if admitted else now + 1.0
+            heapq.heappush(answers, (ends, next(order), now, admitted))
+            continue
+        ends = answers[0][0] if answers else math.inf
+        now = min(opens_at if opens_at > now else math.inf, ends)
+        while answers and answers[0][0] <= now:
+            at, _, sent, admitted = heapq.heappop(answers)
+            log.append((at, admitted))
+            limit.release(at, sent=sent, reply="answered" if admitted else "refused")
+            paused_until = paused_until if admitted else at + 0.25
+    late = [admitted for at, admitted in log if at >= 10.0]
+    assert sum(late) / 50.0 / 20.0 >= 0.95
+    assert late.count(False) / len(late) <= 0.06

@@ -220,6 +220,11 @@ class DiscoveredLimit:
     _RECENT_ANSWERS = 16  # that give the rate just before a refusal, or an eighth if that is more
     _PAUSE_ALLOWANCE = 1.25  # a pause of a fifth of its cycle does not lower the estimate
     _ROUNDING = 1.0  # s
+    # An answer that takes longer than this is slow; so many in a row count as a refusal.
+    _SLOW_FACTOR = 3.0
+    _SLOW_SECONDS = 0.05
+    _SLOW_ANSWERS = 8
+    _FASTEST_GROWTH = 1.001  # for each answer
     _BUSY_INTERVALS = 1.5  # requests at most this many intervals apart use up the rate
 
     _MIN_FIRST_RATE = 4.0  # requests per second, where few answers came before the first refusal
@@ -252,6 +257,9 @@ class DiscoveredLimit:
         self._answered_before = 0  # in this cycle, when it began to rise
         self._refused_rate = 0.0
         self._cycles = 0
+        self._steps = 0  # answers that were not slow
+        self._slow = 0  # slow answers in a row
+        self._fastest = math.inf  # seconds of the fastest answer, slowly forgotten
         self._is_settled = False  # true once a cycle has had enough answers to judge it by
         self._last_sent = 0.0
         self._next_at = 0.0
@@ -276,7 +284,7 @@ class DiscoveredLimit:
     def opens_at(self, now: float) -> float:
         if self._state.has_rate:
             return max(self._next_at, now)
-        concurrency = self._INITIAL_CONCURRENCY + self._answered // self._ANSWERS_PER_STEP
+        concurrency = self._INITIAL_CONCURRENCY + self._steps // self._ANSWERS_PER_STEP
         return now if self._in_flight < concurrency else math.inf
 
     def acquire(self, now: float) -> None:
@@ -305,6 +313,19 @@ class DiscoveredLimit:
                 self._start_cycle(now)
             self._answered += 1
             self._answers.append(now)
+            self._observe_time(now, now - sent)
+
+    def _observe_time(self, now: float, taken: float) -> None:
+        """Note how long an answer took: many slow ones in a row are a queue that is filling."""
+        self._fastest = min(taken, self._fastest * self._FASTEST_GROWTH)
+        if taken <= self._SLOW_FACTOR * self._fastest + self._SLOW_SECONDS:
+            self._steps += 1
+            self._slow = 0
+            return
+        self._slow += 1
+        if self._slow >= self._SLOW_ANSWERS and self._state.has_rate:
+            self._slow = 0
+            self._refuse(now)
 
     def cancel(self) -> None:
         self._in_flight -= 1
