@@ -33,6 +33,7 @@ from kontext_async import (
     wait_learned,
 )
 from kontext_async.batch import outcome_stream
+from kontext_async.notices import Noticeboard
 from kontext_async.pacing import RequestBudget
 from kontext_async.polling import WaitPolicy
 from kontext_async.results import Ledger, SavedImage, save_outcomes
@@ -49,6 +50,7 @@ class _Instant:
     def __init__(self) -> None:
         self.budget = RequestBudget(max_concurrency=1, rate_limit=None)
         self.durations = DurationModel()
+        self.notices = Noticeboard()
         self.source_reads: set[Any] = set()
 
     def as_completed(
