@@ -337,7 +337,7 @@ async def _show_plan(keyed: dict[str, ImageRequest], folder: Path, account: _Acc
     line = {**{name: counts[name] for name in dict.fromkeys(_PLAN.values())}, "credits": balance}
     table = Table("Requests", "")
     for name, count in line.items():
-        table.add_row(name, f"{count:g}")
+        table.add_row(name, f"{count:,.10g}")
     error_console().print(table)
     write_line(line)
     return Exit.DONE
