@@ -48,10 +48,6 @@ class Tally:
         return self.total - len(self.unfinished)
 
     @property
-    def unsuccessful(self) -> int:
-        return self.finished - self.outcomes["success"]
-
-    @property
     def generating(self) -> list[str]:
         """Unfinished tasks that the API has said it is working on."""
         return [task_id for task_id in self.unfinished if task_id in self._generating]
@@ -153,10 +149,6 @@ class BatchTally(Tally):
     def __init__(self, ids: Iterable[str] = ()) -> None:
         super().__init__(ids)
         self.images: Counter[str] = Counter()
-
-    @property
-    def unsuccessful(self) -> int:
-        return super().unsuccessful + self.images["notSaved"]
 
     @property
     def _results(self) -> Counter[str]:

@@ -1,0 +1,231 @@
+"""The command's edges, each called by itself: signals, streams, proxies, odd input."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import logging
+import os
+import signal
+import sys
+import threading
+
+import pytest
+import typer
+
+from kontext_async import KontextClient, TransportError
+from kontext_async.cli import app, output, progress, running
+from kontext_async.cli import input as cli_input
+from kontext_async.cli.connection import connection
+from kontext_async.cli.output import Exit, OutputError
+from kontext_async.cli.tally import Tally
+from kontext_async.polling import TaskOutcome
+
+
+def code_of(main, on_interrupt=lambda: None):
+    with pytest.raises(typer.Exit) as caught:
+        running.run(main, on_interrupt)
+    return caught.value.exit_code
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, Exit.INTERRUPTED), (signal.SIGTERM, Exit.TERMINATED)]
+)
+def test_a_signal_cancels_the_command_and_says_what_is_left(number, code):
+    """The one that came decides the exit code, and the handler from before is back."""
+    said = []
+    before = signal.getsignal(signal.SIGTERM)
+
+    async def wait():
+        signal.raise_signal(number)
+        await asyncio.sleep(60)
+
+    assert code_of(wait(), lambda: said.append("left")) is code
+    assert said == ["left"]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_command_may_run_outside_the_main_thread():
+    """There it handles no signals."""
+
+    async def done():
+        return Exit.DONE
+
+    codes = []
+    thread = threading.Thread(target=lambda: codes.append(code_of(done())))
+    thread.start()
+    thread.join()
+    assert codes == [Exit.DONE]
+
+
+def test_an_output_that_cannot_be_written_is_a_message_and_a_code(capsys):
+    """The code is that of a failure."""
+
+    async def fail():
+        raise OutputError("No space left on device")
+
+    assert code_of(fail()) is Exit.ERROR
+    assert "cannot write to standard output: No space left on device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("code", "left"), [(130, [130]), (143, [143]), (0, []), (None, [])])
+def test_only_an_interrupted_process_is_left_at_once(code, left, monkeypatch):
+    """Without waiting for its threads."""
+    found = []
+    monkeypatch.setattr(os, "_exit", found.append)
+    running.leave_at_once(code)
+    assert found == left
+
+
+class Broken(io.StringIO):
+    """A stream that cannot be written."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def write(self, text):
+        raise self.error
+
+
+def test_standard_output_tells_a_reader_that_left_from_a_full_disk(monkeypatch):
+    """The first is a broken pipe, everything else is named."""
+    monkeypatch.setattr(sys, "stdout", Broken(BrokenPipeError()))
+    with pytest.raises(BrokenPipeError):
+        output.write_line({})
+    monkeypatch.setattr(sys, "stdout", Broken(OSError(28, "No space left on device")))
+    with pytest.raises(OutputError, match="No space left"):
+        output.write_line({})
+    monkeypatch.setattr(sys, "stdout", None)
+    with pytest.raises(OutputError, match="it is closed"):
+        output.write_line({})
+
+
+@pytest.mark.parametrize("has_stderr", [True, False])
+def test_polls_are_logged_on_request(has_stderr, monkeypatch):
+    """To standard error, if there is one."""
+    log = logging.getLogger("kontext_async")
+    level, handlers = log.level, log.handlers
+    stream = io.StringIO() if has_stderr else None
+    monkeypatch.setattr(sys, "stderr", stream)
+    try:
+        output.log_polls(wanted=True)
+        log.debug("a poll")
+    finally:
+        log.setLevel(level)
+        log.handlers = handlers
+    assert not has_stderr or stream.getvalue().endswith("DEBUG a poll\n")
+
+
+async def test_a_proxy_gives_client_and_images_a_session(monkeypatch):
+    """Without one, each has its own."""
+    monkeypatch.setenv("APIKLEY_API_KEY", "key")
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    options = {"base_url": "https://api.example", "api_key_file": None, "allow_http": False}
+    for proxy in (None, "http://127.0.0.1:9"):
+        async with connection(proxy=proxy, **options).open() as (client, session):
+            assert isinstance(client, KontextClient)
+            assert (session is None) == (proxy is None)
+    assert session.closed
+    for proxy in ("socks5://127.0.0.1:9", "http://["):
+        with pytest.raises(typer.Exit):
+            connection(proxy=proxy, **options)
+
+
+def test_a_file_of_one_byte_is_read_at_its_end():
+    """Its encoding cannot be told before."""
+    decoder = cli_input._Decoder("ids")
+    assert decoder.decode(b"a") == ""
+    assert decoder.decode(b"", final=True) == "a"
+
+
+def test_text_with_zeros_is_not_text(capsys):
+    """UTF-16 without its mark looks so."""
+    with pytest.raises(typer.Exit):
+        cli_input._Decoder("ids").decode("ab".encode("utf-16-le"), final=True)
+    assert "cannot read ids: it is not text in UTF-8, or UTF-16 with its mark" in (
+        capsys.readouterr().err
+    )
+
+
+class Stdin:
+    """Standard input that waits until it may go on, and then reads or fails."""
+
+    def __init__(self, result):
+        self.buffer = self
+        self.result = result
+        self.may_go_on = threading.Event()
+        self.has_ended = threading.Event()
+
+    def read(self, size):
+        self.may_go_on.wait(10)
+        try:
+            if isinstance(self.result, OSError):
+                raise self.result
+            return self.result
+        finally:
+            self.has_ended.set()
+
+
+async def test_standard_input_that_cannot_be_read_is_wrong_usage(monkeypatch, capsys):
+    """The message has the system's words."""
+    stdin = Stdin(OSError(5, "Input/output error"))
+    stdin.may_go_on.set()
+    monkeypatch.setattr(sys, "stdin", stdin)
+    with pytest.raises(typer.Exit):
+        await cli_input._next_chunk()
+    assert "cannot read standard input: Input/output error" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("is_closed", [True, False])
+def test_input_that_nobody_wants_any_more_is_dropped(is_closed, monkeypatch):
+    """The wait was cancelled, and perhaps its loop is closed, before somebody wrote."""
+    stdin = Stdin(b"task1\n")
+    monkeypatch.setattr(sys, "stdin", stdin)
+
+    async def leave():
+        reading = asyncio.create_task(cli_input._next_chunk())
+        await asyncio.sleep(0)
+        reading.cancel()
+        await asyncio.wait([reading])
+        if not is_closed:
+            stdin.may_go_on.set()
+            await asyncio.to_thread(stdin.has_ended.wait, 10)
+            await asyncio.sleep(0.05)
+
+    asyncio.run(leave())
+    stdin.may_go_on.set()
+    for thread in threading.enumerate():
+        if thread.name == "kontext-stdin":
+            thread.join(10)
+    assert stdin.has_ended.is_set()
+
+
+def test_while_tasks_are_still_read_no_time_is_left():
+    """Only the rate is known."""
+    tally = Tally(["a", "b"])
+    tally.is_complete = False
+    assert tally.progress(0.0)[2:] == []
+    tally.count_outcome(TaskOutcome(task_id="a", error=TransportError("reset")))
+    assert tally.progress(10.0)[2:] == ["0.1/s"]
+
+
+async def test_a_narrow_terminal_shows_the_first_parts(monkeypatch):
+    """What does not fit is left out whole."""
+    monkeypatch.setenv("COLUMNS", "60")
+    async with KontextClient("key") as client:
+        display = progress.Display(Tally(["a"]), client)
+        display._console.width = 60
+        assert (
+            display._fitting(["1 of 2", "0 done, 1 failed", "x" * 40]) == "1 of 2, 0 done, 1 failed"
+        )
+
+
+def test_on_one_terminal_an_error_is_said_once(monkeypatch, capsys):
+    """The row of the result has it already."""
+    monkeypatch.setenv("APIKLEY_API_KEY", "key")
+    monkeypatch.setattr(app, "is_one_terminal", lambda: True)
+    with pytest.raises(typer.Exit):
+        app.get("task1", base_url="http://127.0.0.1:9")
+    assert capsys.readouterr().err == ""
