@@ -229,3 +229,19 @@ def test_on_one_terminal_an_error_is_said_once(monkeypatch, capsys):
     with pytest.raises(typer.Exit):
         app.get("task1", base_url="http://127.0.0.1:9")
     assert capsys.readouterr().err == ""
+
+
+def test_a_repetition_has_the_options_that_reach_the_api(tmp_path):
+    """Not the default address, and no password."""
+    options = {"base_url": app.DEFAULT_BASE_URL, "allow_http": False, "api_key_file": None}
+    assert app._options(**options, proxy=None) == ""
+    assert app._options(**options, proxy="http://user:secret@127.0.0.1:9") == ""
+    options = {
+        "base_url": "http://10.0.0.1",
+        "allow_http": True,
+        "api_key_file": tmp_path / "my key",
+    }
+    assert app._options(**options, proxy="http://127.0.0.1:9") == (
+        "--base-url http://10.0.0.1 --allow-http "
+        f"--api-key-file '{tmp_path}/my key' --proxy http://127.0.0.1:9 "
+    )
