@@ -268,6 +268,14 @@ async def test_a_lost_callback_leaves_the_schedule():
 
 
 @virtual_time
+async def test_a_new_task_may_be_waited_for_without_a_limit():
+    async with Simulator(durations=9.0) as simulator, receiving(simulator) as client:
+        task = await client.submit(REQUEST)
+        done = await client.wait_for_result(task.task_id, timeout=None)
+        assert done.task_id == task.task_id
+
+
+@virtual_time
 async def test_the_deadline_and_the_client_bound_the_first_sleep_too():
     """The timeout counts from the call, 0 polls at once, and closing ends the wait."""
     async with Simulator(durations=300.0) as simulator, receiving(simulator) as client:
