@@ -397,8 +397,8 @@ class KontextClient:
         self._transport.check_open()
         if timeout != 0 and self._creator.is_new(task_id):
             slept = await self._sleep_until_called_back(task_id, timeout)
-            if timeout is not None:
-                policy = attrs.evolve(policy, timeout=max(timeout - slept, 0.0))
+            left = None if timeout is None else max(timeout - slept, 0.0)
+            policy = attrs.evolve(policy, timeout=left)
         return (await TaskWait(task_id, policy, self._transport).run()).unwrap()
 
     def as_completed(

@@ -499,3 +499,15 @@ def test_an_error_is_one_line_whatever_a_host_put_into_it():
     assert text.isprintable()
     assert len(text) < 1000
     assert "\n" not in "".join(traceback.format_exception_only(DownloadError("a\nb"))).strip()
+
+
+async def test_a_defect_of_its_own_session_is_not_hidden(monkeypatch):
+    """Only a session of the user's own may raise anything."""
+    async with fetching() as fetcher:
+
+        async def broken(*args, **options):
+            raise LookupError("a defect")
+
+        monkeypatch.setattr(fetcher._public_only, "_request", broken)
+        with pytest.raises(LookupError, match="a defect"):
+            await fetcher.get("https://images.example/a.png", "t")
