@@ -245,3 +245,22 @@ def test_a_repetition_has_the_options_that_reach_the_api(tmp_path):
         "--base-url http://10.0.0.1 --allow-http "
         f"--api-key-file '{tmp_path}/my key' --proxy http://127.0.0.1:9 "
     )
+
+
+def test_messages_that_cannot_be_written_are_dropped_at_the_end(monkeypatch, tmp_path):
+    """The interpreter would end with a code of its own, if its last flush failed."""
+    with (tmp_path / "stderr").open("w") as file:
+
+        class Full(io.StringIO):
+            def flush(self):
+                raise OSError(28, "No space left on device")
+
+            def fileno(self):
+                return file.fileno()
+
+        monkeypatch.setattr(sys, "stderr", Full())
+        output.drop_lost_messages()
+        file.write("lost")
+    assert (tmp_path / "stderr").read_text() == ""
+    monkeypatch.setattr(sys, "stderr", None)
+    output.drop_lost_messages()
