@@ -18,7 +18,7 @@ from kontext_async.cli import app, output, progress, running
 from kontext_async.cli import input as cli_input
 from kontext_async.cli.connection import connection
 from kontext_async.cli.output import Exit, OutputError
-from kontext_async.cli.tally import Tally
+from kontext_async.cli.tally import RequestTally, Tally
 from kontext_async.polling import TaskOutcome
 
 
@@ -200,6 +200,13 @@ def test_input_that_nobody_wants_any_more_is_dropped(is_closed, monkeypatch):
         if thread.name == "kontext-stdin":
             thread.join(10)
     assert stdin.has_ended.is_set()
+
+
+def test_an_outcome_of_no_request_leaves_the_requests():
+    """An id's outcome has no key."""
+    tally = RequestTally(["key"])
+    tally.count_outcome(TaskOutcome(task_id="a", error=TransportError("reset")))
+    assert list(tally.unfinished) == ["key"]
 
 
 def test_while_tasks_are_still_read_no_time_is_left():

@@ -237,8 +237,8 @@ def test_standard_input_without_ids_is_wrong_usage(start, simulator):
 def test_sigterm_says_what_is_left(start, simulator):
     """As Ctrl-C does, with an exit code of its own."""
     running = simulator.add_task(duration=math.inf)
-    process = start("wait", running, "--base-url", simulator.base_url)
-    wait_until_polled(simulator, running)
+    process = start("wait", running, "--verbose", "--base-url", simulator.base_url)
+    assert any("GENERATING" in line for line in process.stderr)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=5)
     assert process.returncode == 143
