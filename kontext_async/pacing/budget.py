@@ -130,7 +130,8 @@ class RequestBudget:
         self._first: deque[_Permit] = deque()  # of first polls
         self._waiters = 0
         self._order = itertools.count()
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.Handle | None = None
+        self._wakes_at = math.inf  # not all loops have timers that know it
         self._in_flight = 0
         self._requests = 0
         self._errors: Counter[str] = Counter()
@@ -463,14 +464,20 @@ class RequestBudget:
         heapq.heappush(self._due, _Due(deadline, order, wanted_at, permit, failing))
 
     def _wake_at(self, loop: asyncio.AbstractEventLoop, when: float) -> None:
-        if when == math.inf or (self._timer is not None and self._timer.when() <= when):
+        if when == math.inf or self._wakes_at <= when:
             return
-        if self._timer is not None:
-            self._timer.cancel()
+        self._cancel_timer()
+        self._wakes_at = when
         self._timer = loop.call_at(when, self._wake, loop, when)
 
-    def _wake(self, loop: asyncio.AbstractEventLoop, when: float) -> None:
+    def _cancel_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
         self._timer = None
+        self._wakes_at = math.inf
+
+    def _wake(self, loop: asyncio.AbstractEventLoop, when: float) -> None:
+        self._cancel_timer()
         # The loop may call a clock tick early.
         self._dispatch(loop, max(when, loop.time()))
 
@@ -498,6 +505,4 @@ class RequestBudget:
         self._failing.clear()
         self._due.clear()
         self._first.clear()
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._cancel_timer()

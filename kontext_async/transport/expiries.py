@@ -21,7 +21,8 @@ class Expiries:
         self._waiting: set[asyncio.Future[float]] = set()
         self._heap: list[tuple[float, int, asyncio.Future[float]]] = []
         self._order = itertools.count()
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.Handle | None = None
+        self._wakes_at = math.inf  # not all loops have timers that know it
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -41,22 +42,26 @@ class Expiries:
         self._waiting.discard(future)
         if not self._waiting:
             self._heap.clear()
-            if self._timer is not None:
-                self._timer.cancel()
-                self._timer = None
+            self._cancel_timer()
         elif len(self._heap) > 1.25 * len(self._waiting) + _MAX_STALE:
             self._heap = [entry for entry in self._heap if entry[2] in self._waiting]
             heapq.heapify(self._heap)
 
     def _wake_at(self, when: float) -> None:
-        if self._timer is not None:
-            if self._timer.when() <= when:
-                return
-            self._timer.cancel()
+        if self._wakes_at <= when:
+            return
+        self._cancel_timer()
+        self._wakes_at = when
         self._timer = asyncio.get_running_loop().call_at(when, self._expire, when)
 
-    def _expire(self, when: float) -> None:
+    def _cancel_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
         self._timer = None
+        self._wakes_at = math.inf
+
+    def _expire(self, when: float) -> None:
+        self._cancel_timer()
         now = max(when, asyncio.get_running_loop().time())  # the loop may call a clock tick early
         for _ in range(_MAX_EXPIRED):
             if not self._heap or self._heap[0][0] > now:
