@@ -16,9 +16,10 @@ import typer
 from kontext_async import KontextClient, TransportError
 from kontext_async.cli import app, output, progress, running
 from kontext_async.cli import input as cli_input
-from kontext_async.cli.connection import connection
+from kontext_async.cli.connection import Connection, connection
 from kontext_async.cli.output import Exit, OutputError
 from kontext_async.cli.tally import RequestTally, Tally
+from kontext_async.client import DEFAULT_BASE_URL
 from kontext_async.polling import TaskOutcome
 
 
@@ -240,17 +241,20 @@ def test_on_one_terminal_an_error_is_said_once(monkeypatch, capsys):
 
 def test_a_repetition_has_the_options_that_reach_the_api(tmp_path):
     """Not the default address, and no password."""
-    options = {"base_url": app.DEFAULT_BASE_URL, "allow_http": False, "api_key_file": None}
-    assert app._options(**options, proxy=None) == ""
-    assert app._options(**options, proxy="http://user:secret@127.0.0.1:9") == ""
-    options = {
-        "base_url": "http://10.0.0.1",
-        "allow_http": True,
-        "api_key_file": tmp_path / "my key",
-    }
-    assert app._options(**options, proxy="http://127.0.0.1:9") == (
+    key_file = tmp_path / "my key"
+    key_file.write_text("key")
+    options = {"base_url": DEFAULT_BASE_URL, "key": "key", "allow_http": False}
+    assert Connection(**options, proxy=None).as_options() == ""
+    assert Connection(**options, proxy="http://user:secret@127.0.0.1:9").as_options() == ""
+    given = connection(
+        base_url="http://10.0.0.1",
+        api_key_file=key_file,
+        allow_http=True,
+        proxy="http://127.0.0.1:9",
+    )
+    assert given.as_options() == (
         "--base-url http://10.0.0.1 --allow-http "
-        f"--api-key-file '{tmp_path}/my key' --proxy http://127.0.0.1:9 "
+        f"--api-key-file '{key_file}' --proxy http://127.0.0.1:9 "
     )
 
 

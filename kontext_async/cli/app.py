@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,7 +20,7 @@ from kontext_async.cli.batch import (
     say_how_to_continue,
     show_status,
 )
-from kontext_async.cli.connection import connection, has_password
+from kontext_async.cli.connection import connection
 from kontext_async.cli.creating import credits_left, edit, generate, resolve, unknown
 from kontext_async.cli.fleet import fleet_app, submit, worker
 from kontext_async.cli.help import Command
@@ -104,22 +103,6 @@ def _ids(given: Iterable[str], source: str | None) -> list[str]:
     return distinct_ids(given, source)
 
 
-def _options(
-    *, base_url: str, allow_http: bool, api_key_file: Path | None, proxy: str | None
-) -> str:
-    """Return the options of a command that its repetition needs, as a shell reads them."""
-    words: list[str] = []
-    if base_url != DEFAULT_BASE_URL:
-        words += ["--base-url", base_url]
-    if allow_http:
-        words.append("--allow-http")
-    if api_key_file is not None:
-        words += ["--api-key-file", str(api_key_file)]
-    if proxy is not None and not has_password(proxy):
-        words += ["--proxy", proxy]
-    return "".join(f"{shlex.quote(word)} " for word in words)
-
-
 @app.command(cls=Command)
 def get(
     task_id: Annotated[str, typer.Argument(metavar="ID", help="Task id.")],
@@ -200,9 +183,7 @@ def wait(
             error_console().print(tally.summary())
         return code
 
-    again = _options(
-        base_url=base_url, allow_http=allow_http, api_key_file=api_key_file, proxy=proxy
-    )
+    again = options.as_options()
     run(wait_for_tasks(), on_interrupt=lambda: say_how_to_resume(tally, source, again))
 
 
@@ -263,9 +244,7 @@ def batch(
             )
         return max(code, make_report(into)) if report else code
 
-    again = _options(
-        base_url=base_url, allow_http=allow_http, api_key_file=api_key_file, proxy=proxy
-    )
+    again = options.as_options()
     again += ("--allow-private " if allow_private else "") + ("--report " if report else "")
     run(save_tasks(), on_interrupt=lambda: say_how_to_continue(tally, into, again))
 

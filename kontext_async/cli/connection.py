@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import urllib.request
 from collections.abc import AsyncGenerator
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import attrs
@@ -13,7 +15,7 @@ from yarl import URL
 
 from kontext_async.cli.input import read_key
 from kontext_async.cli.output import fail
-from kontext_async.client import KontextClient
+from kontext_async.client import DEFAULT_BASE_URL, KontextClient
 from kontext_async.pacing import RateLimit, SlidingWindow
 
 
@@ -23,6 +25,7 @@ class Connection:
 
     base_url: str
     key: str = attrs.field(repr=False)
+    api_key_file: Path | None = None
     allow_http: bool
     proxy: str | None = attrs.field(repr=False)
     rate_limit: RateLimit | SlidingWindow | None = None
@@ -44,16 +47,31 @@ class Connection:
                         trust_env=self.proxy is None,
                     )
                 )
-            client = await stack.enter_async_context(
-                KontextClient(
-                    self.key,
-                    base_url=self.base_url,
-                    rate_limit=self.rate_limit,
-                    allow_http=self.allow_http,
-                    session=session,
-                )
-            )
+            client = await stack.enter_async_context(self.client(session=session))
             yield client, session
+
+    def client(self, **options: Any) -> KontextClient:
+        """Return a client; ``options`` are further arguments of it."""
+        return KontextClient(
+            self.key,
+            base_url=self.base_url,
+            rate_limit=self.rate_limit,
+            allow_http=self.allow_http,
+            **options,
+        )
+
+    def as_options(self) -> str:
+        """Return the options that a repetition of the command needs, as a shell reads them."""
+        words: list[str] = []
+        if self.base_url != DEFAULT_BASE_URL:
+            words += ["--base-url", self.base_url]
+        if self.allow_http:
+            words.append("--allow-http")
+        if self.api_key_file is not None:
+            words += ["--api-key-file", str(self.api_key_file)]
+        if self.proxy is not None and not _has_password(self.proxy):
+            words += ["--proxy", self.proxy]
+        return "".join(f"{shlex.quote(word)} " for word in words)
 
 
 def _has_proxy_in_environment() -> bool:
@@ -65,21 +83,21 @@ def connection(
     base_url: str,
     api_key_file: Path | None,
     allow_http: bool,
-    proxy: str | None,
+    proxy: str | None = None,
     rate_limit: RateLimit | None = None,
 ) -> Connection:
     """Return the connection of a command's options; exit if they cannot be used."""
     return Connection(
         base_url=base_url,
         key=read_key(api_key_file),
+        api_key_file=api_key_file,
         allow_http=allow_http,
         proxy=_checked_proxy(proxy),
         rate_limit=rate_limit,
     )
 
 
-def has_password(proxy: str) -> bool:
-    """Return True if a proxy's address holds a user or a password."""
+def _has_password(proxy: str) -> bool:
     url = URL(proxy)
     return url.user is not None or url.password is not None
 

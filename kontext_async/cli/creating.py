@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import attrs
 import typer
 from rich.table import Table
 
@@ -20,7 +19,7 @@ from kontext_async.cli.batch import (
     require_report,
     save_all,
 )
-from kontext_async.cli.input import read_key
+from kontext_async.cli.connection import Connection, connection
 from kontext_async.cli.listening import Callbacks, read_callbacks, receiving
 from kontext_async.cli.options import (
     AllowHttp,
@@ -169,7 +168,7 @@ def generate(
     _create(
         read_requests(prompts or [], source, fields),
         into,
-        _Account(read_key(api_key_file), base_url, allow_http=allow_http),
+        connection(base_url=base_url, api_key_file=api_key_file, allow_http=allow_http),
         as_json=as_json,
         report=report,
         dry_run=dry_run,
@@ -210,41 +209,21 @@ def edit(
     _create(
         [request],
         into,
-        _Account(read_key(api_key_file), base_url, allow_http=allow_http),
+        connection(base_url=base_url, api_key_file=api_key_file, allow_http=allow_http),
         as_json=as_json,
         timeout=timeout,
     )
 
 
-@attrs.frozen
-class _Account:
-    """The key and the address of the API."""
-
-    key: str = attrs.field(repr=False)
-    base_url: str
-    allow_http: bool = attrs.field(kw_only=True)
-
-    def client(
-        self, creation_limit: RateLimit | None = None, callbacks: Callbacks | None = None
-    ) -> KontextClient:
-        return KontextClient(
-            self.key,
-            base_url=self.base_url,
-            allow_http=self.allow_http,
-            creation_limit=creation_limit or DEFAULT_CREATION_LIMIT,
-            callback_url=None if callbacks is None else callbacks.url,
-        )
-
-
 def _create(
     items: Sequence[KeyedRequest],
     into: Path,
-    account: _Account,
+    options: Connection,
     *,
     as_json: bool,
     report: bool = False,
     dry_run: bool = False,
-    creation_limit: RateLimit | None = None,
+    creation_limit: RateLimit = DEFAULT_CREATION_LIMIT,
     callbacks: Callbacks | None = None,
     **keywords: Any,
 ) -> None:
@@ -254,12 +233,15 @@ def _create(
         keyed = dict(Ledger.keys_of(items))
         _check_known(keyed, into)
     if dry_run:
-        run(_show_plan(keyed, into, account))
+        run(_show_plan(keyed, into, options))
     tally = RequestTally(keyed)
     make_folder(into)
 
     async def create() -> Exit:
-        async with account.client(creation_limit, callbacks) as client:
+        async with options.client(
+            creation_limit=creation_limit,
+            callback_url=None if callbacks is None else callbacks.url,
+        ) as client:
             await run_requests(
                 client,
                 keyed,
@@ -329,10 +311,10 @@ def _check_known(keyed: dict[str, ImageRequest], folder: Path) -> None:
             )
 
 
-async def _show_plan(keyed: dict[str, ImageRequest], folder: Path, account: _Account) -> Exit:
+async def _show_plan(keyed: dict[str, ImageRequest], folder: Path, options: Connection) -> Exit:
     states = {entry.key: entry.state for entry in _submissions(folder)}
     counts = Counter(_PLAN[states.get(name, "planned")] for name in keyed)
-    async with account.client() as client:
+    async with options.client() as client:
         balance = await client.credits()
     line = {**{name: counts[name] for name in dict.fromkeys(_PLAN.values())}, "credits": balance}
     table = Table("Requests", "")
@@ -425,10 +407,10 @@ def credits_left(
     api_key_file: KeyFile = None,
 ) -> None:
     """Print the account's balance of credits."""
-    account = _Account(read_key(api_key_file), base_url, allow_http=allow_http)
+    options = connection(base_url=base_url, api_key_file=api_key_file, allow_http=allow_http)
 
     async def ask() -> Exit:
-        async with account.client() as client:
+        async with options.client() as client:
             write_line({"credits": await client.credits()})
         return Exit.DONE
 
