@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import enum
 import functools
 import math
@@ -164,6 +165,7 @@ class _Batch:
         self._journal = journal
         self._names_read = names_read
         self._loop = asyncio.get_running_loop()
+        self._context = contextvars.copy_context()  # of callbacks: otherwise each has a copy
         self._began = self._loop.time()
         self._latest = math.inf if batch_timeout is None else self._began + batch_timeout
         self._open_names: set[str] = set()  # read, and their outcomes not yet handed on
@@ -325,9 +327,9 @@ class _Batch:
         wait = TaskWait(
             name, self._policy, self._poller, timeout_from_first_poll=True, latest=self._latest
         )
-        task = self._loop.create_task(wait.run())
+        task = self._loop.create_task(wait.run(), name=name)
         self._waits[task] = name
-        task.add_done_callback(self._waited)
+        task.add_done_callback(self._waited, context=self._context)
 
     def _early_error(self, name: str) -> KontextError | None:
         if self._poller.refusal is not None:

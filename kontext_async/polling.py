@@ -206,8 +206,10 @@ class TaskWait:
         "_failures",
         "_follow_ups",
         "_had_early_poll",
+        "_idle_for",
         "_is_asleep",
         "_is_woken",
+        "_last_delay",
         "_last_error",
         "_last_record",
         "_latest",
@@ -215,9 +217,9 @@ class TaskWait:
         "_missing_since",
         "_next_poll_at",
         "_policy",
+        "_polled_at",
         "_poller",
         "_polls",
-        "_state",
         "_task",
         "_task_id",
         "_timeout_from_first_poll",
@@ -249,7 +251,9 @@ class TaskWait:
         self._born: float | None = None  # the task's creation on the loop's clock
         self._last_record: TaskRecord | None = None
         self._last_error: KontextError | None = None
-        self._state: PollState | None = None
+        self._polled_at = self._began  # the time of the last answer; of these a strategy is told
+        self._last_delay = 0.0
+        self._idle_for = 0.0
         self._expected_age: float | None = None  # of the next poll by the model, if it may move
         self._follow_ups: Iterator[float] | None = None  # s, delays after a notice
         self._is_asleep = False
@@ -266,35 +270,39 @@ class TaskWait:
         self._task, self._cancelling = task, task.cancelling()
         self._poller.notices.watch(self._task_id, self, self._began)
         try:
-            outcome = await self._poll()
+            outcome = None
             while outcome is None:
-                outcome = await self._poll()
+                self._is_asleep = True
+                try:
+                    sent = await self._poller.acquire(
+                        self._next_poll_at,
+                        until=self._give_up_at(),
+                        seen=self._polls > 0,
+                        failing=self._failing,
+                        deadline=self._deadline,
+                        plan=None if self._expected_age is None else self,
+                    )
+                except asyncio.CancelledError:
+                    if not self._was_woken():
+                        raise
+                    continue
+                finally:
+                    self._is_asleep = False
+                outcome = self._blocked() if sent is None else await self._poll(sent)
             return outcome
         finally:
             self._poller.notices.unwatch(self._task_id, self)
             self._poller.durations.forget(self._task_id)
 
-    async def _poll(self) -> TaskOutcome | None:
-        """Poll once, when it is time to; return the outcome if that ends the wait."""
-        failing = (1 if self._last_record is not None else 2) if self._failures else 0
-        self._is_asleep = True
-        try:
-            sent = await self._poller.acquire(
-                self._next_poll_at,
-                until=self._give_up_at(),
-                seen=self._polls > 0,
-                failing=failing,
-                deadline=self._deadline,
-                plan=None if self._expected_age is None else self,
-            )
-        except asyncio.CancelledError:
-            if not self._was_woken():
-                raise
-            return None
-        finally:
-            self._is_asleep = False
-        if sent is None:
-            return self._blocked()
+    @property
+    def _failing(self) -> int:
+        """0 if the last poll was answered, 1 if it failed, 2 if none was ever answered."""
+        if not self._failures:
+            return 0
+        return 2 if self._last_record is None else 1
+
+    async def _poll(self, sent: float) -> TaskOutcome | None:
+        """Poll once, with the permit acquired at ``sent``; return the outcome if that ends it."""
         if self._timeout_from_first_poll and not self._polls:
             if not self._poller.budget.has_outage:  # time queued for the quota does not count
                 self._began = sent
@@ -307,7 +315,7 @@ class TaskWait:
                 sent,
                 until=self._deadline,
                 first=self._polls == 1,
-                failing=failing > 0,
+                failing=self._failures > 0,
             )
         except ClientStateError:
             raise
@@ -492,33 +500,39 @@ class TaskWait:
 
         The last poll before the deadline is left as it is.
         """
-        wait, state = self._policy.wait, self._state
+        wait = self._policy.wait
         assert isinstance(wait, wait_learned), "only its polls move"
-        assert state is not None, "a poll has been planned"
-        assert state.outcome_timestamp is not None, "a poll has been planned"
         assert self._expected_age is not None, "a poll has been planned"
-        if wait.has_moved(state.age, self._expected_age):
-            moved = state.outcome_timestamp + self._policy.delay(state)
+        age = self._age(self._polled_at)
+        if wait.has_moved(age, self._expected_age):
+            moved = self._polled_at + self._policy.delay(self._state(record=self._last_record))
             latest = self._last_poll_at() - self._poller.budget.acquire_delay
             self._next_poll_at = max(self._loop.time(), min(moved, latest))
-            self._expect(state.age)
+            self._expect(age)
         return self._next_poll_at
 
     def _delay(self, now: float, record: TaskRecord | None, error: KontextError | None) -> float:
-        if self._state is None:
-            self._state = PollState(self._began)
-        self._state.update(
-            now=now,
+        self._polled_at = now
+        self._last_delay = self._policy.delay(self._state(record=record, error=error))
+        self._idle_for += self._last_delay
+        return self._last_delay
+
+    def _state(
+        self, *, record: TaskRecord | None = None, error: KontextError | None = None
+    ) -> PollState:
+        """Return the state after the last poll; made on demand, because it is large."""
+        state = PollState(self._began)
+        state.update(
+            now=self._polled_at,
             attempt=self._polls,
-            age=self._age(now),
+            age=self._age(self._polled_at),
             record=record,
             error=error,
             failures=self._failures,
         )
-        delay = self._policy.delay(self._state)
-        self._state.upcoming_sleep = delay
-        self._state.idle_for += delay
-        return delay
+        state.upcoming_sleep = self._last_delay
+        state.idle_for = self._idle_for
+        return state
 
     def _age(self, now: float) -> float:
         return now - (self._began if self._born is None else self._born)

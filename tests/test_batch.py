@@ -277,6 +277,13 @@ async def test_outcomes_come_as_tasks_end(client, simulator):
     assert ends == [("fast", seconds(1)), ("medium", seconds(2)), ("slow", seconds(3))]
 
 
+async def test_the_asyncio_task_of_a_wait_has_the_name_of_its_id(client, simulator):
+    one, two = tasks(simulator, 2)
+    async with client.as_completed([one, two]):
+        await turns(5)
+        assert {one, two} <= {task.get_name() for task in our_tasks()}
+
+
 async def test_an_id_given_twice_is_polled_and_answered_once(client, simulator):
     """Even if it comes again after its task has ended."""
     one, two = tasks(simulator, 2)

@@ -801,6 +801,7 @@ async def test_a_strategy_gets_the_state_of_the_wait(simulator, wait):
                 state.record and state.record.status,
                 type(state.error),
                 state.failures,
+                state.upcoming_sleep,
                 state.idle_for,
                 outcome.failed,
                 outcome.exception() is state.error,
@@ -808,15 +809,15 @@ async def test_a_strategy_gets_the_state_of_the_wait(simulator, wait):
             )
         )
         assert (state.args, state.kwargs, state.fn) == ((), {}, None)
-        return 2.0
+        return 1.0 + state.attempt_number
 
     await wait("generating", "http_500", "truncated", "generating", wait=strategy)
     nothing, running = type(None), TaskStatus.GENERATING
     assert seen == [
-        (1, seconds(0.25), running, nothing, 0, 0.0, False, True, True),
-        (2, seconds(2.5), None, ServerError, 1, 2.0, True, True, None),
-        (3, seconds(4.75), None, TransportError, 2, 4.0, True, True, None),
-        (4, seconds(7.0), running, nothing, 0, 6.0, False, True, True),
+        (1, seconds(0.25), running, nothing, 0, 0.0, 0.0, False, True, True),
+        (2, seconds(2.5), None, ServerError, 1, 2.0, 2.0, True, True, None),
+        (3, seconds(5.75), None, TransportError, 2, 3.0, 5.0, True, True, None),
+        (4, seconds(10.0), running, nothing, 0, 4.0, 9.0, False, True, True),
     ]
 
 
