@@ -11,6 +11,7 @@ from typing import Any, Final, Literal, Self, TypeAlias, cast, get_args
 from urllib.parse import urlsplit
 
 import attrs
+from attrs.validators import optional
 
 from kontext_async.errors import (
     ApiError,
@@ -71,18 +72,18 @@ _MAX_EDIT_TOLERANCE: Final = 2
 
 
 def _text(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
-    if value is not None and (not isinstance(value, str) or not value.strip()):
+    if not isinstance(value, str) or not value.strip():
         raise ConfigurationError(f"{attribute.name} must be text that is not blank")
 
 
 def _boolean(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
-    if value is not None and not isinstance(value, bool):
+    if not isinstance(value, bool):
         raise ConfigurationError(f"{attribute.name} must be True, False or None, not {value!r}")
 
 
 def _one_of(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
     choices = _CHOICES[attribute.name]
-    if value is not None and value not in choices:
+    if value not in choices:
         raise ConfigurationError(
             f"{attribute.name} must be one of {', '.join(choices)}, not {value!r}"
         )
@@ -96,8 +97,6 @@ _CHOICES: Final[Mapping[str, Sequence[str]]] = {
 
 
 def _image_url(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
-    if value is None:
-        return
     problem = "input_image must be a public http(s) URL, without a user and a password"
     if not isinstance(value, str) or not value.isprintable() or " " in value:
         raise ConfigurationError(problem)
@@ -110,8 +109,6 @@ def _image_url(instance: object, attribute: attrs.Attribute[Any], value: object)
 
 
 def _tolerance(request: ImageRequest, attribute: attrs.Attribute[Any], value: object) -> None:
-    if value is None:
-        return
     highest = _MAX_TOLERANCE if request.input_image is None else _MAX_EDIT_TOLERANCE
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= highest:
         what = "a generation" if request.input_image is None else "an edit"
@@ -155,22 +152,18 @@ class ImageRequest:
     """
 
     prompt: str = attrs.field(repr=False, validator=_text)
-    input_image: str | None = attrs.field(default=None, repr=False, validator=_image_url)
-    model: Model | None = attrs.field(default=None, validator=_one_of)
-    aspect_ratio: AspectRatio | None = attrs.field(default=None, validator=_one_of)
-    output_format: OutputFormat | None = attrs.field(default=None, validator=_one_of)
-    safety_tolerance: int | None = attrs.field(default=None, validator=_tolerance)
-    enable_translation: bool | None = attrs.field(default=None, validator=_boolean)
-    prompt_upsampling: bool | None = attrs.field(default=None, validator=_boolean)
-    upload_cn: bool | None = attrs.field(default=None, validator=_boolean)
-    watermark: str | None = attrs.field(default=None, validator=_text)
+    input_image: str | None = attrs.field(default=None, repr=False, validator=optional(_image_url))
+    model: Model | None = attrs.field(default=None, validator=optional(_one_of))
+    aspect_ratio: AspectRatio | None = attrs.field(default=None, validator=optional(_one_of))
+    output_format: OutputFormat | None = attrs.field(default=None, validator=optional(_one_of))
+    safety_tolerance: int | None = attrs.field(default=None, validator=optional(_tolerance))
+    enable_translation: bool | None = attrs.field(default=None, validator=optional(_boolean))
+    prompt_upsampling: bool | None = attrs.field(default=None, validator=optional(_boolean))
+    upload_cn: bool | None = attrs.field(default=None, validator=optional(_boolean))
+    watermark: str | None = attrs.field(default=None, validator=optional(_text))
     extra: Mapping[str, Any] = attrs.field(
         factory=dict[str, Any], converter=_as_dict, repr=False, hash=False, validator=_extra
     )
-
-    def __attrs_post_init__(self) -> None:
-        if not isinstance(self.prompt, str):  # a validator allows None where a field may be absent
-            raise ConfigurationError("prompt must be text that is not blank")
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Self:
