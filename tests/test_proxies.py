@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import ssl
 import sys
 import traceback
@@ -48,8 +49,11 @@ async def tunnel(target, reader, writer):
 
 
 @contextlib.asynccontextmanager
-async def proxy(refuse=False):
-    """Serve an HTTP proxy; give its port and the heads of the requests it forwarded."""
+async def proxy(refuse=False, drops_kept=False):
+    """Serve an HTTP proxy; give its port and the heads of the requests it forwarded.
+
+    ``drops_kept``: it offers to keep connections, and closes each at its second request.
+    """
     heads = []
     writers = set()
 
@@ -66,13 +70,21 @@ async def proxy(refuse=False):
                 if method == "CONNECT":
                     await tunnel(target, reader, writer)
                     break
+                length = re.search(r"Content-Length: (\d+)", head)
+                body = await reader.readexactly(int(length[1]) if length else 0)
                 host, _, path = target.removeprefix("http://").partition("/")
                 name, _, port = host.partition(":")
                 there_in, there_out = await asyncio.open_connection(name, int(port))
                 rest = head.split("\r\n", 1)[1].replace("keep-alive", "close")
-                there_out.write(f"GET /{path} HTTP/1.1\r\nConnection: close\r\n{rest}".encode())
-                writer.write(await there_in.read())
+                line = f"{method} /{path} HTTP/1.1\r\nConnection: close\r\n"
+                there_out.write(f"{line}{rest}".encode() + body)
+                answer = await there_in.read()
                 there_out.close()
+                if not drops_kept:
+                    writer.write(answer)
+                    break
+                writer.write(answer.replace(b"Connection: close", b"Connection: keep-alive", 1))
+                await reader.readuntil(b"\r\n\r\n")
                 break
         writer.close()
 
@@ -118,6 +130,43 @@ async def test_the_command_goes_through_a_proxy(is_given, tmp_path):
     assert all(f"Proxy-Authorization: Basic {login}" in head for head in heads)
     assert [KEY in head for head in heads] == [True, False]
     assert PASSWORD not in err + json.dumps(line)
+
+
+@pytest.mark.parametrize("is_given", [True, False])
+@pytest.mark.parametrize(
+    ("command", "requests"),
+    [
+        (["credits"], 1),
+        (["generate", "a boat", "--into", "{}", "--dry-run"], 1),
+        (["generate", "a boat", "--into", "{}"], 3),
+        (["edit", "https://example.com/a.png", "a boat", "--into", "{}"], 3),
+    ],
+    ids=["credits", "plan", "generate", "edit"],
+)
+async def test_commands_that_create_go_through_a_proxy(command, requests, is_given, tmp_path):
+    """For the paid request, the poll and the image, by --proxy or the environment."""
+    async with Simulator(durations=0.0) as simulator, proxy() as (port, heads):
+        url = f"http://user:{PASSWORD}@127.0.0.1:{port}"
+        code, lines, err = await kontext(
+            *(word.format(tmp_path / "out") for word in command),
+            *("--base-url", simulator.base_url),
+            *(("--proxy", url) if is_given else ()),
+            **({} if is_given else {"HTTP_PROXY": url}),
+        )
+        assert code == 0, err
+        assert len(heads) == len(simulator.requests) == requests
+    assert PASSWORD not in err + json.dumps(lines)
+
+
+async def test_a_paid_request_has_a_connection_of_its_own(tmp_path):
+    """A proxy that closes a kept connection at the next request loses no answer."""
+    async with Simulator(durations=0.0) as simulator, proxy(drops_kept=True) as (port, _):
+        code, lines, err = await kontext(
+            *("generate", "a", "b", "c", "--into", tmp_path, "--creation-limit", "1/0.3"),
+            *("--base-url", simulator.base_url, "--proxy", f"http://127.0.0.1:{port}"),
+        )
+    assert code == 0, err
+    assert [line["outcome"] for line in lines].count("success") == 3
 
 
 async def test_the_environment_may_except_hosts():

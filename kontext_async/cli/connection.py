@@ -31,34 +31,39 @@ class Connection:
     rate_limit: RateLimit | SlidingWindow | None = None
 
     @contextlib.asynccontextmanager
-    async def open(self) -> AsyncGenerator[tuple[KontextClient, aiohttp.ClientSession | None]]:
+    async def open(
+        self, *, creates: bool = False, **options: Any
+    ) -> AsyncGenerator[tuple[KontextClient, aiohttp.ClientSession | None]]:
         """Give a client, and the session it shares with image hosts: None where each has its own.
 
-        Without a proxy in the options or the environment none is needed.
+        Without a proxy in the options or the environment none is needed. ``creates``: the client
+        sends paid requests. ``options`` are further arguments of the client.
         """
         async with contextlib.AsyncExitStack() as stack:
             session = None
             if self.proxy is not None or _has_proxy_in_environment():
+                # As without a proxy, a kept connection that is just being closed would lose the
+                # answer to a paid request.
+                connector = aiohttp.TCPConnector(limit=0, force_close=creates)
                 session = await stack.enter_async_context(
                     aiohttp.ClientSession(
-                        connector=aiohttp.TCPConnector(limit=0),
+                        connector=connector,
                         cookie_jar=aiohttp.DummyCookieJar(),
                         proxy=self.proxy,
                         trust_env=self.proxy is None,
                     )
                 )
-            client = await stack.enter_async_context(self.client(session=session))
+            client = await stack.enter_async_context(
+                KontextClient(
+                    self.key,
+                    base_url=self.base_url,
+                    rate_limit=self.rate_limit,
+                    allow_http=self.allow_http,
+                    session=session,
+                    **options,
+                )
+            )
             yield client, session
-
-    def client(self, **options: Any) -> KontextClient:
-        """Return a client; ``options`` are further arguments of it."""
-        return KontextClient(
-            self.key,
-            base_url=self.base_url,
-            rate_limit=self.rate_limit,
-            allow_http=self.allow_http,
-            **options,
-        )
 
     def as_options(self) -> str:
         """Return the options that a repetition of the command needs, as a shell reads them."""
@@ -83,7 +88,7 @@ def connection(
     base_url: str,
     api_key_file: Path | None,
     allow_http: bool,
-    proxy: str | None = None,
+    proxy: str | None,
     rate_limit: RateLimit | None = None,
 ) -> Connection:
     """Return the connection of a command's options; exit if they cannot be used."""

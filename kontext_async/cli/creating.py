@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import aiohttp
 import typer
 from rich.table import Table
 
@@ -29,6 +30,7 @@ from kontext_async.cli.options import (
     Folder,
     Into,
     KeyFile,
+    Proxy,
     Quiet,
     Report,
     Timeout,
@@ -155,6 +157,7 @@ def generate(
     verbose: Verbose = False,
     base_url: BaseUrl = DEFAULT_BASE_URL,
     allow_http: AllowHttp = False,
+    proxy: Proxy = None,
     api_key_file: KeyFile = None,
 ) -> None:
     """Create a task for each prompt, and save the images.
@@ -168,7 +171,9 @@ def generate(
     _create(
         read_requests(prompts or [], source, fields),
         into,
-        connection(base_url=base_url, api_key_file=api_key_file, allow_http=allow_http),
+        connection(
+            base_url=base_url, api_key_file=api_key_file, allow_http=allow_http, proxy=proxy
+        ),
         as_json=as_json,
         report=report,
         dry_run=dry_run,
@@ -196,6 +201,7 @@ def edit(
     verbose: Verbose = False,
     base_url: BaseUrl = DEFAULT_BASE_URL,
     allow_http: AllowHttp = False,
+    proxy: Proxy = None,
     api_key_file: KeyFile = None,
 ) -> None:
     """Create a task that edits an image, and save the result.
@@ -209,7 +215,9 @@ def edit(
     _create(
         [request],
         into,
-        connection(base_url=base_url, api_key_file=api_key_file, allow_http=allow_http),
+        connection(
+            base_url=base_url, api_key_file=api_key_file, allow_http=allow_http, proxy=proxy
+        ),
         as_json=as_json,
         timeout=timeout,
     )
@@ -238,10 +246,11 @@ def _create(
     make_folder(into)
 
     async def create() -> Exit:
-        async with options.client(
+        async with options.open(
+            creates=True,
             creation_limit=creation_limit,
             callback_url=None if callbacks is None else callbacks.url,
-        ) as client:
+        ) as (client, session):
             await run_requests(
                 client,
                 keyed,
@@ -252,6 +261,7 @@ def _create(
                 ),
                 on_submitted=lambda task: write_result(submitted_line(task), as_json=as_json),
                 callbacks=callbacks,
+                session=session,
                 **keywords,
             )
         _say_what_is_uncertain(into)
@@ -269,6 +279,7 @@ async def run_requests(
     handle: Callable[[TaskOutcome, Saved], None],
     on_submitted: Callable[[SubmittedTask], None],
     callbacks: Callbacks | None,
+    session: aiohttp.ClientSession | None = None,
     **keywords: Any,
 ) -> None:
     """Create tasks for requests by key, save their images, and pass each to a callback."""
@@ -280,7 +291,7 @@ async def run_requests(
 
     async with (
         Ledger(folder / LEDGER) as ledger,
-        ImageSaver(client, folder, overwrite=True) as saver,
+        ImageSaver(client, folder, overwrite=True, session=session) as saver,
         receiving(callbacks, client, ledger),
     ):
         await saver.sweep()
@@ -314,7 +325,7 @@ def _check_known(keyed: dict[str, ImageRequest], folder: Path) -> None:
 async def _show_plan(keyed: dict[str, ImageRequest], folder: Path, options: Connection) -> Exit:
     states = {entry.key: entry.state for entry in _submissions(folder)}
     counts = Counter(_PLAN[states.get(name, "planned")] for name in keyed)
-    async with options.client() as client:
+    async with options.open() as (client, _):
         balance = await client.credits()
     line = {**{name: counts[name] for name in dict.fromkeys(_PLAN.values())}, "credits": balance}
     table = Table("Requests", "")
@@ -404,13 +415,16 @@ def credits_left(
     *,
     base_url: BaseUrl = DEFAULT_BASE_URL,
     allow_http: AllowHttp = False,
+    proxy: Proxy = None,
     api_key_file: KeyFile = None,
 ) -> None:
     """Print the account's balance of credits."""
-    options = connection(base_url=base_url, api_key_file=api_key_file, allow_http=allow_http)
+    options = connection(
+        base_url=base_url, api_key_file=api_key_file, allow_http=allow_http, proxy=proxy
+    )
 
     async def ask() -> Exit:
-        async with options.client() as client:
+        async with options.open() as (client, _):
             write_line({"credits": await client.credits()})
         return Exit.DONE
 
