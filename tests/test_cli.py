@@ -38,7 +38,7 @@ from kontext_async.cli.output import (
     exit_code,
     outcome_line,
     say,
-    silence_stdout,
+    silence,
     write_result,
 )
 from kontext_async.cli.running import run
@@ -515,8 +515,8 @@ class TestRunning:
         """The descriptor stays open."""
         with (tmp_path / "stdout").open("w") as stdout:
             monkeypatch.setattr(sys, "stdout", stdout)
-            silence_stdout()
-            silence_stdout()
+            silence(stdout)
+            silence(stdout)
 
 
 class TestAdvice:

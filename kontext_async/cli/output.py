@@ -317,18 +317,17 @@ def fail(problem: str) -> NoReturn:
 
 
 def drop_lost_messages() -> None:
-    """Redirect standard error if it cannot be written: the interpreter's flush would fail too."""
+    """Silence standard error if it cannot be written: the interpreter's flush would fail too."""
     stderr: TextIO | None = sys.stderr
     if stderr is None:
         return
     try:
         stderr.flush()
     except OSError:
-        with Path(os.devnull).open("wb") as nowhere:
-            os.dup2(nowhere.fileno(), stderr.fileno())
+        silence(stderr)
 
 
-def silence_stdout() -> None:
-    """Redirect standard output after a broken pipe, so that the interpreter's flush succeeds."""
+def silence(stream: TextIO) -> None:
+    """Redirect a stream that cannot be written, so that the interpreter's flush succeeds."""
     with Path(os.devnull).open("wb") as nowhere, suppress(AttributeError, OSError, ValueError):
-        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        os.dup2(nowhere.fileno(), stream.fileno())

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from kontext_async.cli.output import Exit, OutputError, say, silence_stdout
+from kontext_async.cli.output import Exit, OutputError, say, silence
 from kontext_async.errors import ConfigurationError, KontextError
 
 
@@ -44,10 +44,10 @@ def run(
                 # The threads of name resolution cannot be interrupted; closing would await them.
                 runner.get_loop().set_default_executor(ThreadPoolExecutor(1))
     except BrokenPipeError:
-        silence_stdout()
+        silence(sys.stdout)
         code = Exit.BROKEN_PIPE
     except OutputError as error:
-        silence_stdout()
+        silence(sys.stdout)
         say(f"kontext: cannot write to standard output: {error}")
         code = Exit.ERROR
     raise typer.Exit(code)
