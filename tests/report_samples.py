@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from datetime import UTC, datetime, timedelta
 
+from pngs import plain_png
+
 from kontext_async import TaskRecord, TaskStatus
 from kontext_async.results import LedgerEntry
-from kontext_async.simulator.images import plain_png
 
 MADE = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
 

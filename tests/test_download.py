@@ -17,6 +17,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 from PIL import Image
+from pngs import plain_png
 from raw_server import http, raw_server
 from tenacity import wait_fixed
 
@@ -41,7 +42,7 @@ from kontext_async.results import (
 )
 from kontext_async.results.images import files
 from kontext_async.simulator import IMAGE_STEPS, Simulator, steps
-from kontext_async.simulator.images import make_image, plain_png
+from kontext_async.simulator.images import make_image
 
 virtual_time = pytest.mark.virtual_time
 KEY = "marker-0123456789-key"

@@ -16,6 +16,7 @@ from base64 import b64encode
 import aiohttp
 import pytest
 import trustme
+from pngs import plain_png
 from raw_server import http, raw_server
 
 from kontext_async import (
@@ -27,7 +28,6 @@ from kontext_async import (
 )
 from kontext_async.results import DownloadError, ImageSaver, download
 from kontext_async.simulator import Simulator
-from kontext_async.simulator.images import plain_png
 
 KEY = "marker-key-9b02"
 PASSWORD = "marker-password-31"

@@ -10,10 +10,8 @@ import itertools
 import os
 import random
 import re
-import struct
 import subprocess
 import sys
-import zlib
 from datetime import UTC, datetime
 from urllib.parse import unquote_to_bytes
 
@@ -21,6 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
+from pngs import decompression_bomb, plain_png
 from report_samples import entry, failed, record, saved
 
 from kontext_async import ConfigurationError, ImageRequest, TaskStatus
@@ -30,7 +29,6 @@ from kontext_async.results.report import page as report
 from kontext_async.results.report.histogram import histogram
 from kontext_async.results.report.page import write_report
 from kontext_async.results.report.thumbnails import make_thumbnails
-from kontext_async.simulator.images import plain_png
 
 
 class Seen(html.parser.HTMLParser):
@@ -448,17 +446,6 @@ def test_a_thumbnail_is_made_again_when_its_image_changed(tmp_path):
     assert renewed.stat().st_ino != made
 
 
-def chunk(kind, data):
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
-def bomb(side):
-    """Return a PNG of a few hundred bytes that claims to have that many pixels a side."""
-    header = chunk(b"IHDR", struct.pack(">2I5B", side, side, 8, 0, 0, 0, 0))
-    rows = chunk(b"IDAT", zlib.compress(bytes(10_000)))
-    return b"\x89PNG\r\n\x1a\n" + header + rows + chunk(b"IEND", b"")
-
-
 @pytest.mark.parametrize(
     "data",
     [
@@ -466,9 +453,9 @@ def bomb(side):
         pytest.param(b"<!doctype html><script>alert(1)</script>", id="html"),
         pytest.param(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", id="postscript"),
         pytest.param(plain_png(64, 64, b"abc")[:90], id="cut"),
-        pytest.param(bomb(8_000), id="64 megapixels"),
-        pytest.param(bomb(10_000), id="enough for a warning"),
-        pytest.param(bomb(60_000), id="enough for an error"),
+        pytest.param(decompression_bomb(8_000), id="64 megapixels"),
+        pytest.param(decompression_bomb(10_000), id="enough for a warning"),
+        pytest.param(decompression_bomb(60_000), id="enough for an error"),
     ],
 )
 def test_a_file_that_cannot_be_decoded_has_no_thumbnail(data, tmp_path):

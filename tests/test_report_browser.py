@@ -12,10 +12,10 @@ from datetime import timedelta
 import attrs
 import pytest
 from browser import CHROMIUM, Browser
+from pngs import plain_png
 from report_samples import entry, failed, record, saved
 
 from kontext_async.results.report.page import write_report
-from kontext_async.simulator.images import plain_png
 
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="no Chromium here: apt-get install chromium"

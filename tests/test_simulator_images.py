@@ -287,9 +287,3 @@ async def test_downloads_meet_random_faults_too():
 
 def test_image_steps_are_not_those_of_records():
     assert "generating" not in IMAGE_STEPS
-
-
-def test_a_plain_png_is_of_one_colour():
-    with Image.open(io.BytesIO(images.plain_png(3, 2, b"abc"))) as picture:
-        assert picture.size == (3, 2)
-        assert picture.getcolors() == [(6, (97, 98, 99))]

@@ -20,7 +20,7 @@ from kontext_async.simulator.replies import Reply
 from kontext_async.simulator.steps import GATEWAY, TRANSPORT, http, redirect_to_localhost, sent
 from kontext_async.simulator.tasks import Step, StepRequest
 
-__all__ = ["IMAGE_STEPS", "image_type", "make_image", "plain_png"]
+__all__ = ["IMAGE_STEPS", "image_type", "make_image"]
 
 _SIZES = {
     "21:9": (336, 144),
@@ -53,11 +53,6 @@ def _drawn(prompt: str, ratio: str, kind: Literal["png", "jpeg"]) -> bytes:
     width, height = _SIZES.get(ratio, _SIZES["16:9"])
     picture = landscape(width, height, zlib.crc32(prompt.encode("utf-8", "replace")))
     return _with_prompt(picture, prompt, kind) if _HAS_PILLOW else _png(picture)
-
-
-def plain_png(width: int, height: int, colour: bytes) -> bytes:
-    """Make a PNG of one colour (three bytes), with the standard library alone."""
-    return _png(Picture(width, height, colour * width * height))
 
 
 def _png(picture: Picture) -> bytes:
