@@ -254,6 +254,11 @@ class KontextClient:
         return self._creator.is_token(token)
 
     @property
+    def durations(self) -> DurationModel:
+        """The model of task durations that this client uses and feeds."""
+        return self._transport.durations
+
+    @property
     def stats(self) -> ClientStats:
         """Counts of requests and errors so far, and the present limits."""
         transport = self._transport

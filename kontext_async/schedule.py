@@ -238,6 +238,23 @@ class DurationModel:
         i = min(bisect_right(_EDGES, age), _BINS) - 1
         return len(self._ages) >= _SCOUT_TASKS and self._reached[i] < _KNOWN_TASKS
 
+    def merge(self, other: DurationModel) -> None:
+        """Learn what another model has learned, such as that of another process.
+
+        Each bin has the ratio of both models together, and the evidence of the better informed
+        one: models that have learned from the same tasks may be merged any number of times.
+        """
+        other._settle()
+        self._settle()
+        for i, reached in enumerate(other._reached):
+            total = self._reached[i] + reached
+            if total:
+                known = max(self._reached[i], reached)
+                self._ended[i] = (self._ended[i] + other._ended[i]) * known / total
+                self._reached[i] = known
+        self._finished = max(self._finished, other._finished)
+        self._plan()
+
     def to_json(self) -> str:
         """Return what was learned as JSON, for :meth:`from_json` in a later process."""
         self._settle()

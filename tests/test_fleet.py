@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+from bisect import bisect_left
 
 import psycopg
 import pytest
@@ -21,9 +23,11 @@ from kontext_async import (
 )
 from kontext_async.fleet import Fleet, FleetError
 from kontext_async.fleet.database import Database
+from kontext_async.fleet.durations import SharedDurations
 from kontext_async.fleet.journal import OutcomeWriter
 from kontext_async.fleet.worker import _SWEEP_LOCK, Worker
 from kontext_async.results import ImageSaver
+from kontext_async.schedule import _EDGES
 from kontext_async.simulator import Failure, Simulator
 
 BEAT = {"heartbeat": 0.3}
@@ -332,3 +336,66 @@ async def test_a_second_outcome_of_a_task_changes_nothing(fleet):
     await asyncio.wait({writing})
     (entry,) = await collected(fleet)
     assert (entry.error_message, entry.attempts) == ("first", 1)
+
+
+async def test_a_second_worker_begins_with_what_the_first_has_learned(fleet, simulator):
+    """It polls its tasks less often than one that knows nothing."""
+
+    async def polls(prefix):
+        for n in range(10):
+            simulator.add_task(f"{prefix}{n}", duration=3.0)
+        often = DurationModel(cost_per_request=0.02)
+        async with KontextClient("key", base_url=simulator.base_url, durations=often) as client:
+            if prefix == "alone":
+                await client.wait_for_results([f"alone{n}" for n in range(10)])
+            else:
+                await fleet.submit([f"second{n}" for n in range(10)])
+                await fleet.work(client, until_done=True, **BEAT)
+            return client.stats.requests
+
+    for n in range(200):
+        simulator.add_task(f"first{n}", duration=3.0, age=60.0)
+    await fleet.submit([f"first{n}" for n in range(200)])
+    async with KontextClient("key", base_url=simulator.base_url) as client:
+        await fleet.work(client, until_done=True, **BEAT)
+    alone, second = await asyncio.gather(polls("alone"), polls("second"))
+    assert second < 0.75 * alone
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"version": 99}', "[" * 2000])
+async def test_durations_that_cannot_be_read_are_ignored_and_replaced(fleet, client, text):
+    """What another release or another program has written stops no worker."""
+    write = "INSERT INTO kontext_durations (model) VALUES (%s)"
+    await fleet._database.fetch(write, (text,))
+    await fleet.submit(["a"])
+    await fleet.work(client, until_done=True, **BEAT)
+    ((stored,),) = await fleet._database.fetch("SELECT model FROM kontext_durations")
+    assert stored == client.durations.to_json()
+
+
+async def test_workers_merge_their_durations_into_one_row(fleet):
+    """At the same time too: none is lost, and the row stays one of one model's size."""
+    models = [DurationModel() for _ in range(4)]
+    for n, model in enumerate(models):
+        for k in range(20):
+            model.observe(f"t{k}", 0.0, 10.0 * (n + 1))
+    await asyncio.gather(*(SharedDurations(fleet._database, model).save() for model in models))
+    ((stored,),) = await fleet._database.fetch("SELECT model FROM kontext_durations")
+    known = DurationModel()
+    await SharedDurations(fleet._database, known).load()
+    assert known.to_json() == stored
+    ended = json.loads(stored)["ended"]
+    assert [n for n in range(4) if ended[bisect_left(_EDGES, 10.0 * (n + 1)) - 1]] == [0, 1, 2, 3]
+
+
+async def test_a_worker_that_has_learned_nothing_writes_nothing(fleet, client):
+    """A model that is as it was loaded or saved is not written again."""
+    shared = SharedDurations(fleet._database, client.durations)
+    client.durations.observe("a", 0.0, 5.0)
+    await shared.save()
+    stamp = await fleet._database.fetch("SELECT updated_at FROM kontext_durations")
+    await shared.save()
+    again = SharedDurations(fleet._database, DurationModel())
+    await again.load()
+    await again.save()
+    assert await fleet._database.fetch("SELECT updated_at FROM kontext_durations") == stamp

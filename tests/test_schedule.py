@@ -495,6 +495,36 @@ class TestSaving:
             DurationModel.from_json(self.change(**{name: value}))
 
 
+class TestMerging:
+    def test_a_new_model_takes_over_what_another_knows(self):
+        """It polls as the other does from then on, at its own cost."""
+        known = taught([40.0] * 30)
+        new = DurationModel(cost_per_request=known.cost_per_request)
+        new.merge(known)
+        assert new.to_json() == known.to_json()
+        assert [new.next_age(t) for t in range(60)] == [known.next_age(t) for t in range(60)]
+
+    def test_two_models_have_the_ratio_of_both_and_the_evidence_of_the_better_informed(self):
+        """A bin that 30 and 10 of 100 tasks ended in has 20 of 100; 5 of 20 more make it 21 %."""
+        model = DurationModel.from_json(saved([30.0, 30.0, 7.0], [100.0, 100.0, 70.0], 9))
+        model.merge(DurationModel.from_json(saved([10.0, 5.0], [100.0, 20.0], 7)))
+        ended, reached = bins(model)
+        assert ended[:4] == pytest.approx([20.0, 35.0 / 1.2, 7.0, 0.0], rel=1e-5)
+        assert reached[:4] == [100.0, 100.0, 70.0, 0.0]
+        assert json.loads(model.to_json())["finished"] == 9
+
+    @given(observations)
+    def test_a_model_merged_with_its_copy_stays_as_it_is(self, seen):
+        """So workers may merge again and again, and claim no more than they know."""
+        model = DurationModel()
+        for observation in seen:
+            model.observe(*observation)
+        before = bins(model)
+        model.merge(DurationModel.from_json(model.to_json()))
+        for bin_before, bin_after in zip(before, bins(model), strict=True):
+            assert bin_after == pytest.approx(bin_before, rel=1e-4)
+
+
 class TestWaitLearned:
     exact = wait_fixed(1.0)
 

@@ -67,6 +67,13 @@ _TABLES: Final = (
     )
     """,
     """
+    CREATE TABLE IF NOT EXISTS kontext_durations (
+        only_row boolean PRIMARY KEY DEFAULT true CHECK (only_row),
+        model text NOT NULL,
+        updated_at timestamptz NOT NULL DEFAULT now()
+    )
+    """,
+    """
     CREATE TABLE IF NOT EXISTS kontext_leases (
         name text NOT NULL,
         worker text NOT NULL,

@@ -16,6 +16,7 @@ from procrastinate.jobs import Job
 from kontext_async.client import KontextClient
 from kontext_async.errors import AuthenticationError, KontextError
 from kontext_async.fleet.database import AWAY, QUEUE, Database, Row
+from kontext_async.fleet.durations import SharedDurations
 from kontext_async.fleet.journal import OutcomeWriter, TableJournal
 from kontext_async.fleet.names import new_name
 from kontext_async.polling import TaskOutcome
@@ -87,6 +88,7 @@ class Worker:
         self._heartbeat = heartbeat
         self._until_done = until_done
         self._writer = OutcomeWriter(database)
+        self._durations = SharedDurations(database, client.durations)
         # An app of its own: a chunk is this worker's, with its client and its saver.
         self._app = App(connector=database.app.connector)
         self._app.task(name=CHUNK_TASK, queue=QUEUE, retry=_PutBack())(self._work_on)
@@ -97,6 +99,7 @@ class Worker:
     async def run(self) -> None:
         """Take chunks until cancelled, until the key is refused, or until nothing is left."""
         stop = self._stopping
+        await self._durations.load()
         async with _running(self._writer.run(), stop), _running(self._show_life(), stop):
             try:
                 while not self._stopping.is_set():
@@ -141,6 +144,7 @@ class Worker:
         with contextlib.suppress(psycopg.Error, TimeoutError):
             async with asyncio.timeout(_FLUSH):
                 await self._writer.flush()
+                await self._durations.save()
                 await self._database.fetch(_GONE, (self.name,))
 
     async def _work_on(self, task_ids: list[str]) -> None:
@@ -193,6 +197,7 @@ class Worker:
                 async with asyncio.timeout(max(self._heartbeat, _RETRY_AFTER)):
                     await self._database.fetch(_ALIVE, (self.name, stats.waits, rate))
                     await self._sweep()
+                    await self._durations.save()
                     if self._until_done and not await self._database.fetch(_QUEUED, (QUEUE,)):
                         self._stopping.set()
             except AWAY as exc:
