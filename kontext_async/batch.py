@@ -27,7 +27,7 @@ from kontext_async.errors import (
 )
 from kontext_async.fairness import yield_to_loop
 from kontext_async.models import TaskRecord
-from kontext_async.polling import TaskOutcome, TaskWait, WaitPolicy, check_seconds
+from kontext_async.polling import TaskOutcome, TaskWait, WaitPolicy, check_count, check_seconds
 from kontext_async.streams import Stream
 from kontext_async.transport import Transport
 from kontext_async.wire import check_task_id
@@ -431,10 +431,7 @@ def outcome_stream(
     The name of each id read is appended to ``names_read``, duplicates included.
     """
     check_source(task_ids)
-    if isinstance(max_in_flight, bool) or not isinstance(max_in_flight, int):
-        raise ConfigurationError(f"max_in_flight must be an int, not {max_in_flight!r}")
-    if max_in_flight < 1:
-        raise ConfigurationError("max_in_flight must be at least 1")
+    check_count("max_in_flight", max_in_flight)
     check_seconds("batch_timeout", batch_timeout)
     return Stream(
         functools.partial(

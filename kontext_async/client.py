@@ -28,6 +28,7 @@ from kontext_async.polling import (
     TaskOutcome,
     TaskWait,
     WaitPolicy,
+    check_count,
     check_plain_function,
     check_seconds,
 )
@@ -183,10 +184,7 @@ class KontextClient:
         check_seconds("request_timeout", request_timeout)
         if not request_timeout:
             raise ConfigurationError("request_timeout must be more than 0 seconds")
-        if isinstance(max_concurrency, bool) or not isinstance(max_concurrency, int):
-            raise ConfigurationError(f"max_concurrency must be an int, not {max_concurrency!r}")
-        if max_concurrency < 1:
-            raise ConfigurationError("max_concurrency must be at least 1")
+        check_count("max_concurrency", max_concurrency)
         _check_limit("rate_limit", rate_limit)
         _check_limit("creation_limit", creation_limit)
         durations = DurationModel() if durations is None else durations

@@ -39,6 +39,7 @@ __all__ = [
     "TaskOutcome",
     "TaskWait",
     "WaitPolicy",
+    "check_count",
     "check_plain_function",
     "check_seconds",
 ]
@@ -98,6 +99,12 @@ def check_seconds(name: str, value: object) -> None:
         raise ConfigurationError(
             f"{name} must be 0 or more seconds, or None for no limit, not {value!r}"
         )
+
+
+def check_count(name: str, value: object, *, at_least: int = 1) -> None:
+    """Raise `ConfigurationError` unless the value is an int that is not too small."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+        raise ConfigurationError(f"{name} must be an int of {at_least} or more, not {value!r}")
 
 
 def _seconds(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:

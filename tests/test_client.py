@@ -195,7 +195,8 @@ def test_a_request_timeout_is_a_positive_number_of_seconds(value):
 @pytest.mark.parametrize("value", [0, -1, 1.5, True, "64", None])
 def test_max_concurrency_is_a_positive_whole_number(value):
     """With 0 nothing would ever be sent."""
-    assert "max_concurrency" in refused_with(KEY, max_concurrency=value)
+    message = refused_with(KEY, max_concurrency=value)
+    assert message == f"max_concurrency must be an int of 1 or more, not {value!r}"
 
 
 async def test_a_session_must_be_aiohttps_own(simulator):

@@ -27,7 +27,7 @@ from kontext_async.fleet.shared_limit import SharedLimit, check_limit, lease
 from kontext_async.fleet.status import FleetStatus, read_status
 from kontext_async.fleet.worker import CHUNK_TASK, Worker
 from kontext_async.pacing import RateLimit
-from kontext_async.polling import check_seconds
+from kontext_async.polling import check_count, check_seconds
 from kontext_async.results.images import ImageSaver
 from kontext_async.results.ledger.rows import LedgerEntry, entry_of
 from kontext_async.wire import check_task_id
@@ -102,7 +102,7 @@ class Fleet:
         Raises `ConfigurationError` for an invalid id, with the groups before it added.
         """
         check_source(task_ids)
-        _check_count("chunk", chunk)
+        check_count("chunk", chunk)
         added = 0
         group: list[str] = []
         async for task_id in _each(task_ids):
@@ -149,7 +149,7 @@ class Fleet:
 
         Raises `AuthenticationError` if the API refuses the key; the tasks are put back.
         """
-        _check_count("max_chunks", max_chunks)
+        check_count("max_chunks", max_chunks)
         check_seconds("heartbeat", heartbeat)
         if not heartbeat:
             raise ConfigurationError("heartbeat must be more than 0 seconds")
@@ -232,8 +232,3 @@ async def _each(
     for count, task_id in enumerate(task_ids, 1):
         yield task_id
         await yield_to_loop(count)
-
-
-def _check_count(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigurationError(f"{name} must be a positive whole number, not {value!r}")

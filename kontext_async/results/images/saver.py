@@ -18,7 +18,7 @@ import attrs
 from kontext_async.client import KontextClient, checked_session
 from kontext_async.errors import ClientStateError, ConfigurationError
 from kontext_async.models import CompletedTask
-from kontext_async.polling import check_seconds
+from kontext_async.polling import check_count, check_seconds
 from kontext_async.results.errors import DownloadError, ResultExpiredError
 from kontext_async.results.images.fetching import Fetcher, failure, is_host_trouble, refusal
 from kontext_async.results.images.files import (
@@ -188,11 +188,6 @@ def _age(task: CompletedTask) -> float:
     return 0.0 if ended is None else (datetime.now(UTC) - ended).total_seconds()
 
 
-def _check_count(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigurationError(f"{name} must be an int of at least 1, not {value!r}")
-
-
 def _check_path(name: str, value: str | os.PathLike[str]) -> None:
     try:
         usable = b"\0" not in os.fsencode(value)
@@ -237,8 +232,8 @@ class ImageSaver:
     ) -> None:
         _check_path("folder", folder)
         self._session = checked_session(session)
-        _check_count("max_bytes", max_bytes)
-        _check_count("max_concurrency", max_concurrency)
+        check_count("max_bytes", max_bytes)
+        check_count("max_concurrency", max_concurrency)
         check_seconds("timeout", timeout)
         if timeout == 0:
             raise ConfigurationError("timeout must be more than 0 seconds")

@@ -25,6 +25,7 @@ from kontext_async.polling import (
     DEFAULT_TIMEOUT,
     PollEvent,
     TaskOutcome,
+    check_count,
     check_plain_function,
     check_seconds,
 )
@@ -248,9 +249,9 @@ class Ledger:
         Raises `ConfigurationError` for a bad argument, from the iteration also for a key that has
         two requests, and `LedgerError` if something cannot be recorded.
         """
-        _check_count("max_running", max_running, at_least=1)
+        check_count("max_running", max_running)
         if max_new is not None:
-            _check_count("max_new", max_new, at_least=0)
+            check_count("max_new", max_new, at_least=0)
         check_seconds("callback_grace", callback_grace)
         check_plain_function("on_submitted", on_submitted)
         # It checks the keywords of a wait; nothing begins before the first iteration.
@@ -353,11 +354,6 @@ class Ledger:
     async def record_save_failed(self, task_id: str, error: KontextError) -> None:
         """Record why a task's image could not be saved; `save_outcomes` does this by itself."""
         await self._store.run(*_not_saved(task_id, error))
-
-
-def _check_count(name: str, value: object, *, at_least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-        raise ConfigurationError(f"{name} must be an int of {at_least} or more, not {value!r}")
 
 
 def _not_saved(task_id: str, error: KontextError) -> tuple[str, Row]:
