@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
 import subprocess
-import sys
 
 import pytest
 from background import serving
+from command import COMMAND, environment
 from typer.testing import CliRunner
 
 from kontext_async.cli import creating
@@ -226,14 +227,10 @@ def test_the_words_after_an_interruption(tmp_path, capsys):
 def test_ctrl_c_says_how_to_continue(simulator, tmp_path):
     """The results so far are in the folder; nothing is paid for twice."""
     simulator._store._durations = 60.0
-    command = [sys.executable, "-P", "-c", "from kontext_async.cli import main; main()"]
     arguments = ["generate", "a", "b", "--into", tmp_path / "p", "--base-url", simulator.base_url]
-    import os
-    import signal
-
     with subprocess.Popen(
-        [*command, *arguments],
-        env=os.environ | ENVIRONMENT,
+        [*COMMAND, *arguments],
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

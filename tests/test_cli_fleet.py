@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import psycopg
 import pytest
 from background import serving
+from command import COMMAND, environment
 from typer.testing import CliRunner
 
-import kontext_async
 from kontext_async.cli.app import app
 
-COMMAND = [sys.executable, "-P", "-c", "from kontext_async.cli import main; main()"]
+KEY = "secret-key"
 
 
 @pytest.fixture
@@ -30,7 +28,7 @@ def simulator():
 @pytest.fixture
 def kontext(dsn, simulator, monkeypatch):
     """Run a command with a key, a database and a simulator in its environment."""
-    monkeypatch.setenv("APIKLEY_API_KEY", "secret-key")
+    monkeypatch.setenv("APIKLEY_API_KEY", KEY)
     monkeypatch.setenv("KONTEXT_FLEET_DSN", dsn)
     monkeypatch.setenv("KONTEXT_BASE_URL", simulator.base_url)
 
@@ -120,9 +118,8 @@ def test_sigterm_puts_the_rest_back_within_ten_seconds(kontext, simulator):
     kontext("fleet", "init")
     kontext("submit", "--from", "-", input="slow\nquick\n")
     words = ["worker", "--heartbeat", "0.3", "--rate-limit", "20/1"]
-    environment = os.environ | {"PYTHONPATH": str(Path(kontext_async.__file__).parent.parent)}
     with subprocess.Popen(
-        [*COMMAND, *words], env=environment, stderr=subprocess.PIPE, text=True
+        [*COMMAND, *words], env=environment(APIKLEY_API_KEY=KEY), stderr=subprocess.PIPE, text=True
     ) as process:
         try:
             while not (seen := state(kontext))["done"]:
@@ -133,7 +130,7 @@ def test_sigterm_puts_the_rest_back_within_ten_seconds(kontext, simulator):
         finally:
             process.kill()
     assert process.returncode == 143, errors
-    assert "secret-key" not in errors
+    assert KEY not in errors
     after = state(kontext)
     assert (after["waiting"], after["queuedChunks"], after["runningChunks"]) == (1, 1, 0)
     assert after["workers"] == []

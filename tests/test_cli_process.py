@@ -9,6 +9,7 @@ import os
 import pty
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -18,13 +19,12 @@ from pathlib import Path
 
 import pytest
 from background import serving
+from command import COMMAND, environment
 
-import kontext_async
 from kontext_async.results import Ledger
 from kontext_async.simulator import Failure
 
 KEY = "marker-key-77aa"
-COMMAND = [sys.executable, "-P", "-m", "kontext_async"]
 IMPORTS = "import aiohttp, attrs, cattrs, rich.progress, rich.table, tenacity, typer"
 
 
@@ -37,15 +37,12 @@ def simulator():
 @pytest.fixture
 def start():
     """Start the command in processes that end with the test."""
-    environment = os.environ | {
-        "APIKLEY_API_KEY": KEY,
-        "PYTHONPATH": str(Path(kontext_async.__file__).parent.parent),
-    }
+    variables = environment(APIKLEY_API_KEY=KEY)
     with contextlib.ExitStack() as stack:
 
         def start(*args, command=COMMAND, **options):
             streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
-            process = subprocess.Popen([*command, *args], env=environment, text=True, **streams)
+            process = subprocess.Popen([*command, *args], env=variables, text=True, **streams)
             stack.enter_context(process)
             stack.callback(process.kill)
             return process
@@ -310,10 +307,10 @@ def test_a_full_disk_is_named(start, simulator):
 def test_a_closed_stream_is_named_or_does_not_matter(closed, code, simulator):
     """Results need standard output; messages are lost where they cannot be written."""
     task_id = simulator.add_task(duration=0.0, outcome="success")
-    command = f"{sys.executable} -m kontext_async wait {task_id} --summary {closed}"
+    command = f"{shlex.join(COMMAND)} wait {task_id} --summary {closed}"
     done = subprocess.run(
         ["sh", "-c", command],
-        env=os.environ | {"APIKLEY_API_KEY": KEY, "KONTEXT_BASE_URL": simulator.base_url},
+        env=environment(KONTEXT_BASE_URL=simulator.base_url),
         capture_output=True,
         text=True,
         timeout=20,

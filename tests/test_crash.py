@@ -10,14 +10,12 @@ import json
 import os
 import random
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 from background import serving
+from command import COMMAND, environment
 
-import kontext_async
 from kontext_async.results import Ledger
 from kontext_async.simulator import Failure
 from kontext_async.simulator.images import make_image
@@ -25,7 +23,6 @@ from kontext_async.simulator.images import make_image
 TASKS = 300
 KILLS = 2  # of one batch
 SIZE = 20_000
-COMMAND = [sys.executable, "-P", "-c", "from kontext_async.cli import main; main()"]
 
 # Not those that ask for pauses or stall: this is about the disk, and ought to be over soon.
 FAULTS = ("http_500", "html_502", "empty_200", "html_200", "reset", "reset_mid_body", "truncated")
@@ -58,11 +55,7 @@ class Batch:
         command = ["batch", "--from", self.ids, "--into", self.folder]
         return subprocess.Popen(
             [*COMMAND, *command, "--base-url", self.simulator.base_url],
-            env=os.environ
-            | {
-                "APIKLEY_API_KEY": "key",
-                "PYTHONPATH": str(Path(kontext_async.__file__).parent.parent),
-            },
+            env=environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -12,20 +12,17 @@ import os
 import random
 import socket
 import subprocess
-import sys
 import time
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from background import serving
+from command import COMMAND, environment
 
-import kontext_async
 from kontext_async.results import Ledger
 
 PROMPTS = 100
 KILLS = 4  # of one batch
-COMMAND = [sys.executable, "-P", "-c", "from kontext_async.cli import main; main()"]
 
 
 class Generation:
@@ -50,11 +47,7 @@ class Generation:
         command += ["--listen", str(self.port), "--callback-url", self.url]
         return subprocess.Popen(
             [*COMMAND, *command, "--base-url", self.simulator.base_url],
-            env=os.environ
-            | {
-                "APIKLEY_API_KEY": "key",
-                "PYTHONPATH": str(Path(kontext_async.__file__).parent.parent),
-            },
+            env=environment(),
             stdout=output,
             stderr=output,
             text=True,

@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import re
 import ssl
-import sys
 import traceback
 import warnings
 from base64 import b64encode
@@ -16,6 +14,7 @@ from base64 import b64encode
 import aiohttp
 import pytest
 import trustme
+from command import COMMAND, environment
 from pngs import plain_png
 from raw_server import http, raw_server
 
@@ -97,12 +96,11 @@ async def proxy(refuse=False, drops_kept=False):
             writer.close()
 
 
-async def kontext(*arguments, **environment):
+async def kontext(*arguments, **variables):
     """Run the command, and return its exit code, its results and its messages."""
-    known = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "kontext_async", *map(str, arguments)),
-        env={**known, "APIKLEY_API_KEY": KEY, **environment},
+        *(*COMMAND, *map(str, arguments)),
+        env=environment(APIKLEY_API_KEY=KEY, **variables),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
@@ -173,10 +171,8 @@ async def test_the_environment_may_except_hosts():
     """NO_PROXY is heeded."""
     async with Simulator() as simulator, proxy() as (port, heads):
         task_id = simulator.add_task(duration=0, outcome="success")
-        environment = {"HTTP_PROXY": f"http://127.0.0.1:{port}", "NO_PROXY": "127.0.0.1"}
-        code, _, err = await kontext(
-            "wait", task_id, "--base-url", simulator.base_url, **environment
-        )
+        variables = {"HTTP_PROXY": f"http://127.0.0.1:{port}", "NO_PROXY": "127.0.0.1"}
+        code, _, err = await kontext("wait", task_id, "--base-url", simulator.base_url, **variables)
     assert (code, heads) == (0, []), err
 
 
