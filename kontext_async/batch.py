@@ -32,7 +32,7 @@ from kontext_async.streams import Stream
 from kontext_async.transport import Transport
 from kontext_async.wire import check_task_id
 
-__all__ = ["Journal", "check_source", "outcome_stream", "outcomes_in_order"]
+__all__ = ["Journal", "check_source", "each_of", "outcome_stream", "outcomes_in_order"]
 
 _T = TypeVar("_T")
 
@@ -66,6 +66,22 @@ def check_source(task_ids: object) -> None:
         raise ConfigurationError(
             f"task_ids must be an iterable of ids, not {type(task_ids).__name__}"
         )
+
+
+async def each_of(source: Iterable[_T] | AsyncIterable[_T]) -> AsyncGenerator[_T, None]:
+    """Yield the items of an iterable of either kind, which is closed if it is a generator."""
+    if not isinstance(source, AsyncIterable):
+        for count, item in enumerate(source, 1):
+            yield item
+            await yield_to_loop(count)
+        return
+    iterator = aiter(source)
+    try:
+        async for item in iterator:
+            yield item
+    finally:
+        if isinstance(iterator, AsyncGenerator):
+            await iterator.aclose()
 
 
 def _name(task_id: object) -> str:

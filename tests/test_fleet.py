@@ -97,6 +97,22 @@ async def test_submitting_takes_many_ids_from_any_source(fleet):
     assert (status.tasks["waiting"], status.queued_chunks) == (10_001, 21)
 
 
+async def test_an_invalid_id_closes_the_source(fleet):
+    """A generator may hold a file open."""
+    closed = []
+
+    async def source():
+        try:
+            yield "good"
+            yield ""
+        finally:
+            closed.append(True)
+
+    with pytest.raises(ConfigurationError, match="blank"):
+        await fleet.submit(source())
+    assert closed
+
+
 async def test_outcomes_come_while_workers_work(fleet, simulator, client):
     """The stream has an outcome long before the last task has ended."""
     simulator.add_task("slow", duration=1.5)

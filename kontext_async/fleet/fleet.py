@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterable, Iterable
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from typing import Final, Self
 
 from procrastinate.types import JSONDict
 
-from kontext_async.batch import check_source
+from kontext_async.batch import check_source, each_of
 from kontext_async.client import KontextClient
 from kontext_async.errors import ConfigurationError
-from kontext_async.fairness import yield_to_loop
 from kontext_async.fleet.database import (
     AWAY,
     CHANNEL,
@@ -105,11 +104,12 @@ class Fleet:
         check_count("chunk", chunk)
         added = 0
         group: list[str] = []
-        async for task_id in _each(task_ids):
-            group.append(check_task_id(task_id))
-            if len(group) == _GROUP:
-                added += await self._add(group, chunk)
-                group = []
+        async with aclosing(each_of(task_ids)) as ids:
+            async for task_id in ids:
+                group.append(check_task_id(task_id))
+                if len(group) == _GROUP:
+                    added += await self._add(group, chunk)
+                    group = []
         return added + (await self._add(group, chunk) if group else 0)
 
     async def _add(self, task_ids: list[str], chunk: int) -> int:
@@ -220,15 +220,3 @@ class Fleet:
         """Count tasks and chunks, and describe the workers."""
         with translate_errors():
             return await read_status(self._database)
-
-
-async def _each(
-    task_ids: Iterable[str] | AsyncIterable[str],
-) -> AsyncGenerator[str, None]:
-    if isinstance(task_ids, AsyncIterable):
-        async for task_id in task_ids:
-            yield task_id
-        return
-    for count, task_id in enumerate(task_ids, 1):
-        yield task_id
-        await yield_to_loop(count)

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeAlias
 
 import attrs
 
+from kontext_async.batch import each_of
 from kontext_async.errors import (
     ApiError,
     ConfigurationError,
@@ -221,27 +222,11 @@ async def keyed_requests(
     Raises `ConfigurationError` for a key that is not one, or that has two requests.
     """
     keys = _Keys()
-    async with contextlib.aclosing(_items(requests)) as items:
+    async with contextlib.aclosing(each_of(requests)) as items:
         async for item in items:
             key, request, is_new = keys.key_of(item)
             if is_new:
                 yield key, request
-
-
-async def _items(
-    requests: Iterable[KeyedRequest] | AsyncIterable[KeyedRequest],
-) -> AsyncGenerator[KeyedRequest, None]:
-    if not isinstance(requests, AsyncIterable):
-        for item in requests:
-            yield item
-        return
-    source = aiter(requests)
-    try:
-        async for item in source:
-            yield item
-    finally:
-        if isinstance(source, AsyncGenerator):
-            await source.aclose()
 
 
 class Submissions:
