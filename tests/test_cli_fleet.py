@@ -92,6 +92,18 @@ def test_submitting_needs_ids(kontext):
     assert "--from" in kontext("submit", code=2).stderr
 
 
+def test_old_outcomes_are_deleted_by_their_age(kontext):
+    """The age has a unit; nothing is deleted without one."""
+    kontext("fleet", "init")
+    kontext("submit", "--from", "-", input="a\n")
+    kontext("worker", "--until-done", "--heartbeat", "0.3")
+    assert "0 outcomes deleted" in kontext("fleet", "prune", "--older-than", "1h").stderr
+    assert "1 outcome deleted" in kontext("fleet", "prune", "--older-than", "0d").stderr
+    assert state(kontext)["done"] == 0
+    for words in ((), ("--older-than", "7"), ("--older-than", "-1d")):
+        assert "--older-than" in kontext("fleet", "prune", *words, code=2).stderr
+
+
 def test_a_missing_table_is_a_message(kontext):
     assert "kontext fleet init" in kontext("fleet", "status", code=4).stderr
 

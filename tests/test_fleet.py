@@ -415,3 +415,49 @@ async def test_a_worker_that_has_learned_nothing_writes_nothing(fleet, client):
     await again.load()
     await again.save()
     assert await fleet._database.fetch("SELECT updated_at FROM kontext_durations") == stamp
+
+
+async def made_old(fleet, days, where):
+    await fleet._database.fetch(
+        f"UPDATE kontext_tasks SET updated_at = now() - interval '{days} days' WHERE {where}"
+    )
+
+
+async def test_old_outcomes_are_deleted_and_their_ids_are_new_again(fleet, client, monkeypatch):
+    """Page by page; young outcomes and tasks without one stay."""
+    monkeypatch.setattr("kontext_async.fleet.fleet._PAGE", 3)
+    await fleet.submit([f"t{n}" for n in range(12)])
+    await fleet.work(client, until_done=True, **BEAT)
+    await fleet.submit(["waiting"])
+    await made_old(fleet, 31, "position <= 8 OR state = 'waiting'")
+    await made_old(fleet, 29, "position = 3")
+    assert await fleet.prune(older_than=30 * 86400.0) == 7
+    assert await fleet.prune(older_than=30 * 86400.0) == 0
+    status = await fleet.status()
+    assert (status.tasks["done"], status.tasks["waiting"]) == (5, 1)
+    assert await fleet.submit([f"t{n}" for n in range(12)]) == 7
+
+
+async def test_deleting_waits_for_nobody(fleet, client):
+    """An outcome that another transaction is changing stays until the next time."""
+    await fleet.submit(["a", "b"])
+    await fleet.work(client, until_done=True, **BEAT)
+    async with fleet._database.connection() as other, other.transaction():
+        await other.execute("SELECT 1 FROM kontext_tasks WHERE task_id = 'a' FOR UPDATE")
+        assert await asyncio.wait_for(fleet.prune(older_than=0), 5) == 1
+    assert await fleet.prune(older_than=0) == 1
+
+
+@pytest.mark.parametrize("older_than", [-1, "7d"])
+async def test_deleting_needs_an_age(fleet, older_than):
+    with pytest.raises(ConfigurationError, match="older_than"):
+        await fleet.prune(older_than=older_than)
+
+
+async def test_nothing_of_ended_chunks_stays_in_the_queue(fleet, simulator, client):
+    """The engine's tables do not grow with the tasks; only outcomes have to be deleted."""
+    simulator.add_task("fails", outcome=Failure(400, "flagged"))
+    await fleet.submit(["fails", *(f"t{n}" for n in range(20))], chunk=3)
+    await fleet.work(client, until_done=True, **BEAT)
+    for table in ("jobs", "events", "workers"):
+        assert await fleet._database.fetch(f"SELECT 1 FROM procrastinate_{table}") == []

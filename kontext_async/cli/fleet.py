@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack
@@ -41,6 +42,7 @@ _DSN_HELP = (
     "variable KONTEXT_FLEET_DSN. Leave the password to PGPASSWORD or ~/.pgpass: other users can "
     "see command lines."
 )
+_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _VARIABLE = "KONTEXT_FLEET_DSN"
 _Dsn = Annotated[
     str,
@@ -53,7 +55,7 @@ _DsnArgument = Annotated[
 fleet_app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="Prepare a database for many workers, and see what they do.",
+    help="Prepare a database for many workers, see what they do, and delete old outcomes.",
 )
 
 
@@ -122,6 +124,36 @@ def _tables(state: FleetStatus) -> tuple[Table, Table]:
         ago = f"{worker.seconds_ago:.0f} s ago"
         workers.add_row(plain(worker.name), str(worker.waits), f"{worker.rate:.1f}", ago)
     return tasks, workers
+
+
+def _read_age(text: str) -> float:
+    """Read ``30d`` as seconds."""
+    age = re.fullmatch(r"(\d+)([smhd])", text)
+    if age is None:
+        raise typer.BadParameter("give a number and a unit: 45s, 90m, 12h or 30d")
+    return int(age[1]) * _UNITS[age[2]]
+
+
+@fleet_app.command(cls=Command)
+def prune(
+    dsn: _DsnArgument,
+    *,
+    older_than: Annotated[
+        float,
+        typer.Option(
+            parser=_read_age, metavar="AGE", help="The age: 45s, 90m, 12h or 30d, for example."
+        ),
+    ],
+) -> None:
+    """Delete outcomes older than an age; their ids may be submitted again."""
+
+    async def delete() -> Exit:
+        async with _fleet(dsn) as fleet:
+            pruned = await fleet.prune(older_than=older_than)
+        say(f"{pruned} {'outcome' if pruned == 1 else 'outcomes'} deleted")
+        return Exit.DONE
+
+    run(delete())
 
 
 def submit(

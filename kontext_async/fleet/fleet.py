@@ -38,7 +38,7 @@ DEFAULT_HEARTBEAT: Final = 5.0
 DEFAULT_MAX_CHUNKS: Final = 20
 
 _GROUP = 10_000  # ids in one transaction of `submit`
-_PAGE = 1000  # outcomes read at once
+_PAGE = 1000  # outcomes read or deleted at once
 _POLL = 5.0  # s after which `outcomes` reads again without a notification
 _RETRY_AFTER = 1.0  # s, while the database is away
 
@@ -55,6 +55,21 @@ _ENDED = """
         extract(epoch FROM created_at)::float8, extract(epoch FROM updated_at)::float8
     FROM kontext_tasks WHERE position > %s ORDER BY position LIMIT %s
 """
+# The index of positions leads to old outcomes, as tasks have them in the order of their ends. A
+# row that somebody else is changing is left alone, so that nobody waits for this or blocks it.
+_PRUNE = """
+    WITH page AS (
+        SELECT task_id, position, updated_at < %s AS is_old
+        FROM kontext_tasks WHERE position > %s ORDER BY position LIMIT %s
+    ), free AS (
+        SELECT task_id FROM kontext_tasks JOIN page USING (task_id, position)
+        WHERE is_old FOR UPDATE OF kontext_tasks SKIP LOCKED
+    ), deleted AS (
+        DELETE FROM kontext_tasks USING free WHERE kontext_tasks.task_id = free.task_id RETURNING 1
+    )
+    SELECT max(position) FILTER (WHERE is_old), (SELECT count(*) FROM deleted) FROM page
+"""
+_BEFORE = "SELECT now() - make_interval(secs => %s)"
 _LISTEN = f"LISTEN {CHANNEL}"
 
 
@@ -215,6 +230,23 @@ class Fleet:
                 return
             async for _ in listener.notifies(timeout=_POLL, stop_after=1):
                 pass
+
+    async def prune(self, *, older_than: float) -> int:
+        """Delete the outcomes that are older than some seconds, and return their number.
+
+        It deletes 1,000 in a transaction and blocks nobody. Tasks without an outcome stay. A
+        deleted id is unknown: it may be submitted again, and is then polled again.
+        """
+        check_seconds("older_than", older_than)
+        pruned = 0
+        position: int | None = 0
+        with translate_errors():
+            ((before,),) = await self._database.fetch(_BEFORE, (older_than,))
+            while position is not None:
+                values = (before, position, _PAGE)
+                ((position, deleted),) = await self._database.fetch(_PRUNE, values)
+                pruned += deleted
+        return pruned
 
     async def status(self) -> FleetStatus:
         """Count tasks and chunks, and describe the workers."""
