@@ -18,7 +18,7 @@ import attrs
 from aiohttp import web
 
 from kontext_async.errors import ConfigurationError, KontextError
-from kontext_async.wire import check_task_id
+from kontext_async.wire import foreign_task_id
 from kontext_async.wire.json_values import is_object, parse
 
 __all__ = [
@@ -30,7 +30,6 @@ __all__ = [
 ]
 
 _MAX_BODY = 64 * 1024  # bytes; a callback of the service has less than one KB
-_MAX_TASK_ID = 200  # characters
 _TIMESTAMP = "x-webhook-timestamp"
 _SIGNATURE = "x-webhook-signature"
 
@@ -129,12 +128,9 @@ def _read(body: bytes) -> CallbackNotice:
     inner = data if is_object(data) else {}
     places = (inner.get("taskId"), inner.get("task_id"), fields.get("taskId"))
     found = next((place for place in places if isinstance(place, str)), None)
-    try:
-        task_id = check_task_id(found)
-    except ConfigurationError:
-        raise CallbackError("the callback names no task", http_status=400) from None
-    if len(task_id) > _MAX_TASK_ID:
-        raise CallbackError("the callback names no task", http_status=400)
+    task_id = foreign_task_id(found)
+    if task_id is None:
+        raise CallbackError("the callback does not name a task", http_status=400)
     code, message = fields.get("code"), fields.get("msg")
     return CallbackNotice(
         task_id=task_id,

@@ -474,6 +474,12 @@ def test_an_id_that_cannot_be_sent_or_printed_is_refused(task_id):
     assert str(caught.value).isprintable()
 
 
+def test_an_id_from_outside_is_not_believed_if_it_is_long():
+    assert wire.foreign_task_id("x" * 200) == "x" * 200
+    assert wire.foreign_task_id("x" * 201) is None
+    assert wire.foreign_task_id(None) is None
+
+
 def test_the_message_about_a_bad_id_shows_its_first_80_characters():
     with pytest.raises(ConfigurationError, match="must be printable: '" + "x" * 80 + "'$"):
         wire.check_task_id("x" * 99 + "\n")

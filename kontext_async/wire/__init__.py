@@ -16,7 +16,13 @@ from kontext_async.wire.creations import (
 )
 from kontext_async.wire.credits import CREDITS, read_credits
 from kontext_async.wire.envelope import MAX_BODY, retry_after
-from kontext_async.wire.records import RECORD_INFO, check_task_id, decode, server_age
+from kontext_async.wire.records import (
+    RECORD_INFO,
+    check_task_id,
+    decode,
+    foreign_task_id,
+    server_age,
+)
 from kontext_async.wire.redaction import ApiKey
 
 __all__ = [
@@ -36,6 +42,7 @@ __all__ = [
     "Verdict",
     "check_task_id",
     "decode",
+    "foreign_task_id",
     "read_creation",
     "read_credits",
     "retry_after",

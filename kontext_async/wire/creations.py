@@ -24,7 +24,7 @@ from kontext_async.errors import (
 )
 from kontext_async.wire.envelope import MAX_BODY, Answer, read_answer
 from kontext_async.wire.json_values import is_array, is_object, parse
-from kontext_async.wire.records import check_task_id
+from kontext_async.wire.records import foreign_task_id
 from kontext_async.wire.redaction import ApiKey
 
 __all__ = [
@@ -64,7 +64,6 @@ _API_NAMES: Final[Mapping[str, str]] = {
 _CALLBACK: Final = "callBackUrl"
 _OWN_NAMES: Final = {api_name: name for name, api_name in _API_NAMES.items()}
 _KNOWN: Final = (*_OWN_NAMES, _CALLBACK)
-_MAX_TASK_ID: Final = 200  # characters of an id that is believed
 
 # What the API answers to an edit or a generation with another tolerance may have been paid for.
 _MAX_TOLERANCE: Final = 6
@@ -376,23 +375,15 @@ def _task_id(body: bytes, *, is_whole: bool) -> str | None:
     if not is_object(value):
         return None
     data = value.get("data")
-    return _checked_id(data.get("taskId") if is_object(data) else value.get("taskId"))
+    return foreign_task_id(data.get("taskId") if is_object(data) else value.get("taskId"))
 
 
 def _cut_id(text: str) -> str | None:
     found = _TASK_ID.search(text)
     try:
-        return None if found is None else _checked_id(json.loads(found[1], strict=False))
+        return None if found is None else foreign_task_id(json.loads(found[1], strict=False))
     except ValueError:
         return None
-
-
-def _checked_id(task_id: object) -> str | None:
-    try:
-        checked = check_task_id(task_id)
-    except ConfigurationError:
-        return None
-    return checked if len(checked) <= _MAX_TASK_ID else None
 
 
 _RUN: Final = 12  # characters in common with a private text that are hidden

@@ -13,7 +13,7 @@ from kontext_async.wire.envelope import Answer, http_date, read_answer
 from kontext_async.wire.json_values import integer, is_array, is_object, kind_of
 from kontext_async.wire.redaction import ApiKey
 
-__all__ = ["RECORD_INFO", "check_task_id", "decode", "server_age"]
+__all__ = ["RECORD_INFO", "check_task_id", "decode", "foreign_task_id", "server_age"]
 
 RECORD_INFO: Final = "/api/v1/flux/kontext/record-info"
 """The path that answers with a task's record; the query's ``taskId`` names the task."""
@@ -21,6 +21,7 @@ RECORD_INFO: Final = "/api/v1/flux/kontext/record-info"
 # Codes that come with a record: success, a flagged prompt, a generation that failed. The record
 # is returned whatever its flag. Of any other code, only one that has ended is.
 _RECORD_CODES: Final = (200, 400, 501)
+_MAX_FOREIGN_ID: Final = 200  # characters
 _ANOTHER: Final = "data.taskId: the record is another task's"
 
 
@@ -33,6 +34,15 @@ def check_task_id(task_id: object) -> str:
     if not task_id.isprintable():
         raise ConfigurationError(f"a task id must be printable: {task_id[:80]!a}")
     return str.__str__(task_id)  # a plain str, also of a subclass: JSON knows no other
+
+
+def foreign_task_id(task_id: object) -> str | None:
+    """Return an id that came from outside; None if it is not one, or has over 200 characters."""
+    try:
+        checked = check_task_id(task_id)
+    except ConfigurationError:
+        return None
+    return checked if len(checked) <= _MAX_FOREIGN_ID else None
 
 
 def decode(
