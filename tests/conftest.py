@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import itertools
 import os
 import signal
 import time
@@ -88,6 +89,17 @@ def _async_tests_end_clean(request):
     """Set up before a test's own fixtures, so that it looks after they are gone."""
     if inspect.iscoroutinefunction(request.function):
         request.getfixturevalue("_nothing_left_running")
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(monkeypatch, tmp_path_factory):
+    """Where the command may remember: a folder of each test's own, which is not there yet."""
+    folder = tmp_path_factory.getbasetemp() / f"cache-{next(_numbers)}"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder / "kontext-async"
+
+
+_numbers = itertools.count()
 
 
 @pytest.fixture(params=["pooled", "session"])

@@ -549,10 +549,10 @@ class TestAdvice:
         monkeypatch.setattr(app, "run", interrupted)
         reached = f"--base-url http://example.com --allow-http --api-key-file {tmp_path}/key "
         through = f"--proxy {proxy} "
-        options = f"{reached}{through}".split()
+        options = f"{reached}{through}--no-memory".split()
         into = f"--into {tmp_path}/out"
         saving = f"batch --from {tmp_path}/ids --allow-private --report {into}".split()
-        hint = reached + (through if is_named else "")
+        hint = reached + (through if is_named else "") + "--no-memory "
         result = CliRunner().invoke(app.app, ["wait", "task1", *options])
         assert f"To wait again: kontext wait {hint}task1\n" in result.stderr
         result = CliRunner().invoke(app.app, [*saving, *options])
@@ -803,11 +803,12 @@ class TestMain:
         assert caught.value.code == 0
         assert capsys.readouterr().out.strip()[0].isdigit()
 
-    def test_without_its_extra_it_says_what_to_install(self, monkeypatch):
+    @pytest.mark.parametrize("missing", ["platformdirs", "typer"])
+    def test_without_its_extra_it_says_what_to_install(self, missing, monkeypatch):
         """A plain installation has the command without its libraries."""
         for name in [name for name in sys.modules if name.startswith("kontext_async.cli.")]:
             monkeypatch.delitem(sys.modules, name)
-        monkeypatch.setitem(sys.modules, "typer", None)
+        monkeypatch.setitem(sys.modules, missing, None)
         with pytest.raises(SystemExit, match=r"pip install 'kontext-async\[cli\]'"):
             main()
 

@@ -283,7 +283,7 @@ class TestDemo:
         monkeypatch.setattr(app.tempfile, "mkdtemp", lambda prefix: str(tmp_path))
         monkeypatch.delenv("APIKLEY_API_KEY", raising=False)
 
-    def test_it_ends_with_a_report(self, tmp_path):
+    def test_it_ends_with_a_report(self, tmp_path, cache_folder):
         """It prints a table and JSON lines, saves the images, and writes a page."""
         result = CliRunner().invoke(app.app, ["demo"])
         assert result.exit_code == 0
@@ -298,6 +298,7 @@ class TestDemo:
         page = tmp_path.resolve() / "demo" / "report.html"
         assert result.stderr.strip().endswith(str(page))
         assert page.exists()
+        assert not cache_folder.exists()  # how long the demo's tasks take teaches nothing
 
     def test_without_the_extra_it_names_the_folder(self, monkeypatch, tmp_path):
         """The message says what a report needs."""

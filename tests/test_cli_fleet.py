@@ -58,12 +58,13 @@ def test_from_an_empty_database_to_outcomes(kontext, tmp_path):
     assert len(list((tmp_path / "images").iterdir())) == 3
 
 
-def test_a_worker_needs_no_folder_and_shares_a_limit(kontext):
-    """Outcomes alone, within a known limit."""
+def test_a_worker_needs_no_folder_and_shares_a_limit(kontext, cache_folder):
+    """Outcomes alone, within a known limit; durations are in the database, not in a file."""
     kontext("fleet", "init")
     kontext("submit", "--from", "-", input="a\n")
     kontext("worker", "--until-done", "--heartbeat", "0.3", "--rate-limit", "20/1")
     assert state(kontext)["done"] == 1
+    assert not cache_folder.exists()
 
 
 def test_people_have_a_table_of_workers(kontext, dsn, monkeypatch):

@@ -25,7 +25,7 @@ from kontext_async.results import Ledger
 from kontext_async.simulator import Failure
 
 KEY = "marker-key-77aa"
-IMPORTS = "import aiohttp, attrs, cattrs, rich.progress, rich.table, tenacity, typer"
+IMPORTS = "import aiohttp, attrs, cattrs, platformdirs, rich.progress, rich.table, tenacity, typer"
 
 
 @pytest.fixture(scope="module")

@@ -385,7 +385,7 @@ def test_a_file_that_cannot_grow_leaves_nothing(pieces, tmp_path):
 def test_a_full_disk_is_an_error(size, monkeypatch, tmp_path):
     """The first write fails, and the temporary file is removed."""
 
-    def full(path, mode):
+    def full(path, mode, **_):
         Path(path).open(mode).close()  # the file is created, as on a disk just now full
         return Path("/dev/full").open("r+b")
 
@@ -512,7 +512,10 @@ def test_a_short_write_is_continued(monkeypatch, tmp_path):
 
     data = plain_png(1, 1, b"abc")
     monkeypatch.setattr(
-        partial_module, "open", lambda path, _: io.BufferedRandom(Slow(path, "x+")), raising=False
+        partial_module,
+        "open",
+        lambda path, _, **options: io.BufferedRandom(Slow(path, "x+", **options)),
+        raising=False,
     )
     assert saved(target(tmp_path), data).path.read_bytes() == data
 

@@ -271,7 +271,7 @@ def test_the_hosted_ci_names_test_files_that_exist():
 
 # The packages that a module may import beside the core's and the standard library's: its extra's.
 EXTRA_OF = {
-    "cli": {"rich", "typer"},
+    "cli": {"platformdirs", "rich", "typer"},
     "fleet": {"procrastinate", "psycopg", "psycopg_pool"},
     "results/images": {"PIL"},
     "results/report": {"PIL", "jinja2", "markupsafe"},

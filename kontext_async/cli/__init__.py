@@ -14,7 +14,7 @@ def main() -> None:
         from kontext_async.cli.output import drop_lost_messages  # noqa: PLC0415
         from kontext_async.cli.running import leave_at_once  # noqa: PLC0415
     except ModuleNotFoundError as error:
-        if error.name not in {"rich", "typer"}:
+        if error.name not in {"platformdirs", "rich", "typer"}:
             raise
         sys.exit("kontext: the command line needs its extra: pip install 'kontext-async[cli]'")
     try:

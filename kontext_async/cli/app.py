@@ -35,6 +35,7 @@ from kontext_async.cli.options import (
     Into,
     KeyFile,
     KnownLimit,
+    NoMemory,
     Proxy,
     Quiet,
     Report,
@@ -149,6 +150,7 @@ def wait(
     quiet: Quiet = False,
     verbose: Verbose = False,
     rate_limit: KnownLimit = None,
+    no_memory: NoMemory = False,
     base_url: BaseUrl = DEFAULT_BASE_URL,
     allow_http: AllowHttp = False,
     proxy: Proxy = None,
@@ -166,6 +168,7 @@ def wait(
         allow_http=allow_http,
         proxy=proxy,
         rate_limit=rate_limit,
+        no_memory=no_memory,
     )
     log_polls(verbose)
 
@@ -202,6 +205,7 @@ def batch(
     quiet: Quiet = False,
     verbose: Verbose = False,
     rate_limit: KnownLimit = None,
+    no_memory: NoMemory = False,
     base_url: BaseUrl = DEFAULT_BASE_URL,
     allow_http: AllowHttp = False,
     allow_private: AllowPrivate = False,
@@ -224,6 +228,7 @@ def batch(
         allow_http=allow_http,
         proxy=proxy,
         rate_limit=rate_limit,
+        no_memory=no_memory,
     )
     log_polls(verbose)
     make_folder(into)

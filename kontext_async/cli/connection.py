@@ -14,6 +14,7 @@ import attrs
 from yarl import URL
 
 from kontext_async.cli.input import read_key
+from kontext_async.cli.memory import remembered
 from kontext_async.cli.output import fail
 from kontext_async.client import DEFAULT_BASE_URL, KontextClient
 from kontext_async.pacing import RateLimit, SlidingWindow
@@ -29,6 +30,7 @@ class Connection:
     allow_http: bool
     proxy: str | None = attrs.field(repr=False)
     rate_limit: RateLimit | SlidingWindow | None = None
+    no_memory: bool = False
 
     @contextlib.asynccontextmanager
     async def open(
@@ -40,6 +42,7 @@ class Connection:
         sends paid requests. ``options`` are further arguments of the client.
         """
         async with contextlib.AsyncExitStack() as stack:
+            durations = stack.enter_context(remembered(self.base_url, wanted=not self.no_memory))
             session = None
             if self.proxy is not None or _has_proxy_in_environment():
                 # As without a proxy, a kept connection that is just being closed would lose the
@@ -60,6 +63,7 @@ class Connection:
                     rate_limit=self.rate_limit,
                     allow_http=self.allow_http,
                     session=session,
+                    durations=durations,
                     **options,
                 )
             )
@@ -76,6 +80,8 @@ class Connection:
             words += ["--api-key-file", str(self.api_key_file)]
         if self.proxy is not None and not _has_password(self.proxy):
             words += ["--proxy", self.proxy]
+        if self.no_memory:
+            words.append("--no-memory")
         return "".join(f"{shlex.quote(word)} " for word in words)
 
 
@@ -90,6 +96,7 @@ def connection(
     allow_http: bool,
     proxy: str | None,
     rate_limit: RateLimit | None = None,
+    no_memory: bool = False,
 ) -> Connection:
     """Return the connection of a command's options; exit if they cannot be used."""
     return Connection(
@@ -99,6 +106,7 @@ def connection(
         allow_http=allow_http,
         proxy=_checked_proxy(proxy),
         rate_limit=rate_limit,
+        no_memory=no_memory,
     )
 
 

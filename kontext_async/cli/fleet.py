@@ -223,7 +223,11 @@ def worker(
     Then it takes no more, ends what ends within 5 seconds, and puts the rest back.
     """
     options = connection(
-        base_url=base_url, api_key_file=api_key_file, allow_http=allow_http, proxy=proxy
+        base_url=base_url,
+        api_key_file=api_key_file,
+        allow_http=allow_http,
+        proxy=proxy,
+        no_memory=True,  # the database has what the workers learn
     )
     if into is not None:
         make_folder(into)

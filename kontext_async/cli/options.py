@@ -111,6 +111,13 @@ KnownLimit = Annotated[
         "default is to discover it.",
     ),
 ]
+NoMemory = Annotated[
+    bool,
+    typer.Option(
+        "--no-memory",
+        help="Neither use the task durations that earlier runs have learned, nor save this run's.",
+    ),
+]
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of a batch.")]
 Into = Annotated[
     Path, typer.Option(metavar="FOLDER", help="Folder for the results; it is made if missing.")

@@ -21,8 +21,9 @@ _NAME = re.compile(r"\..*\.[0-9a-f]{12}\.part", re.DOTALL)
 class PartialFile:
     """A file under a temporary name beside its own. The first `write` creates it."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, mode: int = 0o666) -> None:
         self.path = path
+        self._mode = mode
         folder, name = os.path.split(path)
         # Cut, so that a name of 255 bytes leaves room for what is added to it.
         name = f".{name[:50]}.{secrets.token_hex(6)}.part"
@@ -36,8 +37,11 @@ class PartialFile:
 
     def write(self, data: bytes) -> None:
         if self._file is None:
-            self._file = open(self.temporary, "x+b")  # noqa: PTH123, SIM115  # as above
+            self._file = open(self.temporary, "x+b", opener=self._open)  # noqa: SIM115
         self._file.write(data)
+
+    def _open(self, path: str, flags: int) -> int:
+        return os.open(path, flags, self._mode)
 
     def sync(self) -> None:
         """Return when the contents are on disk."""
@@ -61,9 +65,12 @@ class PartialFile:
         self._file = None
 
 
-def write_file(path: Path, parts: Iterable[bytes]) -> None:
-    """Write a file. Until it is complete, its name has the old contents."""
-    partial = PartialFile(os.fspath(path))
+def write_file(path: Path, parts: Iterable[bytes], *, mode: int = 0o666) -> None:
+    """Write a file. Until it is complete, its name has the old contents.
+
+    ``mode``: the permissions of the new file, as far as the process's umask grants them.
+    """
+    partial = PartialFile(os.fspath(path), mode=mode)
     try:
         for part in parts:
             partial.write(part)
