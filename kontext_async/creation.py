@@ -296,12 +296,8 @@ class Creator:
         try:
             async with scope:
                 await self._exchange(session, body, answer)
-        except (aiohttp.ClientError, OSError) as exc:  # TimeoutError is an OSError
-            failure = exc
         except Exception as exc:
-            check_for_second_login(exc)
-            # A borrowed session's connector or middlewares may raise anything.
-            if self._borrowed is None and body.failure is None:
+            if not self._is_failure(exc) and body.failure is None:
                 raise
             failure = exc
         finally:
@@ -333,11 +329,8 @@ class Creator:
                     auto_decompress=True,
                 )
                 await answer.read(response)
-        except (aiohttp.ClientError, OSError) as exc:  # TimeoutError is an OSError
-            failure = exc
         except Exception as exc:
-            check_for_second_login(exc)
-            if self._borrowed is None:
+            if not self._is_failure(exc):
                 raise
             failure = exc
         if failure is not None:  # raised here, the error does not refer to the request's headers
@@ -372,6 +365,17 @@ class Creator:
         if self._session.closed:
             raise ClientStateError("the session that was passed in is closed")
         return self._session
+
+    def _is_failure(self, exc: Exception) -> bool:
+        """Return True if an exception is a request's failure, and not a defect.
+
+        Raises `ConfigurationError` if the session added a login of its own.
+        """
+        if isinstance(exc, (aiohttp.ClientError, OSError)):  # TimeoutError is an OSError
+            return True
+        check_for_second_login(exc)
+        # A borrowed session's connector or middlewares may raise anything.
+        return self._borrowed is not None
 
     def _broken_off(
         self, exc: Exception, request: ImageRequest, body: _OneShotBody, answer: _Answer
