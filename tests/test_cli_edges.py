@@ -9,18 +9,19 @@ import os
 import signal
 import sys
 import threading
+from datetime import UTC, datetime, timedelta
 
 import pytest
 import typer
 
-from kontext_async import KontextClient, TransportError
+from kontext_async import CompletedTask, KontextClient, TaskRecord, TaskStatus, TransportError
 from kontext_async.cli import app, output, progress, running
 from kontext_async.cli import input as cli_input
 from kontext_async.cli.connection import Connection, connection
 from kontext_async.cli.output import Exit, OutputError
 from kontext_async.cli.tally import RequestTally, Tally
 from kontext_async.client import DEFAULT_BASE_URL
-from kontext_async.polling import TaskOutcome
+from kontext_async.polling import PollEvent, TaskOutcome
 
 
 def code_of(main, on_interrupt=lambda: None):
@@ -217,6 +218,85 @@ def test_while_tasks_are_still_read_no_time_is_left():
     assert tally.progress(0.0)[2:] == []
     tally.count_outcome(TaskOutcome(task_id="a", error=TransportError("reset")))
     assert tally.progress(10.0)[2:] == ["0.1/s"]
+
+
+MADE = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
+
+
+class TestTimeLeft:
+    """Never less than the tasks that run may take, by those that have ended."""
+
+    def tally(self, *, ended=(), running=(), queued=0):
+        """Return a tally at 10 s, with tasks of these durations and ages in seconds."""
+        ids = [f"{kind}{n}" for kind, of in (("e", ended), ("r", running)) for n in range(len(of))]
+        tally = Tally([*ids, *(f"q{n}" for n in range(queued))])
+        tally.progress(0.0)
+        for n, duration in enumerate(ended):
+            tally.count_poll(polled(f"e{n}", 1.0))
+            task = CompletedTask(
+                task_id=f"e{n}",
+                result_image_url="https://example.com/a.png",
+                create_time=MADE,
+                complete_time=MADE + timedelta(seconds=duration),
+            )
+            tally.count_outcome(TaskOutcome(task_id=f"e{n}", result=task))
+        tally.progress(10.0)
+        for n, age in enumerate(running):
+            tally.count_poll(polled(f"r{n}", age))
+        return tally
+
+    def test_nothing_ran_yet(self):
+        """The rate alone decides while no task was seen to run."""
+        assert self.left(ended=[5.0] * 10, queued=20) == "0:00:20 left"
+
+    def test_the_slowest_task_decides(self):
+        """Of 12 ended and 3 that run, the second longest is as likely to be passed as not."""
+        ended = [5.0] * 10 + [40.0, 45.0]
+        assert self.left(ended=ended, running=[1.0, 2.0, 3.0]) == "0:00:39 left"
+        assert self.left(ended=ended, running=[21.0, 30.0]) == "0:00:24 left"
+
+    def test_queued_tasks_begin_before_they_end(self):
+        """A new one is behind all that are queued."""
+        assert self.left(ended=[5.0] * 10, running=[4.0], queued=20) == "0:00:25 left"
+
+    @pytest.mark.parametrize(
+        "running",
+        [
+            [20.0],  # none has ended at that age
+            [1.0] * 11,  # more run than have ended
+            [1.0] * 8 + [20.0],  # too many are older than any that has ended
+        ],
+    )
+    def test_an_unknown_time_is_not_told(self, running):
+        """The rate is."""
+        assert self.left(ended=[5.0] * 10, running=running) == "1.0/s"
+
+    def test_a_straggler_does_not_hide_the_time(self):
+        """It is one of many."""
+        running = [1.0] * 9 + [20.0]
+        assert self.left(ended=[5.0] * 10, running=running) == "0:00:10 left"
+
+    def test_a_task_is_as_old_as_its_record(self):
+        """It may have run before the wait began."""
+        tally = self.tally(ended=[40.0] * 10)
+        tally.add(["r"])
+        tally.count_poll(polled("r", 0.1, datetime.now(UTC) - timedelta(seconds=30)))
+        assert tally.progress(10.0)[-1] == "0:00:10 left"
+
+    def left(self, **tasks):
+        return self.tally(**tasks).progress(10.0)[-1]
+
+
+def polled(task_id, elapsed, created=None):
+    generating = TaskRecord(task_id=task_id, status=TaskStatus.GENERATING, create_time=created)
+    return PollEvent(
+        task_id=task_id,
+        attempt=1,
+        elapsed=elapsed,
+        record=generating,
+        error=None,
+        next_delay=1.0,
+    )
 
 
 async def test_a_narrow_terminal_shows_the_first_parts(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right, insort
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
@@ -15,14 +16,15 @@ from kontext_async.polling import PollEvent, TaskOutcome
 from kontext_async.results import RequestOutcome, SavedImage
 
 _MIN_WINDOW = 10.0  # s; the rate is of this time, or of the last half if that is longer
+_OVERDUE = 1.5  # of the longest duration; less may be the time until the next poll
 
 
 class Tally:
     """Counts of outcomes, errors and polls, with the ids that have no outcome yet.
 
-    ``durations`` and ``lags`` are in seconds. A lag is the time from a task's end to the poll that
-    saw it, by the task's record and this machine's clock. Those two may disagree, so it is at most
-    the time since the poll before; a task that had ended at its first poll has no lag.
+    ``durations``, sorted, and ``lags`` are in seconds. A lag is the time from a task's end to the
+    poll that saw it, by the task's record and this machine's clock. Those two may disagree, so it
+    is at most the time since the poll before; a task that had ended at its first poll has no lag.
     """
 
     def __init__(self, ids: Iterable[str] = ()) -> None:
@@ -40,6 +42,8 @@ class Tally:
         self._started = 0
         self._last_polls: dict[str, float] = {}
         self._generating: set[str] = set()
+        self._now = 0.0
+        self._created: dict[str, float] = {}  # by the same clock, of tasks seen that still run
         self._progress: deque[tuple[float, int]] = deque()  # seconds, and tasks finished by then
 
     @property
@@ -80,6 +84,7 @@ class Tally:
         self.trouble = event.error
         if event.record is not None:
             self._generating.add(event.task_id)
+            self._created.setdefault(event.task_id, self._now - _age(event))
         before = self._last_polls.get(event.task_id)
         self._last_polls[event.task_id] = event.elapsed
         ended_at = event.record and event.record.complete_time
@@ -92,12 +97,13 @@ class Tally:
         self.outcomes[classify(outcome.error)] += 1
         self._last_polls.pop(outcome.task_id, None)
         self._generating.discard(outcome.task_id)
+        self._created.pop(outcome.task_id, None)
         self.unfinished.pop(outcome.task_id, None)
         if (error := outcome.error) is not None:
             code = code_of(error)
             self.errors[type(error).__name__ + ("" if code is None else f" {code}")] += 1
         elif (duration := outcome.unwrap().duration) is not None:
-            self.durations.append(duration.total_seconds())
+            insort(self.durations, duration.total_seconds())
 
     def counts(self) -> str:
         """Return the number of each outcome, in words."""
@@ -118,6 +124,7 @@ class Tally:
 
         Before that it would be far too long: the first task has to end before any can.
         """
+        self._now = elapsed
         samples = self._progress
         samples.append((elapsed, self.finished))
         while len(samples) > 2 and samples[1][0] <= elapsed - max(elapsed / 2, _MIN_WINDOW):
@@ -126,10 +133,26 @@ class Tally:
         if not (seconds and finished) or self.finished < self.total / 10:
             return []
         rate = finished / seconds
-        if not self.is_complete:
+        left = self._time_left(rate) if self.is_complete else None
+        if left is None:
             return [f"{rate:.1f}/s"]
-        left = timedelta(seconds=math.ceil(len(self.unfinished) / rate))
-        return [f"{rate:.1f}/s", f"{left} left"]
+        return [f"{rate:.1f}/s", f"{timedelta(seconds=math.ceil(left))} left"]
+
+    def _time_left(self, rate: float) -> float | None:
+        """Return the seconds until the last task ends, None if too few like it have ended.
+
+        A task that runs may take as long as the longest of as many tasks as run.
+        """
+        ages, known = [self._now - created for created in self._created.values()], self.durations
+        queued = len(self.unfinished) - len(ages)
+        if not ages:
+            return queued / rate
+        youngest = 0.0 if queued else min(ages)
+        older = len(known) - bisect_right(known, youngest)  # tasks that ended at a greater age
+        if older < len(ages) or sum(age > known[-1] * _OVERDUE for age in ages) > len(ages) / 10:
+            return None
+        slowest = known[-math.ceil(older / 2 / len(ages))] - youngest
+        return max(len(self.unfinished) / rate, queued / rate + slowest)
 
     def summary(self) -> Table:
         """Return a table of outcomes, errors, durations, lags, and polls per task."""
@@ -171,6 +194,13 @@ class RequestTally(BatchTally):
         super().count_outcome(outcome)
         if isinstance(outcome, RequestOutcome):
             self.unfinished.pop(outcome.key, None)
+
+
+def _age(event: PollEvent) -> float:
+    """Return a task's age in seconds by its record, which may be older than the wait."""
+    created = event.record and event.record.create_time
+    by_record = (datetime.now(UTC) - created).total_seconds() if created else 0.0
+    return max(by_record, event.elapsed)
 
 
 def _percentiles(seconds: Sequence[float]) -> str:
