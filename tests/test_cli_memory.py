@@ -228,13 +228,16 @@ def test_what_is_not_a_url_is_left_to_the_client(kontext, cache_folder):
 # What may be wrong with it
 
 
-def test_a_home_that_does_not_exist_and_cannot_be_made_does_no_harm(monkeypatch, caplog, tmp_path):
-    """A line for --verbose says why."""
-    (tmp_path / "home").write_text("a file")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home" / "cache"))
+@pytest.mark.parametrize("is_file", [False, True])
+def test_a_home_that_does_not_exist_is_not_made(is_file, monkeypatch, caplog, tmp_path):
+    """Nothing is remembered, and a line for --verbose says why."""
+    if is_file:
+        (tmp_path / "home").write_text("a file")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home" / ".cache"))
     with caplog.at_level(logging.DEBUG, "kontext_async"):
         assert [learn(), learn()] == [0, 0]
     assert "Durations are not saved in" in caplog.text
+    assert (tmp_path / "home").exists() == is_file
 
 
 @pytest.mark.parametrize("folder", [RuntimeError("no home folder"), Path("~/.cache")])

@@ -69,7 +69,9 @@ def _save(path: Path | None, model: DurationModel, known: str) -> None:
     if others.to_json() != known:  # another run has ended meanwhile
         model.merge(others)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        # Not the home folder, which a user of the system may be without on purpose.
+        for folder in (path.parent.parent, path.parent):
+            folder.mkdir(mode=0o700, exist_ok=True)
         write_file(path, [model.to_json().encode()], mode=0o600)
     except OSError as error:
         _log.debug("Durations are not saved in %s: %s", path, error)
