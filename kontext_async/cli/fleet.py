@@ -55,7 +55,7 @@ _DsnArgument = Annotated[
 fleet_app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="Prepare a database for many workers, see what they do, and delete old outcomes.",
+    help="Prepare, inspect and clean up a database for many workers.",
 )
 
 
