@@ -562,6 +562,58 @@ class TestAdvice:
         assert "secret" not in result.stderr
 
 
+class TestWrongUsage:
+    """Nothing is sent, and the message has the words of every other."""
+
+    @pytest.mark.parametrize(
+        ("words", "said", "command"),
+        [
+            (
+                "wait task1 --rate-limit x",
+                "invalid value for '--rate-limit': give REQUESTS/SECONDS, such as 20/10",
+                "wait",
+            ),
+            ("get", "missing argument 'ID'", "get"),
+            ("batch", "missing option '--into'", "batch"),
+            ("batch --into", "option '--into' requires an argument", "batch"),
+            ("status --nope folder", "no such option: --nope", "status"),
+            ("--nope", "no such option: --nope", ""),
+            ("wiat", "no such command 'wiat'. Did you mean 'wait'?", ""),
+            ("fleet nope", "no such command 'nope'", "fleet"),
+        ],
+    )
+    def test_is_a_message_and_where_to_look(self, words, said, command):
+        """The second line has the command whose help page tells more."""
+        result = CliRunner().invoke(app.app, words.split(), prog_name="kontext")
+        where = " ".join(f"kontext {command} -h".split())
+        assert result.exit_code == 2
+        assert result.stderr == f"kontext: {said}\nFor help: {where}\n"
+
+    @pytest.mark.parametrize(
+        ("words", "now", "before"),
+        [
+            ("wait task1 --timeout x", "--timeout must be a valid number", "'x' is not a valid"),
+            ("simulate --port 70000", "--port must be less than or equal to 65535", "70000 is not"),
+        ],
+    )
+    def test_a_value_that_cannot_be_used_is_named_with_its_option(self, words, now, before):
+        """In our words, or in those of a Typer older than 0.29."""
+        result = CliRunner().invoke(app.app, words.split(), prog_name="kontext")
+        option = next(word for word in words.split() if word.startswith("--"))
+        said, _ = result.stderr.splitlines()
+        assert result.exit_code == 2
+        assert said == f"kontext: {now}" or said.startswith(
+            f"kontext: invalid value for '{option}': {before}"
+        )
+
+    @pytest.mark.parametrize("words", [[], ["fleet"]])
+    def test_without_words_a_group_shows_its_help_page(self, words):
+        """It is no message."""
+        result = CliRunner().invoke(app.app, words, prog_name="kontext")
+        assert result.exit_code == 2
+        assert result.output.startswith("Usage: kontext")
+
+
 class TestResuming:
     def test_few_ids_are_all_named(self, capsys):
         """The command that resumes can be copied."""

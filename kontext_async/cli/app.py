@@ -23,7 +23,7 @@ from kontext_async.cli.batch import (
 from kontext_async.cli.connection import connection
 from kontext_async.cli.creating import credits_left, edit, generate, resolve, unknown
 from kontext_async.cli.fleet import fleet_app, submit, worker
-from kontext_async.cli.help import Command
+from kontext_async.cli.help import Command, Group
 from kontext_async.cli.input import distinct_ids
 from kontext_async.cli.options import (
     AllowHttp,
@@ -63,6 +63,7 @@ from kontext_async.errors import KontextError
 from kontext_async.polling import DEFAULT_TIMEOUT, TaskOutcome
 
 app = typer.Typer(
+    cls=Group,
     context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     pretty_exceptions_enable=False,  # plain tracebacks show no locals, which may hold the key

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from kontext_async.cli.batch import make_folder
 from kontext_async.cli.connection import connection
-from kontext_async.cli.help import Command
+from kontext_async.cli.help import Command, Group
 from kontext_async.cli.input import Problem, distinct_ids, fail_on, ids_from_stdin
 from kontext_async.cli.options import (
     AllowHttp,
@@ -53,6 +53,7 @@ _DsnArgument = Annotated[
 ]
 
 fleet_app = typer.Typer(
+    cls=Group,
     no_args_is_help=True,
     rich_markup_mode=None,
     help="Prepare, inspect and clean up a database for many workers.",

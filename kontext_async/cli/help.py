@@ -1,14 +1,39 @@
-"""Help pages that name arguments without brackets and types."""
+"""Commands whose help pages and usage errors are in the words of the rest."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
 
-from typer.core import TyperCommand
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from kontext_async.cli.output import fail
+
+__all__ = ["Command", "Group"]
+
+_BAD_VALUE = re.compile(r"Invalid value for '(.+)': Input should (be [^,]+).*")
+
+
+@contextmanager
+def _checking(ctx: Any) -> Generator[None]:
+    """Exit with a message where words of the command line are wrong."""
+    try:
+        yield
+    except typer.TyperException as error:
+        problem = _BAD_VALUE.sub(r"\1 must \2", error.format_message()).removesuffix(".")
+        fail(f"{problem[0].lower()}{problem[1:]}\nFor help: {ctx.command_path} -h")
 
 
 class Command(TyperCommand):
     """A command whose help says ``ID``, where Typer says ``{ID}`` and ``ID <str>``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the options and the arguments."""
+        with _checking(ctx):
+            return super().parse_args(ctx, args)
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """Return the parts of the usage line."""
@@ -30,3 +55,19 @@ class Command(TyperCommand):
             if rows:
                 with formatter.section(title):
                     formatter.write_dl(rows)
+
+
+class Group(TyperGroup):
+    """A group of commands."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the options before the command's name; without any words, show the help page."""
+        if not args:
+            return super().parse_args(ctx, args)
+        with _checking(ctx):
+            return super().parse_args(ctx, args)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Return the command that the words name, and the words that are left for it."""
+        with _checking(ctx):
+            return super().resolve_command(ctx, args)
