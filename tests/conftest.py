@@ -30,9 +30,11 @@ import aioresponses.core
 import hypothesis
 import pytest
 from aiohttp.client_proto import ResponseHandler
+from client_world import make_client
 from postgres import dsn, postgres  # noqa: F401  # fixtures
 from virtual_time import VirtualTimeLoop
 
+from kontext_async.simulator import Simulator
 from kontext_async.transport import pooled
 
 # A zone that is not UTC, written so that it needs no zone database.
@@ -73,6 +75,18 @@ def _stream_reader(loop=None):
 
 aioresponses.core.ClientResponse = _MockedResponse
 aioresponses.core.stream_reader_factory = _stream_reader
+
+
+@pytest.fixture
+async def simulator():
+    async with Simulator() as simulator:
+        yield simulator
+
+
+@pytest.fixture
+async def client(simulator):
+    async with make_client(simulator) as client:
+        yield client
 
 
 @pytest.fixture

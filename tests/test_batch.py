@@ -59,12 +59,6 @@ def now():
 
 
 @pytest.fixture
-async def simulator():
-    async with Simulator() as simulator:
-        yield simulator
-
-
-@pytest.fixture
 async def client(simulator):
     """Yield a client that must be idle at the end of the test, while it is still open."""
     async with make_client(simulator) as client:

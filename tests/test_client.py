@@ -38,7 +38,6 @@ from kontext_async import (
     WaitTimeoutError,
     __version__,
 )
-from kontext_async.simulator import Simulator
 from kontext_async.simulator.replies import refused
 
 virtual_time = pytest.mark.virtual_time
@@ -49,18 +48,6 @@ def refused_with(*args, **options):
         KontextClient(*args, **options)
     assert isinstance(caught.value, ValueError)
     return str(caught.value)
-
-
-@pytest.fixture
-async def simulator():
-    async with Simulator() as simulator:
-        yield simulator
-
-
-@pytest.fixture
-async def client(simulator):
-    async with make_client(simulator) as client:
-        yield client
 
 
 # --- arguments ----------------------------------------------------------------------------------

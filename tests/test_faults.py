@@ -36,12 +36,6 @@ DEAD = "http://127.0.0.1:9"  # nothing listens there
 
 
 @pytest.fixture
-async def simulator():
-    async with Simulator() as simulator:
-        yield simulator
-
-
-@pytest.fixture
 async def client(simulator):
     async with KontextClient("key", base_url=simulator.base_url, rate_limit=UNBOUND) as client:
         yield client

@@ -49,12 +49,6 @@ def path(tmp_path):
 
 
 @pytest.fixture
-async def simulator():
-    async with Simulator() as simulator:
-        yield simulator
-
-
-@pytest.fixture
 async def client(simulator, path):
     async with make_client(simulator) as client:
         yield client

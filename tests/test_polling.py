@@ -69,18 +69,6 @@ async def outcome_of(awaitable):
         return error
 
 
-@pytest.fixture
-async def simulator():
-    async with Simulator() as simulator:
-        yield simulator
-
-
-@pytest.fixture
-async def client(simulator):
-    async with make_client(simulator) as client:
-        yield client
-
-
 class _Wait:
     """Waits for one scripted task, and records the times of its polls and of its end."""
 

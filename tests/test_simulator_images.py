@@ -23,12 +23,6 @@ MIB = 1024 * 1024
 
 
 @pytest.fixture
-async def simulator():
-    async with Simulator() as simulator:
-        yield simulator
-
-
-@pytest.fixture
 def no_pillow(monkeypatch):
     """Pretend that the extra is not installed."""
     monkeypatch.setattr(images, "_HAS_PILLOW", False)
