@@ -69,7 +69,7 @@ def check_source(task_ids: object) -> None:
 
 
 async def each_of(source: Iterable[_T] | AsyncIterable[_T]) -> AsyncGenerator[_T, None]:
-    """Yield the items of an iterable of either kind, which is closed if it is a generator."""
+    """Yield the items of an iterable of either kind; an async generator is closed at the end."""
     if not isinstance(source, AsyncIterable):
         for count, item in enumerate(source, 1):
             yield item

@@ -94,7 +94,7 @@ def verify_callback(
     notice = _read(body)
     message = f"{notice.task_id}.{timestamp}".encode("utf-8", "replace")
     expected = [_signature(message, known) for known in keys]
-    # All are compared, in a time that tells nothing of them.
+    # All are compared, in a time that does not depend on them.
     if not sum(hmac.compare_digest(signature.encode("utf-8", "replace"), e) for e in expected):
         raise CallbackError("the callback's signature is wrong", http_status=401)
     is_number = timestamp.isascii() and timestamp.isdigit() and len(timestamp) <= 12
@@ -166,7 +166,7 @@ class CallbackReceiver:
     async def receive(
         self, headers: Mapping[str, str], body: bytes, *, token: str | None = None
     ) -> int:
-        """Take a callback, and return the HTTP status to answer with.
+        """Pass a callback on, and return the HTTP status to answer with.
 
         ``token``: the text in the place of ``{token}`` in the address; None where it has none.
 
@@ -183,7 +183,7 @@ class CallbackReceiver:
         return 200
 
     async def handle(self, request: web.Request) -> web.Response:
-        """Take a callback in an aiohttp.web application: a handler for a POST route.
+        """Receive a callback in an aiohttp.web application: a handler for a POST route.
 
         The token is the route's ``{token}``, or else the query's ``token``.
         """

@@ -330,8 +330,9 @@ class KontextClient:
         """Poll a task soon, because it is said to have ended, such as by a callback.
 
         Returns True if somebody waits for it. Otherwise the notice is remembered for 15 minutes,
-        for a wait that begins later. A wait polls once for any number of notices, in its turn; if
-        the task still generates, twice more after 1 and 3 seconds. Then its schedule goes on.
+        for a wait that begins later. A wait polls once for any number of notices, when it gets a
+        permit; if the task still generates, twice more after 1 and 3 seconds. Then its schedule
+        goes on.
         """
         task_id = wire.check_task_id(task_id)
         self._transport.check_open()

@@ -49,7 +49,7 @@ _ANSWER_TIMEOUT = 120.0
 _FIRST_DELAY = 0.5
 _MAX_DELAY = 15.0
 
-_MAX_TOKENS = 100_000  # that are remembered, the last ones
+_MAX_TOKENS = 100_000  # the latest, which are remembered
 _TOKEN = "{token}"  # noqa: S105  # a placeholder
 
 
@@ -229,7 +229,7 @@ class Creator:
         return task
 
     def is_new(self, task_id: str) -> bool:
-        """Return True if a task was just created, will call back, and nobody has asked yet."""
+        """Return True once for a task that was just created and will call back."""
         return self._new.pop(task_id, _ABSENT) is None
 
     def is_token(self, token: str) -> bool:

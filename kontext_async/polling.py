@@ -258,7 +258,7 @@ class TaskWait:
         self._born: float | None = None  # the task's creation on the loop's clock
         self._last_record: TaskRecord | None = None
         self._last_error: KontextError | None = None
-        self._polled_at = self._began  # the time of the last answer; of these a strategy is told
+        self._polled_at = self._began  # the time of the last answer, for the strategy
         self._last_delay = 0.0
         self._idle_for = 0.0
         self._expected_age: float | None = None  # of the next poll by the model, if it may move
@@ -385,7 +385,7 @@ class TaskWait:
     def _may_fail_unpolled(self) -> bool:
         """True if the end of a grace ends the wait without another poll.
 
-        That an outage or a queue kept back the next poll is no sign that a task does not exist.
+        An outage or a queue that holds back the next poll does not show that a task is missing.
         """
         last = self._last_error
         is_missing = last is not None and last.handling is Handling.RETRY_NOT_FOUND

@@ -120,9 +120,9 @@ class Tally:
         ]
 
     def _pace(self, elapsed: float) -> list[str]:
-        """Return the rate of late and the time left, once a tenth of the tasks has ended.
+        """Return the recent rate and the time left, once a tenth of the tasks has ended.
 
-        Before that it would be far too long: the first task has to end before any can.
+        Before that, the time left would be far too long: the first task has yet to end.
         """
         self._now = elapsed
         samples = self._progress

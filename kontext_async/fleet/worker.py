@@ -30,7 +30,7 @@ CHUNK_TASK: Final = "kontext_chunk"
 _log = logging.getLogger("kontext_async")
 
 _MISSED_BEATS = 3  # heartbeats after which a worker counts as dead
-_GRACE = 5.0  # s for chunks that are ending when a worker is told to stop
+_GRACE = 5.0  # s for chunks that are ending when a worker has to stop
 _FLUSH = 2.0  # s for outcomes that are still to be written then
 _RETRY_AFTER = 1.0  # s, while the database is away
 _CHUNK_RETRY_AFTER = 10  # s, for a chunk that failed
@@ -140,7 +140,7 @@ class Worker:
             await asyncio.sleep(_RETRY_AFTER)
 
     async def _leave(self) -> None:
-        """Write what is still to be written, and be gone from the table of workers."""
+        """Write what is still to be written, and leave the table of workers."""
         with contextlib.suppress(psycopg.Error, TimeoutError):
             async with asyncio.timeout(_FLUSH):
                 await self._writer.flush()
@@ -185,7 +185,7 @@ class Worker:
                     await self._database.fetch(_NOT_SAVED, values)
 
     async def _show_life(self) -> None:
-        """Say at each heartbeat that this worker lives, and take over from those that do not."""
+        """Report at each heartbeat that this worker lives, and take over from those that do not."""
         requests = self._client.stats.requests
         loop = asyncio.get_running_loop()
         since = loop.time()

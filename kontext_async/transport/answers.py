@@ -1,4 +1,4 @@
-"""An answer as it came, and who fetches it."""
+"""An answer as it came, and the protocol of what fetches it."""
 
 from __future__ import annotations
 

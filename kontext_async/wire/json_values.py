@@ -42,7 +42,7 @@ def integer(value: object) -> int | None:
     return value if type(value) is int and -(10**9) < value < 10**9 else None
 
 
-_MAX_DIGITS: Final = 4000  # of an integer; Python converts 4300 unless it is told otherwise
+_MAX_DIGITS: Final = 4000  # of an integer; Python converts 4300 by default
 _MAX_DEPTH: Final = 64  # of arrays and objects within each other
 # Characters of a text that is read a second time: below 0.2 s of CPU time for the worst of texts.
 _MAX_REREAD: Final = 256 * 1024

@@ -136,7 +136,7 @@ def _written_address(host: str) -> str | None:
 
 
 class Fetcher:
-    """Send requests for images, and follow redirects.
+    """Sends requests for images, and follows redirects.
 
     The API's own origin may be at any address. All other hosts must be at public addresses, and
     use https except at loopback. With a session of the user's own, only addresses that are written

@@ -56,7 +56,7 @@ _ENDINGS = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 
 # How an image ends: the chunk IEND with its checksum, the marker EOI. JPEG escapes FF in its data.
 _ENDS = {"png": b"IEND\xaeB`\x82", "jpeg": b"\xff\xd9"}
-_TAIL = 1024  # bytes in which an end is looked for
+_TAIL = 1024  # bytes in which the end must be
 
 # Ids that are safe as file names. Upper case is not: some file systems ignore case.
 _PLAIN = re.compile(r"[a-z0-9_][a-z0-9._-]{0,99}")

@@ -198,7 +198,7 @@ def _check_path(name: str, value: str | os.PathLike[str]) -> None:
 
 
 class ImageSaver:
-    """Save images into a folder, which is created if missing: an async context manager.
+    """Saves images into a folder, which is created if missing: an async context manager.
 
     A file is named after its task, with the ending of its kind. It appears under its name when it
     is complete, checked and on disk. With the extra ``images`` the check decodes the image.

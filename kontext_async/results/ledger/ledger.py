@@ -299,7 +299,7 @@ class Ledger:
     def keys_of(requests: Iterable[KeyedRequest]) -> list[tuple[str, ImageRequest]]:
         """Return each request that `generate` would make of these, with its key in the ledger.
 
-        Raises `ConfigurationError` for what is no request, and for a key that has two.
+        Raises `ConfigurationError` for what is not a request, and for a key that has two.
         """
         check_requests(requests)
         return with_keys(requests)
