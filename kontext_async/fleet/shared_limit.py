@@ -133,7 +133,7 @@ class _Leasing:
         shared.max_requests = share.max_requests
 
     async def leave(self) -> None:
-        """Ask for no more permits. The lease ends later, when the service has forgotten the requests."""
+        """Give the share up. The lease ends later, when the service has forgotten the requests."""
         now = asyncio.get_running_loop().time()
         held = self.shared.used(now)
         self.shared.max_requests = 0
