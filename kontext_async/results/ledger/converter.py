@@ -1,4 +1,4 @@
-"""Tasks as plain data that JSON can hold, and back.
+"""Tasks from plain data that JSON can hold.
 
 A ledger's odd field is an error, where an odd field of an answer reads as absent.
 """
@@ -9,7 +9,6 @@ from datetime import datetime
 from typing import Any, Final, get_args
 
 from cattrs import Converter
-from cattrs.fns import identity
 
 from kontext_async.models import TaskStatus
 
@@ -26,7 +25,7 @@ def _exact(value: object, kind: Any) -> Any:
 
 
 converter: Final = Converter(forbid_extra_keys=True)
-"""Turns `TaskRecord` and `CompletedTask` into plain data and back.
+"""Makes a `TaskRecord` of plain data.
 
 Times are ISO 8601 strings and the status is its number. ``structure`` converts nothing else, and
 raises `cattrs.ClassValidationError` for a wrong type, an unknown field, or a missing one.
@@ -34,9 +33,5 @@ raises `cattrs.ClassValidationError` for a wrong type, an unknown field, or a mi
 # cattrs' own hooks would make "None" of None, and "5" of 5.
 for _kind in (str, str | None, int | None):
     converter.register_structure_hook(_kind, _exact)
-    converter.register_unstructure_hook(_kind, identity)  # cattrs then calls nothing for it
 converter.register_structure_hook(TaskStatus, lambda value, _: _STATUSES[_exact(value, int)])
 converter.register_structure_hook(datetime, lambda value, _: datetime.fromisoformat(value))
-converter.register_unstructure_hook(
-    datetime | None, lambda instant: None if instant is None else instant.isoformat()
-)

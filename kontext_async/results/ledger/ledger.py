@@ -103,7 +103,7 @@ class Ledger:
         self._path = Path(path)
         self._store = Store(self._path)
         self._ended: dict[str, TaskState] = {}
-        self._images = _Images(self._path.parent, self._store)
+        self._images = _Images(self._path.parent)
         self._submissions = Submissions(self._store)
         self._arrivals: dict[str, asyncio.Event] = {}  # of callbacks, by token
         self._streams: weakref.WeakSet[Stream[Any]] = weakref.WeakSet()
@@ -132,7 +132,6 @@ class Ledger:
                 await stream.abort(ClientStateError(f"ledger {self._path}: it was closed"))
         finally:  # also while cancelled: an open store keeps the file locked
             await self._store.aclose()
-        self._images.raise_failure()
 
     @staticmethod
     def read(path: str | os.PathLike[str]) -> Iterator[LedgerEntry]:
@@ -345,7 +344,7 @@ class Ledger:
         that a killed run had saved without recording it. A changed one is fetched again, which
         needs a saver with ``overwrite=True``.
         """
-        return save_outcomes(outcomes, _RecordingSaver(self._images, saver))
+        return save_outcomes(outcomes, _RecordingSaver(self._store, self._images, saver))
 
     async def record_saved(self, task_id: str, saved: SavedImage) -> None:
         """Record where the image of a task is; `save_outcomes` does this by itself."""
@@ -367,11 +366,9 @@ class _Images:
     None for a task whose image is not saved.
     """
 
-    def __init__(self, folder: Path, store: Store) -> None:
+    def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._store = store
         self._prefixes: dict[str, str] = {}  # a cache: relative paths are expensive to compute
-        self._failure: BaseException | None = None  # of a write that nobody waits for
         self.recalled: dict[str, Row | None] = {}
 
     async def unchanged(self, image: Row) -> SavedImage | None:
@@ -385,19 +382,6 @@ class _Images:
             self._prefixes[head] = _prefix(head, self._folder)
         path = self._prefixes[head] + name
         return _SAVED, (_storable(path), image.sha256, image.size, image.kind, time.time(), task_id)
-
-    def write(self, sql: str, values: Row) -> None:
-        """Write without waiting; raises the failure of an earlier such write."""
-        self.raise_failure()
-        self._store.submit(sql, values, list).add_done_callback(self._written)
-
-    def raise_failure(self) -> None:
-        failure, self._failure = self._failure, None
-        if failure is not None:
-            raise failure
-
-    def _written(self, answer: asyncio.Future[Any]) -> None:
-        self._failure = answer.exception() or self._failure
 
 
 def _storable(path: str) -> str | bytes:
@@ -430,7 +414,8 @@ def _unchanged(folder: Path, image: Row) -> SavedImage | None:
 class _RecordingSaver:
     """An `ImageSaver` that consults the ledger first, and records what it saved."""
 
-    def __init__(self, images: _Images, saver: ImageSaver) -> None:
+    def __init__(self, store: Store, images: _Images, saver: ImageSaver) -> None:
+        self._store = store
         self._images = images
         self._saver = saver
         self.max_concurrency = saver.max_concurrency
@@ -442,16 +427,19 @@ class _RecordingSaver:
             return unchanged
         try:
             try:
-                saved = await self._find_or_save(task, is_known=image is not None)
+                # A killed run may have saved what the ledger does not know; what it knows has
+                # changed.
+                found = None if image else await self._saver.find(task.task_id)
+                saved = found or await self._saver.save(task)
             except DownloadError as error:
                 if not is_recalled or error.http_status not in _STALE:
                     raise
                 saved = await self._save_from_fresh_url(task, error)
         except DownloadError as error:
-            self._images.write(*_not_saved(task.task_id, error))
+            self._store.post(*_not_saved(task.task_id, error))
             raise
         # Not waited for: if a crash loses the row, a restart finds the file.
-        self._images.write(*self._images.saved(task.task_id, saved))
+        self._store.post(*self._images.saved(task.task_id, saved))
         return saved
 
     async def _save_from_fresh_url(self, task: CompletedTask, stale: DownloadError) -> SavedImage:
@@ -464,10 +452,5 @@ class _RecordingSaver:
             raise stale
         saved = await self._saver.save(fresh)
         record = record_text(TaskOutcome(task_id=task.task_id, result=fresh))
-        self._images.write(_NEW_RECORD, (record, time.time(), task.task_id))
+        self._store.post(_NEW_RECORD, (record, time.time(), task.task_id))
         return saved
-
-    async def _find_or_save(self, task: CompletedTask, *, is_known: bool) -> SavedImage:
-        # A killed run may have saved what the ledger does not know; what it knows has changed.
-        found = None if is_known else await self._saver.find(task.task_id)
-        return found or await self._saver.save(task)

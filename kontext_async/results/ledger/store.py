@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from kontext_async.errors import ClientStateError
 from kontext_async.results.errors import LedgerError
@@ -30,14 +30,10 @@ Row: TypeAlias = tuple[Any, ...]
 _T = TypeVar("_T")
 
 
-class _Statement(NamedTuple):
-    """A statement to run, and what becomes of its rows."""
-
-    sql: str
-    parameters: Sequence[Any]
-    read: Callable[[list[Row]], Any]
-    answer: asyncio.Future[Any]
-
+# A statement to run: its SQL, its parameters, and for its rows a reader and the future of what
+# that returns; None where nobody waits.
+_Reader: TypeAlias = tuple[Callable[[list[Row]], Any], asyncio.Future[Any]]
+_Statement: TypeAlias = tuple[str, Sequence[Any], _Reader | None]
 
 # SQLite's own field for the kind of file: "Kntx".
 _APPLICATION_ID = 0x4B6E7478
@@ -276,7 +272,7 @@ class Store:
         self._timer: asyncio.TimerHandle | None = None
         self._is_writing = False
         self._is_open = False
-        self._failure: BaseException | None = None  # of the last writes, while closing
+        self._failure: BaseException | None = None  # of a write that nobody waits for
 
     async def open(self) -> None:
         """Open the file, which is made if missing; raises `LedgerError` if that fails."""
@@ -297,9 +293,7 @@ class Store:
             self._is_open = False
             self._send()
             await self._end()
-            failure, self._failure = self._failure, None
-            if failure is not None:
-                raise failure
+            self._raise_failure()
 
     async def run(self, sql: str, parameters: Sequence[Any] = ()) -> list[Row]:
         """Return the rows of a statement when its transaction is on disk."""
@@ -313,13 +307,33 @@ class Store:
         It has the error of the statement's transaction otherwise, or the `LedgerError` that
         ``read`` raises.
         """
+        self._check_open()
+        answer: asyncio.Future[_T] = self._loop.create_future()
+        self._add((sql, parameters, (read, answer)))
+        return answer
+
+    def post(self, sql: str, parameters: Sequence[Any]) -> None:
+        """Run a statement soon, without waiting for it.
+
+        If it fails, the next `post` raises its error, or `aclose` does.
+        """
+        self._raise_failure()
+        self._check_open()
+        self._add((sql, parameters, None))
+
+    def _check_open(self) -> None:
         if not self._is_open:
             raise ClientStateError(f"ledger {self._path}: it is closed")
-        answer: asyncio.Future[_T] = self._loop.create_future()
-        self._waiting.append(_Statement(sql, parameters, read, answer))
+
+    def _add(self, statement: _Statement) -> None:
+        self._waiting.append(statement)
         if self._timer is None and not self._is_writing:
             self._send_soon()
-        return answer
+
+    def _raise_failure(self) -> None:
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
 
     def _open_file(self) -> None:
         self._connections = open_writer(self._path)
@@ -350,33 +364,35 @@ class Store:
 
     def _write(self, group: list[_Statement]) -> list[list[Row]]:
         connection = self._connections[0]
-        with translate_errors(self._path), connection:
-            connection.execute("BEGIN")
-            return [connection.execute(s.sql, s.parameters).fetchall() for s in group]
+        with translate_errors(self._path), connection, closing(connection.cursor()) as cursor:
+            cursor.execute("BEGIN")
+            return [cursor.execute(sql, values).fetchall() for sql, values, _ in group]
 
     def _written(self, group: list[_Statement], written: asyncio.Future[list[list[Row]]]) -> None:
         self._is_writing = False
         error = written.exception()
         if error is None:
-            for statement, rows in zip(group, written.result(), strict=True):
-                _answer(statement, rows)
+            for (_, _, reader), rows in zip(group, written.result(), strict=True):
+                if reader is not None:
+                    _answer(*reader, rows)
         else:
-            if not self._is_open:
-                self._failure = self._failure or error
-            for statement in group:
-                _fail(statement.answer, error)
+            for _, _, reader in group:
+                if reader is None or not self._is_open:
+                    self._failure = self._failure or error
+                if reader is not None:
+                    _fail(reader[1], error)
         if self._waiting:
             self._send_soon()
 
 
-def _answer(statement: _Statement, rows: list[Row]) -> None:
+def _answer(read: Callable[[list[Row]], _T], answer: asyncio.Future[_T], rows: list[Row]) -> None:
     try:
-        value = statement.read(rows)
+        value = read(rows)
     except LedgerError as error:
-        _fail(statement.answer, error)
+        _fail(answer, error)
     else:
-        if not statement.answer.cancelled():
-            statement.answer.set_result(value)
+        if not answer.cancelled():
+            answer.set_result(value)
 
 
 def _fail(answer: asyncio.Future[Any], error: BaseException) -> None:
