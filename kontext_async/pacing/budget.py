@@ -11,7 +11,6 @@ import heapq
 import itertools
 import logging
 import math
-import operator
 from collections import Counter, deque
 from collections.abc import Mapping
 from typing import NamedTuple, Protocol
@@ -19,6 +18,7 @@ from typing import NamedTuple, Protocol
 import attrs
 
 from kontext_async.errors import KontextError, RateLimitedError, TransportError
+from kontext_async.pacing.due import Due, DueQueue
 from kontext_async.pacing.limits import DiscoveredLimit, Limit, RateLimit, Reply, SlidingWindow
 from kontext_async.pacing.overload import Overload, is_refusal
 from kontext_async.pacing.pauses import Pause, PauseState
@@ -70,16 +70,6 @@ class _Waiting(NamedTuple):
     plan: PlannedPoll | None
 
 
-class _Due(NamedTuple):
-    """The same once that time has come, ordered by the deadline."""
-
-    deadline: float
-    order: int
-    wanted_at: float
-    permit: _Permit
-    failing: int
-
-
 @attrs.frozen(kw_only=True)
 class ClientStats:
     """Counts of a client's requests so far, and its present state.
@@ -126,7 +116,7 @@ class RequestBudget:
         self._to_replan: list[_Waiting] = []  # a heap of those to be planned again
         self._revision = 0
         self._failing: list[_Waiting] = []  # a heap of those whose last poll failed
-        self._due: list[_Due] = []  # a heap
+        self._due = DueQueue()
         self._first: deque[_Permit] = deque()  # of first polls
         self._waiters = 0
         self._order = itertools.count()
@@ -187,17 +177,17 @@ class RequestBudget:
         loop = asyncio.get_running_loop()
         now = loop.time()
         permit: _Permit = loop.create_future()
-        if not seen:
-            self._first.append(permit)
-        else:
-            deadline = min(deadline, at + _DEADLINE_HORIZON)
-            order = next(self._order)
-            if at <= now:
-                heapq.heappush(self._due, _Due(deadline, order, at, permit, failing))
-            else:
-                heap = self._failing if failing else self._waiting
-                heapq.heappush(heap, _Waiting(at, order, deadline, permit, failing, plan))
         self._waiters += 1
+        order, deadline = next(self._order), min(deadline, at + _DEADLINE_HORIZON)
+        if seen and at > now:
+            heap = self._failing if failing else self._waiting
+            heapq.heappush(heap, _Waiting(at, order, deadline, permit, failing, plan))
+            self._wake_at(loop, at)
+            return permit
+        if seen:
+            self._due.push(Due(deadline, order, at, permit, failing))
+        else:
+            self._first.append(permit)
         self._dispatch(loop, now)
         return permit
 
@@ -364,16 +354,15 @@ class RequestBudget:
 
     def _must_queue(self, now: float, *, seen: bool) -> bool:
         """Return True if a waiter in the queue goes before one that asks now."""
-        is_due = self._has_due()
-        return bool(self._due) or self._wanted_at() <= now or (is_due and not seen)
+        if not self._waiters:
+            return False
+        return bool(self._due) or self._wanted_at() <= now or (not seen and self._has_first())
 
-    def _has_due(self) -> bool:
-        """Return True if a waiter wants a permit now; drop entries that are done from the front."""
-        while self._due and self._due[0].permit.done():
-            heapq.heappop(self._due)
+    def _has_first(self) -> bool:
+        """Return True if a first poll waits; drop entries that are done from the front."""
         while self._first and self._first[0].done():
             self._first.popleft()
-        return bool(self._due or self._first)
+        return bool(self._first)
 
     def _wanted_at(self) -> float:
         """Return when the next waiter will want a permit; infinity if there is none."""
@@ -391,7 +380,7 @@ class RequestBudget:
         """Issue the permits that are free, and set the timer for the next one."""
         self._replan_some()
         self._move_due(now)
-        while self._has_due():
+        while (due := self._due.first()) is not None or self._has_first():
             wake_at = self._opens_at(now)
             if wake_at <= now:
                 wake_at = self._probes_at(now)
@@ -399,43 +388,42 @@ class RequestBudget:
                 break
             self._issue(now)
             self._waiters -= 1
-            self._next(now).set_result(now)
+            self._next(due, now).set_result(now)
         else:
             wake_at = self._wanted_at()
         self._wake_at(loop, now if self._to_replan else wake_at)
 
     def _probes_at(self, now: float) -> float:
         """Return when one of the waiters that are due may probe an outage."""
-        if not self.has_outage or self._first:
+        if not self.has_outage or self._has_first():
             return now
-        if any(not (due.failing or due.permit.done()) for due in self._due):
+        if self._due.has_healthy():
             return now
         healthy = self._healthy_wanted_at()
         return healthy if healthy <= now + _PROBE_WAIT else now
 
-    def _next(self, now: float) -> _Permit:
-        """Choose who gets the permit that was just issued.
+    def _next(self, due: Due | None, now: float) -> _Permit:
+        """Choose who gets the permit that was just issued; ``due`` is the first that is due.
 
         Each probe of a pause goes to another task. Otherwise one task that always fails could
         probe every time, and keep all others waiting.
         """
         is_probe = not self._pause.state.is_open
-        if self._first and (is_probe or not self._due or self._may_delay(now)):
+        if self._has_first() and (is_probe or due is None or self._may_delay(due, now)):
             if self.has_outage:  # the next in line may all be broken
                 self._first.rotate(-int(_PROBE_STRIDE * len(self._first)))
-                self._has_due()  # drops entries that are done, now at the front
+                self._has_first()  # drops entries that are done, now at the front
             return self._first.popleft()
+        assert due is not None, "a permit is issued to a waiter"
         if is_probe:
-            live = (due for due in self._due if not due.permit.done())
-            due = min(live, key=operator.attrgetter("failing", "wanted_at"))  # dropped later
+            due = self._due.prober()
         else:
-            due = heapq.heappop(self._due)
+            self._due.remove_first(due)
         self._longest_delay = max(self._longest_delay, now - due.wanted_at)
         return due.permit
 
-    def _may_delay(self, now: float) -> bool:
+    def _may_delay(self, due: Due, now: float) -> bool:
         """Return True if a first poll may go before the known task that is next."""
-        due = self._due[0]
         spare = due.deadline - due.wanted_at - _URGENT_WITHIN
         return now - due.wanted_at < _DELAY_SHARE * spare and self._limit.rate() is None
 
@@ -461,7 +449,7 @@ class RequestBudget:
                 heapq.heappush(self._waiting, waiting._replace(wanted_at=at))
                 return
         wanted_at, order, deadline, permit, failing, _ = waiting
-        heapq.heappush(self._due, _Due(deadline, order, wanted_at, permit, failing))
+        self._due.push(Due(deadline, order, wanted_at, permit, failing))
 
     def _wake_at(self, loop: asyncio.AbstractEventLoop, when: float) -> None:
         if when == math.inf or self._wakes_at <= when:
@@ -485,19 +473,18 @@ class RequestBudget:
         """Count a waiter out that was cancelled; its entry is dropped later, with others."""
         self._waiters -= 1
         planned = len(self._waiting) + len(self._to_replan) + len(self._failing)
-        kept = planned + len(self._due) + len(self._first)
+        kept = planned + self._due.entries + len(self._first)
         if not self._waiters:
             self._clear()
         elif kept > 2 * self._waiters + _MAX_STALE:
             self._waiting = [waiting for waiting in self._waiting if not waiting.permit.done()]
             self._to_replan = [entry for entry in self._to_replan if not entry.permit.done()]
             self._failing = [waiting for waiting in self._failing if not waiting.permit.done()]
-            self._due = [due for due in self._due if not due.permit.done()]
+            self._due.drop_done()
             self._first = deque(permit for permit in self._first if not permit.done())
             heapq.heapify(self._waiting)
             heapq.heapify(self._to_replan)
             heapq.heapify(self._failing)
-            heapq.heapify(self._due)
 
     def _clear(self) -> None:
         self._waiting.clear()
