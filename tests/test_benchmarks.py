@@ -75,6 +75,9 @@ def test_waiting_tasks_are_weighed_and_timed():
     assert row["left_s"] > 0
     assert row["longest_callback_s"] > 0
     assert scale.table([row]).count("\n") == 2
+    [row] = scale.run_wide(counts=(200,))
+    assert row["looked_at_cpu_s"] > 0
+    assert scale.wide_table([row]).count("\n") == 2
 
 
 async def test_the_plain_loop_looks_at_every_task_and_leaves_nothing_behind():

@@ -61,6 +61,12 @@ def _scale(plots: Path) -> Any:
     return rows
 
 
+def _wide(plots: Path) -> Any:
+    rows = scale.run_wide()
+    print(scale.wide_table(rows))
+    return rows
+
+
 def _soak(plots: Path) -> Any:
     result = soak.run()
     print(soak.table(result))
@@ -84,6 +90,7 @@ BENCHMARKS: dict[str, Callable[[Path], Any]] = {
     "schedule": _schedule,
     "discovery": _discovery,
     "scale": _scale,
+    "wide": _wide,
     "soak": _soak,
     "saving": _saving,
     "ledger": _ledger,

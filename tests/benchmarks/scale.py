@@ -44,7 +44,7 @@ async def _as_completed(
 
     async with (
         KontextClient("a-benchmark-key", base_url=base_url, max_concurrency=_IN_FLIGHT) as client,
-        client.as_completed(task_ids, max_in_flight=100_000, on_event=on_event),
+        client.as_completed(task_ids, max_in_flight=len(task_ids), on_event=on_event),
     ):
         yield
 
@@ -177,8 +177,8 @@ async def _measure(base_url: str, way: Way, count: int, *, watched: bool) -> dic
         took, cpu = time.perf_counter() - began, time.process_time() - cpu
         memory = _resident() - before
         beats = len(late)
-        began = time.perf_counter()
-    left_after = time.perf_counter() - began
+        began, left_cpu = time.perf_counter(), time.process_time()
+    left_after, left_cpu = time.perf_counter() - began, time.process_time() - left_cpu
     await asyncio.sleep(0.01)  # one beat more
     heart.cancel()
     if callbacks:
@@ -188,6 +188,7 @@ async def _measure(base_url: str, way: Way, count: int, *, watched: bool) -> dic
         "looked_at_s": took,
         "looked_at_cpu_s": cpu,
         "left_s": left_after,
+        "left_cpu_s": left_cpu,
         "latest_beat_s": max(late),
         "latest_beat_leaving_s": max(late[beats:]),
         "collecting_s": collections.spent,
@@ -233,4 +234,31 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         f"| {row['latest_beat_s'] * 1e3:.0f} ms | {row['longest_collection_s'] * 1e3:.0f} ms |"
         for row in rows
     ]
+    return "\n".join([head, *lines])
+
+
+def run_wide(*, counts: Sequence[int] = (30_000, 100_000, 300_000)) -> list[dict[str, Any]]:
+    """One row for each number of tasks: the CPU time of each task, which should not grow."""
+    rows = []
+    for count in counts:
+        with serving() as base_url:
+            row = _alone(base_url, "kontext-async", count, watched=False)
+        rows.append({"tasks": count, **row})
+    return rows
+
+
+def wide_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as a Markdown table."""
+    head = (
+        "| tasks | CPU until polled once | of it collection | CPU of cancelling | memory |\n"
+        "|--:|--:|--:|--:|--:|"
+    )
+    lines = []
+    for row in rows:
+        parts = ("looked_at_cpu_s", "collecting_s", "left_cpu_s")
+        polled, collecting, left = (row[name] / row["tasks"] * 1e6 for name in parts)
+        lines.append(
+            f"| {row['tasks']:,} | {polled:.0f} µs | {collecting:.0f} µs | {left:.0f} µs "
+            f"| {row['bytes_per_task'] / 1e3:.1f} KB |"
+        )
     return "\n".join([head, *lines])
