@@ -164,10 +164,14 @@ def test_every_field_and_exit_code_has_a_row():
 
 def test_options_that_pages_name_exist():
     """The pages name only options that the command has."""
-    helps = "".join(
-        CliRunner().invoke(app, [command.name or command.callback.__name__, "--help"]).output
-        for command in app.registered_commands
+    (fleet,) = app.registered_groups
+    groups = (([], app), (["fleet"], fleet.typer_instance))
+    commands = (
+        [*names, command.name or command.callback.__name__, "--help"]
+        for names, group in groups
+        for command in group.registered_commands
     )
+    helps = "".join(CliRunner().invoke(app, command).output for command in commands)
     for page in PAGES:
         for line in re.findall(r"^(?:.*\| )?kontext .*$", page.read_text("utf-8"), re.MULTILINE):
             assert set(re.findall(r"--[a-z-]+", line)) <= set(re.findall(r"--[a-z-]+", helps))
