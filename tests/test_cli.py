@@ -686,7 +686,7 @@ class TestProgress:
         assert code == 0
         said = capsys.readouterr().err
         assert said.startswith("Waiting for 3 tasks\n")
-        assert "1 of 3, 1 done, 0 failed, 2 in flight, 0.1/s\n" in said
+        assert "1 of 3, 1 done, 0 failed, 0.1/s, 2 in flight\n" in said
         assert said.splitlines()[-1].startswith("3 done, 0 failed in ")
         assert ANSI not in said
         assert len(tally.lags) == 3

@@ -19,7 +19,7 @@ from kontext_async.cli import app, output, progress, running
 from kontext_async.cli import input as cli_input
 from kontext_async.cli.connection import Connection, connection
 from kontext_async.cli.output import Exit, OutputError
-from kontext_async.cli.tally import RequestTally, Tally
+from kontext_async.cli.tally import BatchTally, RequestTally, Tally
 from kontext_async.client import DEFAULT_BASE_URL
 from kontext_async.polling import PollEvent, TaskOutcome
 
@@ -215,9 +215,30 @@ def test_while_tasks_are_still_read_no_time_is_left():
     """Only the rate is known."""
     tally = Tally(["a", "b"])
     tally.is_complete = False
-    assert tally.progress(0.0)[2:] == []
+    assert list(tally.start(["a", "b"])) == ["a", "b"]
+    assert tally.progress(0.0)[1:] == ["2 in flight"]
     tally.count_outcome(TaskOutcome(task_id="a", error=TransportError("reset")))
-    assert tally.progress(10.0)[2:] == ["0.1/s"]
+    assert tally.progress(10.0)[1:] == ["0.1/s", "1 in flight"]
+    tally.count_outcome(TaskOutcome(task_id="b", error=TransportError("reset")))
+    assert tally.progress(10.0)[1:] == ["0.2/s", "0 in flight"]
+
+
+async def test_images_that_are_being_saved_are_counted_last():
+    """All tasks have ended, but the bar is not full, and no time is told."""
+    tally = BatchTally(["a", "b"])
+    for task_id in list(tally.unfinished):
+        task = CompletedTask(task_id=task_id, result_image_url="https://example.com/a.png")
+        tally.count_outcome(TaskOutcome(task_id=task_id, result=task))
+        assert ("to save" in tally.counts()) == (task_id == "b")
+    tally.count_image(TransportError("reset"))
+    assert tally.progress(10.0) == ["2 done, 0 failed, 0 saved, 1 not saved, 1 to save"]
+    async with KontextClient("key") as client:
+        display = progress.Display(tally, client)
+        display._draw([""])
+        (row,) = display._bar.tasks
+        assert (row.completed, row.total) == (1, 2)
+    tally.count_image(TransportError("reset"))
+    assert tally.progress(10.0) == ["2 done, 0 failed, 0 saved, 2 not saved"]
 
 
 MADE = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
@@ -281,10 +302,10 @@ class TestTimeLeft:
         tally = self.tally(ended=[40.0] * 10)
         tally.add(["r"])
         tally.count_poll(polled("r", 0.1, datetime.now(UTC) - timedelta(seconds=30)))
-        assert tally.progress(10.0)[-1] == "0:00:10 left"
+        assert tally.progress(10.0)[1] == "0:00:10 left"
 
     def left(self, **tasks):
-        return self.tally(**tasks).progress(10.0)[-1]
+        return self.tally(**tasks).progress(10.0)[1]
 
 
 def polled(task_id, elapsed, created=None):

@@ -95,7 +95,7 @@ class Display:
         self._bar.update(
             self._row,
             description=self._fitting(parts),
-            completed=self._tally.finished,
+            completed=self._tally.finished - self._tally.to_save,
             total=self._tally.total if self._tally.is_complete else None,
             refresh=True,
         )

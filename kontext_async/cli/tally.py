@@ -52,6 +52,11 @@ class Tally:
         return self.total - len(self.unfinished)
 
     @property
+    def to_save(self) -> int:
+        """Number of images that are not yet saved, of tasks that have ended."""
+        return 0
+
+    @property
     def generating(self) -> list[str]:
         """Unfinished tasks that the API has said it is working on."""
         return [task_id for task_id in self.unfinished if task_id in self._generating]
@@ -113,18 +118,17 @@ class Tally:
 
     def progress(self, elapsed: float) -> list[str]:
         """Return the counts after ``elapsed`` seconds, the most important first."""
-        return [
-            self.counts(),
-            f"{self._started - self.finished} in flight",
-            *self._pace(elapsed),
-        ]
+        self._now = elapsed
+        if self.is_complete and not self.unfinished:
+            return [self.counts()]
+        in_flight = f"{self._started - self.finished} in flight"
+        return [self.counts(), *self._pace(elapsed), in_flight]
 
     def _pace(self, elapsed: float) -> list[str]:
-        """Return the recent rate and the time left, once a tenth of the tasks has ended.
+        """Return the time left and the recent rate, once a tenth of the tasks has ended.
 
         Before that, the time left would be far too long: the first task has yet to end.
         """
-        self._now = elapsed
         samples = self._progress
         samples.append((elapsed, self.finished))
         while len(samples) > 2 and samples[1][0] <= elapsed - max(elapsed / 2, _MIN_WINDOW):
@@ -136,7 +140,7 @@ class Tally:
         left = self._time_left(rate) if self.is_complete else None
         if left is None:
             return [f"{rate:.1f}/s"]
-        return [f"{rate:.1f}/s", f"{timedelta(seconds=math.ceil(left))} left"]
+        return [f"{timedelta(seconds=math.ceil(left))} left", f"{rate:.1f}/s"]
 
     def _time_left(self, rate: float) -> float | None:
         """Return the seconds until the last task ends, None if too few like it have ended.
@@ -177,6 +181,10 @@ class BatchTally(Tally):
     def _results(self) -> Counter[str]:
         return self.outcomes + self.images
 
+    @property
+    def to_save(self) -> int:
+        return self.outcomes["success"] - self.images.total()
+
     def count_image(self, saved: Saved) -> None:
         """Count an image that was saved, or could not be saved."""
         if saved is not None:
@@ -184,7 +192,8 @@ class BatchTally(Tally):
 
     def counts(self) -> str:
         not_saved = f", {n} not saved" if (n := self.images["notSaved"]) else ""
-        return f"{super().counts()}, {self.images['saved']} saved{not_saved}"
+        to_save = f", {self.to_save} to save" if self.to_save and not self.unfinished else ""
+        return f"{super().counts()}, {self.images['saved']} saved{not_saved}{to_save}"
 
 
 class RequestTally(BatchTally):
