@@ -24,14 +24,15 @@ _RETRY_AFTER = 1.0  # s, while the database is away
 _GROUP = 1000  # outcomes in one statement
 _ORDER_LOCK: Final = 0x4B6E7479  # held until the commit, so that positions are in its order
 
-# A task's first outcome stays: a chunk that two workers finish has one for each task.
+# A task's first outcome stays: a chunk that two workers finish has one for each task. The arrays
+# are binary: to escape those of text costs more than twice the time of all the rest.
 _RECORD = """
     WITH ended AS (
         UPDATE kontext_tasks AS known
         SET state = new.state, record = coalesce(new.record, known.record), error = new.error,
             attempts = known.attempts + 1, position = nextval('kontext_position'),
             updated_at = now()
-        FROM unnest(%s::text[], %s::text[], %s::text[], %s::text[])
+        FROM unnest(%b::text[], %b::text[], %b::text[], %b::text[])
             AS new (task_id, state, record, error)
         WHERE known.task_id = new.task_id AND known.state = 'waiting'
         RETURNING 1
