@@ -12,9 +12,9 @@ from background import serving
 from command import COMMAND, environment
 from typer.testing import CliRunner
 
-from kontext_async.cli import creating
+from kontext_async.cli import requests
 from kontext_async.cli.app import app
-from kontext_async.cli.tally import RequestTally
+from kontext_async.cli.requests import RequestTally
 from kontext_async.results import Ledger
 
 ENVIRONMENT = {"APIKLEY_API_KEY": "key"}
@@ -218,7 +218,7 @@ def test_the_balance_is_printed(kontext, simulator):
 def test_the_words_after_an_interruption(tmp_path, capsys):
     """The counts, and that the same command continues."""
     tally = RequestTally(["a", "b"])
-    creating._say_how_to_continue(tally, tmp_path)
+    requests._say_how_to_continue(tally, tmp_path)
     said = capsys.readouterr().err
     assert "0 done, 0 failed, 0 saved, of 2 requests" in said
     assert "run the same command again" in said

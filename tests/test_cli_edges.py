@@ -19,7 +19,8 @@ from kontext_async.cli import app, output, progress, running
 from kontext_async.cli import input as cli_input
 from kontext_async.cli.connection import Connection, connection
 from kontext_async.cli.output import Exit, OutputError
-from kontext_async.cli.tally import BatchTally, RequestTally, Tally
+from kontext_async.cli.requests import RequestTally
+from kontext_async.cli.tally import BatchTally, Tally
 from kontext_async.client import DEFAULT_BASE_URL
 from kontext_async.polling import PollEvent, TaskOutcome
 

@@ -76,6 +76,20 @@ def test_help_answers_quickly(start):
     assert helping < 1.75 * importing
 
 
+def test_help_does_not_load_what_keeps_results(start):
+    """It costs a tenth of the start, and most commands do without it."""
+    code = (
+        "import sys\n"
+        "from kontext_async.cli import main\n"
+        "try:\n"
+        "    main()\n"
+        "except SystemExit:\n"
+        "    print([name for name in sys.modules if name.startswith('kontext_async.results')])\n"
+    )
+    out, _ = start("--help", command=[sys.executable, "-P", "-c", code]).communicate(timeout=20)
+    assert out.endswith("\n[]\n")
+
+
 def test_results_and_exit_code(start, simulator):
     """Standard output has the results alone, and the highest exit code counts."""
     good = simulator.add_task(duration=0.0, outcome="success")

@@ -11,15 +11,6 @@ from typing import Annotated, Any
 import typer
 
 from kontext_async._version import __version__
-from kontext_async.cli.batch import (
-    batch_ids,
-    make_folder,
-    make_report,
-    require_report,
-    run_batch,
-    say_how_to_continue,
-    show_status,
-)
 from kontext_async.cli.connection import connection
 from kontext_async.cli.creating import credits_left, edit, generate, resolve, unknown
 from kontext_async.cli.fleet import fleet_app, submit, worker
@@ -219,6 +210,16 @@ def batch(
     stopped: finished tasks are not polled again, and saved images are not downloaded again.
     Without --from, the ids come from the ledger.
     """
+    # The page of `--help` ought not to wait for what keeps results.
+    from kontext_async.cli.batch import (  # noqa: PLC0415
+        batch_ids,
+        make_folder,
+        make_report,
+        require_report,
+        run_batch,
+        say_how_to_continue,
+    )
+
     if report:
         require_report()
     tally = BatchTally(batch_ids(source, into))
@@ -258,6 +259,8 @@ def batch(
 @app.command(cls=Command)
 def report(folder: Folder) -> None:
     """Write report.html, a page about a batch, into its folder."""
+    from kontext_async.cli.batch import make_report, require_report  # noqa: PLC0415  # see `batch`
+
     require_report()
     raise typer.Exit(make_report(folder))
 
@@ -265,6 +268,8 @@ def report(folder: Folder) -> None:
 @app.command(cls=Command)
 def status(folder: Folder) -> None:
     """Count a batch's tasks by state, also while it runs."""
+    from kontext_async.cli.batch import show_status  # noqa: PLC0415  # see `batch`
+
     raise typer.Exit(show_status(folder))
 
 
@@ -357,6 +362,7 @@ def simulate(
 @app.command(cls=Command)
 def demo() -> None:
     """Save the images of a dozen simulated tasks, without a key."""
+    from kontext_async.cli.batch import make_folder  # noqa: PLC0415  # see `batch`
     from kontext_async.cli.local import demonstrate  # noqa: PLC0415  # as in `simulate`
 
     folder = Path(tempfile.mkdtemp(prefix="kontext-"), "demo")

@@ -3,25 +3,12 @@
 from __future__ import annotations
 
 import math
-import shlex
-from collections import Counter
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import aiohttp
 import typer
-from rich.table import Table
 
-from kontext_async.cli.batch import (
-    LEDGER,
-    make_folder,
-    make_report,
-    require_report,
-    save_all,
-)
-from kontext_async.cli.connection import Connection, connection
-from kontext_async.cli.listening import Callbacks, read_callbacks, receiving
+from kontext_async.cli.connection import connection
 from kontext_async.cli.options import (
     AllowHttp,
     AsJson,
@@ -38,30 +25,14 @@ from kontext_async.cli.options import (
     Verbose,
     read_rate,
 )
-from kontext_async.cli.output import (
-    Exit,
-    Saved,
-    error_console,
-    fail,
-    log_polls,
-    outcome_line,
-    say,
-    submitted_line,
-    write_line,
-    write_result,
-)
-from kontext_async.cli.progress import Display
-from kontext_async.cli.prompts import read_requests
+from kontext_async.cli.output import Exit, fail, log_polls, write_line
 from kontext_async.cli.running import exit_on_error, run
-from kontext_async.cli.tally import RequestTally
-from kontext_async.client import DEFAULT_BASE_URL, DEFAULT_CREATION_LIMIT, KontextClient
-from kontext_async.creation import SubmittedTask
+from kontext_async.client import DEFAULT_BASE_URL
 from kontext_async.pacing import RateLimit
-from kontext_async.polling import DEFAULT_TIMEOUT, TaskOutcome
-from kontext_async.results import ImageSaver, KeyedRequest, Ledger, SubmissionEntry
+from kontext_async.polling import DEFAULT_TIMEOUT
 from kontext_async.wire import ImageRequest
 
-__all__ = ["credits_left", "edit", "generate", "resolve", "run_requests", "unknown"]
+__all__ = ["credits_left", "edit", "generate", "resolve", "unknown"]
 
 
 PromptSource = Annotated[
@@ -168,9 +139,14 @@ def generate(
     run that was stopped, and pays for no prompt twice. All prompts are checked before the first
     task is paid for.
     """
+    # The page of `--help` ought not to wait for what keeps results.
+    from kontext_async.cli.listening import read_callbacks  # noqa: PLC0415
+    from kontext_async.cli.prompts import read_requests  # noqa: PLC0415
+    from kontext_async.cli.requests import create_tasks  # noqa: PLC0415
+
     log_polls(verbose)
     fields = {"model": model, "aspectRatio": aspect_ratio, "outputFormat": output_format}
-    _create(
+    create_tasks(
         read_requests(prompts or [], source, fields),
         into,
         connection(
@@ -215,11 +191,13 @@ def edit(
 
     Without an aspect ratio the image keeps its own. The folder is one of `kontext generate`.
     """
+    from kontext_async.cli.requests import create_tasks  # noqa: PLC0415  # see `generate`
+
     log_polls(verbose)
     fields = {"model": model, "aspectRatio": aspect_ratio, "outputFormat": output_format}
     with exit_on_error():
         request = ImageRequest.from_json({**fields, "prompt": prompt, "inputImage": url})
-    _create(
+    create_tasks(
         [request],
         into,
         connection(
@@ -234,163 +212,11 @@ def edit(
     )
 
 
-def _create(
-    items: Sequence[KeyedRequest],
-    into: Path,
-    options: Connection,
-    *,
-    as_json: bool,
-    report: bool = False,
-    dry_run: bool = False,
-    creation_limit: RateLimit = DEFAULT_CREATION_LIMIT,
-    callbacks: Callbacks | None = None,
-    **keywords: Any,
-) -> None:
-    if report:
-        require_report()
-    with exit_on_error():
-        keyed = dict(Ledger.keys_of(items))
-        _check_known(keyed, into)
-    if dry_run:
-        run(_show_plan(keyed, into, options))
-    tally = RequestTally(keyed)
-    make_folder(into)
-
-    async def create() -> Exit:
-        async with options.open(
-            creates=True,
-            creation_limit=creation_limit,
-            callback_url=None if callbacks is None else callbacks.url,
-        ) as (client, session):
-            await run_requests(
-                client,
-                keyed,
-                into,
-                tally=tally,
-                handle=lambda outcome, saved: write_result(
-                    outcome_line(outcome, saved), as_json=as_json
-                ),
-                on_submitted=lambda task: write_result(submitted_line(task), as_json=as_json),
-                callbacks=callbacks,
-                session=session,
-                **keywords,
-            )
-        _say_what_is_uncertain(into)
-        return max(tally.exit_code, make_report(into)) if report else tally.exit_code
-
-    run(create(), on_interrupt=lambda: _say_how_to_continue(tally, into))
-
-
-async def run_requests(
-    client: KontextClient,
-    keyed: dict[str, ImageRequest],
-    folder: Path,
-    *,
-    tally: RequestTally,
-    handle: Callable[[TaskOutcome, Saved], None],
-    on_submitted: Callable[[SubmittedTask], None],
-    callbacks: Callbacks | None,
-    session: aiohttp.ClientSession | None = None,
-    **keywords: Any,
-) -> None:
-    """Create tasks for requests by key, save their images, and pass each to a callback."""
-    display = Display(tally, client)
-
-    def submitted(task: SubmittedTask) -> None:
-        with display.bar_hidden():
-            on_submitted(task)
-
-    async with (
-        Ledger(folder / LEDGER) as ledger,
-        ImageSaver(client, folder, overwrite=True, session=session) as saver,
-        receiving(callbacks, client, ledger),
-    ):
-        await saver.sweep()
-        waiting = ledger.generate(
-            client,
-            ((key, keyed[key]) for key in tally.start(keyed)),
-            on_submitted=submitted,
-            on_event=tally.count_poll,
-            **keywords,
-        )
-        await save_all(ledger, saver, waiting, tally=tally, display=display, handle=handle)
-
-
-def _submissions(folder: Path) -> list[SubmissionEntry]:
-    if not (folder / LEDGER).exists():
-        return []
-    with exit_on_error():
-        return list(Ledger.read_submissions(folder / LEDGER))
-
-
-def _check_known(keyed: dict[str, ImageRequest], folder: Path) -> None:
-    """Exit if a key of the folder's ledger has another request."""
-    for entry in _submissions(folder):
-        if entry.key in keyed and keyed[entry.key].to_json() != entry.request.to_json():
-            fail(
-                f"key {entry.key!r} has another request already: "
-                "give the changed request a key of its own"
-            )
-
-
-async def _show_plan(keyed: dict[str, ImageRequest], folder: Path, options: Connection) -> Exit:
-    states = {entry.key: entry.state for entry in _submissions(folder)}
-    counts = Counter(_PLAN[states.get(name, "planned")] for name in keyed)
-    async with options.open() as (client, _):
-        balance = await client.credits()
-    line = {**{name: counts[name] for name in dict.fromkeys(_PLAN.values())}, "credits": balance}
-    table = Table("Requests", "")
-    for name, count in line.items():
-        table.add_row(name, f"{count:,.10g}")
-    error_console().print(table)
-    write_line(line)
-    return Exit.DONE
-
-
-_PLAN = {
-    "planned": "new",
-    "submitted": "known",
-    "sending": "unknown",
-    "unknown": "unknown",
-    "refused": "refused",
-    "abandoned": "abandoned",
-}
-
-
-def _say_what_is_uncertain(folder: Path) -> None:
-    count = sum(entry.state == "unknown" for entry in _submissions(folder))
-    if count:
-        tasks = "1 task" if count == 1 else f"{count} tasks"
-        say(f"{tasks} may have been created without an answer, and be paid for. To see which:")
-        say(f"  kontext unknown {shlex.quote(str(folder))}", is_copied=True)
-
-
-def _say_how_to_continue(tally: RequestTally, folder: Path) -> None:
-    say(f"Interrupted: {tally.counts()}, of {tally.total} requests. The results are in {folder}.")
-    say(
-        "What was created is paid for. To continue, run the same command again: it pays for no "
-        "request twice."
-    )
-    _say_what_is_uncertain(folder)
-
-
 def unknown(folder: Folder) -> None:
     """List the requests that may have been paid for."""
-    found = [entry for entry in _submissions(folder) if entry.state in {"unknown", "sending"}]
-    for entry in found:
-        write_line(
-            {
-                "key": entry.key,
-                "prompt": entry.request.prompt,
-                "sentAt": entry.updated_at,
-                "message": entry.error_message,
-            }
-        )
-    if found:
-        say("Look for each in the provider's web log of tasks, by its prompt and time. Then:")
-        say(f"  kontext resolve {shlex.quote(str(folder))} KEY --task-id ID", is_copied=True)
-        say(f"  kontext resolve {shlex.quote(str(folder))} KEY --abandon", is_copied=True)
-    raise typer.Exit(Exit.ERROR if found else Exit.DONE)
+    from kontext_async.cli.requests import list_unknown  # noqa: PLC0415  # see `generate`
+
+    raise typer.Exit(list_unknown(folder))
 
 
 def resolve(
@@ -408,18 +234,11 @@ def resolve(
 
     With a task, the next run of `kontext generate` waits for it and saves its image.
     """
+    from kontext_async.cli.requests import resolve_request  # noqa: PLC0415  # see `generate`
+
     if (task_id is None) is not abandon:
         fail("give either --task-id or --abandon")
-    if not (folder / LEDGER).exists():
-        fail(f"{folder} holds no results: there is no {LEDGER} in it")
-
-    async def decide() -> Exit:
-        async with Ledger(folder / LEDGER) as ledger:
-            entry = await ledger.resolve(key, task_id)
-        write_line({"key": entry.key, "state": entry.state, "taskId": entry.task_id})
-        return Exit.DONE
-
-    run(decide())
+    run(resolve_request(folder, key, task_id))
 
 
 def credits_left(

@@ -14,7 +14,6 @@ import attrs
 import typer
 from rich.table import Table
 
-from kontext_async.cli.batch import make_folder
 from kontext_async.cli.connection import connection
 from kontext_async.cli.help import Command, Group
 from kontext_async.cli.input import Problem, distinct_ids, fail_on, ids_from_stdin
@@ -30,7 +29,6 @@ from kontext_async.cli.options import (
 from kontext_async.cli.output import Exit, error_console, fail, plain, say, write_line
 from kontext_async.cli.running import run
 from kontext_async.client import DEFAULT_BASE_URL
-from kontext_async.results import ImageSaver
 
 if TYPE_CHECKING:
     from kontext_async.fleet import Fleet, FleetStatus
@@ -230,6 +228,10 @@ def worker(
         proxy=proxy,
         no_memory=True,  # the database has what the workers learn
     )
+    # The page of `--help` ought not to wait for what keeps results.
+    from kontext_async.cli.batch import make_folder  # noqa: PLC0415
+    from kontext_async.results import ImageSaver  # noqa: PLC0415
+
     if into is not None:
         make_folder(into)
 

@@ -17,7 +17,6 @@ import typer
 from rich.table import Column, Table
 
 from kontext_async.cli.batch import can_report, make_report
-from kontext_async.cli.creating import run_requests
 from kontext_async.cli.listening import free_callbacks
 from kontext_async.cli.output import (
     Exit,
@@ -29,8 +28,8 @@ from kontext_async.cli.output import (
     say,
     write_line,
 )
+from kontext_async.cli.requests import RequestTally, request_line, run_requests
 from kontext_async.cli.running import run
-from kontext_async.cli.tally import RequestTally
 from kontext_async.client import KontextClient
 from kontext_async.polling import TaskOutcome
 from kontext_async.results import Ledger, RequestOutcome
@@ -134,7 +133,7 @@ async def demonstrate(folder: Path) -> Exit:
     def handle(outcome: TaskOutcome, saved: Saved) -> None:
         outcomes.append((outcome, saved))
         if not sys.stdout.isatty():
-            write_line(outcome_line(outcome, saved))
+            write_line(request_line(outcome, saved))
 
     requests = [ImageRequest(prompt=prompt, model="flux-kontext-pro") for prompt, *_ in _TASKS]
     keyed = dict(Ledger.keys_of(requests))

@@ -12,7 +12,6 @@ from pathlib import Path
 import platformdirs
 from yarl import URL
 
-from kontext_async.results.partial import write_file
 from kontext_async.schedule import DurationModel
 
 __all__ = ["remembered"]
@@ -68,6 +67,8 @@ def _save(path: Path | None, model: DurationModel, known: str) -> None:
     others = _read(path)
     if others.to_json() != known:  # another run has ended meanwhile
         model.merge(others)
+    from kontext_async.results.partial import write_file  # noqa: PLC0415  # as other results
+
     try:
         # Not the home folder, which a user of the system may be without on purpose.
         for folder in (path.parent.parent, path.parent):

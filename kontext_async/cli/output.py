@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, Final, NoReturn, TextIO, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TextIO, TypeAlias, cast
 from urllib.parse import quote
 
 import typer
@@ -25,10 +25,12 @@ from kontext_async.creation import SubmittedTask
 from kontext_async.errors import ApiError, GenerationFailedError, KontextError, WaitTimeoutError
 from kontext_async.models import CompletedTask, TaskRecord, TaskStatus
 from kontext_async.polling import TaskOutcome
-from kontext_async.results import RequestOutcome, SavedImage
+
+if TYPE_CHECKING:
+    from kontext_async.results import SavedImage
 
 # An outcome's image, or the error that prevented saving it; None if nothing was to be saved.
-Saved: TypeAlias = SavedImage | KontextError | None
+Saved: TypeAlias = "SavedImage | KontextError | None"
 
 # Columns of a table outside a terminal: wide enough for a URL on one line.
 _DEFAULT_WIDTH = 200
@@ -116,12 +118,10 @@ def outcome_line(outcome: TaskOutcome, saved: Saved = None) -> dict[str, Any]:
         case _:
             pass
     line = {**_line(outcome.task_id or None, task, status), "outcome": classify(error)}
-    if isinstance(outcome, RequestOutcome):
-        line["key"] = outcome.key
-    if isinstance(saved, SavedImage):
-        line["file"] = str(saved.path)
-    elif saved is not None:
+    if isinstance(saved, KontextError):
         error = saved
+    elif saved is not None:
+        line["file"] = str(saved.path)
     if error is not None:
         message = error.error_message if isinstance(error, GenerationFailedError) else str(error)
         line |= {"error": type(error).__name__, "errorCode": code_of(error), "message": message}

@@ -13,7 +13,6 @@ from rich.table import Column, Table
 from kontext_async.cli.output import Exit, Saved, classify, code_of, exit_code
 from kontext_async.errors import KontextError
 from kontext_async.polling import PollEvent, TaskOutcome
-from kontext_async.results import RequestOutcome, SavedImage
 
 _MIN_WINDOW = 10.0  # s; the rate is of this time, or of the last half if that is longer
 _OVERDUE = 1.5  # of the longest duration; less may be the time until the next poll
@@ -188,21 +187,12 @@ class BatchTally(Tally):
     def count_image(self, saved: Saved) -> None:
         """Count an image that was saved, or could not be saved."""
         if saved is not None:
-            self.images["saved" if isinstance(saved, SavedImage) else "notSaved"] += 1
+            self.images["notSaved" if isinstance(saved, KontextError) else "saved"] += 1
 
     def counts(self) -> str:
         not_saved = f", {n} not saved" if (n := self.images["notSaved"]) else ""
         to_save = f", {self.to_save} to save" if self.to_save and not self.unfinished else ""
         return f"{super().counts()}, {self.images['saved']} saved{not_saved}{to_save}"
-
-
-class RequestTally(BatchTally):
-    """A tally of requests for tasks: ``unfinished`` are their keys."""
-
-    def count_outcome(self, outcome: TaskOutcome) -> None:
-        super().count_outcome(outcome)
-        if isinstance(outcome, RequestOutcome):
-            self.unfinished.pop(outcome.key, None)
 
 
 def _age(event: PollEvent) -> float:
