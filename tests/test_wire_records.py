@@ -32,6 +32,7 @@ from kontext_async.errors import (
     ServerError,
 )
 from kontext_async.models import TaskRecord, TaskStatus
+from kontext_async.wire.json_values import parse
 
 # The documented reply and every variant seen of it.
 
@@ -533,6 +534,16 @@ def test_no_value_of_a_side_field_vetoes_a_paid_result(path, raw):
     record = decode(with_raw(path, raw, success()))
     assert record.status is TaskStatus.SUCCESS
     assert record.result_image_url == RESULT
+
+
+def test_beside_a_value_that_python_cannot_hold_others_are_read_up_to_a_bound():
+    """Integers of 4,000 digits, and values 64 levels deep."""
+    huge = f'{{"huge": {HUGE["digits"]}, '
+    assert parse(huge + f'"n": {"9" * 4000}}}')["n"] == int("9" * 4000)
+    assert parse(huge + f'"n": {"9" * 4001}}}')["n"] is None
+    deep = "[" * 62 + "%s" + "]" * 62
+    assert parse(huge + f'"a": {deep % "[]"}}}')["a"] == json.loads(deep % "[]")
+    assert parse(huge + f'"a": {deep % "[[]]"}}}')["a"] == json.loads(deep % "[null]")
 
 
 @pytest.mark.parametrize("raw", HUGE.values(), ids=HUGE)
