@@ -7,6 +7,7 @@ are at work, and a poll costs no socket.
 from __future__ import annotations
 
 import asyncio
+import bisect
 import functools
 import json
 import math
@@ -296,7 +297,7 @@ class Task:
 class Chaos:
     """The API's side: the tasks and the rate limit of a ``world``, and the faults of a seed.
 
-    Without a seed it is calm: it serves the healthy tasks alone, without a fault.
+    Without a seed it is calm: all tasks that can end are healthy, and no fault disturbs them.
     """
 
     def __init__(self, world: int, seed: int | None, tasks: int) -> None:
@@ -314,8 +315,11 @@ class Chaos:
             if name == "blank":
                 task_id = " " * (n + 1)
             duration = math.inf if name == "endless" else 12 * draw.lognormvariate(0.0, sigma)
-            if not self._calm or name == "healthy":
-                self.tasks[task_id] = Task(task_id, name, duration, random.Random(f"{seed}/{n}"))
+            if self._calm:
+                if name in {"blank", "endless"}:
+                    continue
+                name = "healthy"  # noqa: PLW2901
+            self.tasks[task_id] = Task(task_id, name, duration, random.Random(f"{seed}/{n}"))
         draw.seed(f"faults {seed}")
         self._fault_rate = draw.choice((0.02, 0.08, 0.2))
         self._outages = [
@@ -329,10 +333,22 @@ class Chaos:
         self._has_answered = False
         self._has_refused_key = False  # since the last good answer
         self.polls = 0
+        self._spoiled: list[float] = []  # when a fault was the answer
 
     @property
     def outage_seconds(self) -> float:
         return sum(end - start for start, end, _ in self._outages)
+
+    def spoiled_seconds(self, until: float) -> float:
+        """Return the seconds of the rate limit that faults used up."""
+        match self._limit:
+            case None:
+                return 0.0
+            case TokenBucket(per_second=rate):
+                pass
+            case limit:
+                rate = limit.max_requests / limit.period
+        return bisect.bisect(self._spoiled, until) / rate
 
     async def get(self, url: Any, **_options: object) -> _Response:
         """Replace ``session.get``."""
@@ -366,6 +382,7 @@ class Chaos:
                     return outage(task, now)
             fault = self._fault(task, now)
             if fault is not None:
+                self._spoiled.append(now)
                 return fault
         answer = self._own_answer(task, now)
         kind = KINDS[task.kind]
@@ -411,6 +428,7 @@ class Ended:
 
 async def run_chaos(chaos: Chaos) -> Ended:
     """Wait for all tasks, every tenth id given twice."""
+    random.seed(len(chaos.tasks))  # of the schedule's jitter: a seed is the same again
     ids = [task_id for n, task_id in enumerate(chaos.tasks) for _ in range(2 if n % 10 == 0 else 1)]
     loop = asyncio.get_running_loop()
     ended = Ended({}, [])

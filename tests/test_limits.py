@@ -727,6 +727,40 @@ def test_a_rate_falls_no_lower_than_one_request_in_five_seconds():
     assert limit.opens_at(now) == pytest.approx(now + 1 / limit.rate())
 
 
+def test_a_refusal_of_a_request_from_before_the_cycle_leaves_the_rate():
+    """It was refused for the rate before."""
+    limit, now = settled()
+    limit.acquire(now - 0.1)
+    limit.release(now + 0.1, sent=now - 0.1, reply="refused")
+    assert not limit._state.is_refused
+    exchange(limit, now + 0.2, "refused")
+    assert limit._state.is_refused
+
+
+def rate_after(*probes):
+    """Return the rate after 3 s of answers, a refusal, and these probes: sent, ended, reply."""
+    limit, now = settled()
+    for _ in range(30):
+        now += 0.1
+        exchange(limit, now)
+    exchange(limit, now, "refused")
+    for sent, _, _ in probes:
+        limit.acquire(now + sent)
+    for sent, ended, reply in probes:
+        limit.release(now + ended, sent=now + sent, reply=reply)
+    return limit.rate()
+
+
+def test_a_slow_or_lost_probe_does_not_lower_the_rate():
+    """The pause would have ended with it."""
+    at_once = rate_after((1.0, 1.05, "answered"))
+    assert rate_after((1.0, 5.0, "answered")) == pytest.approx(at_once)
+    assert rate_after((1.0, 9.0, "lost"), (5.0, 5.05, "answered")) == pytest.approx(at_once)
+    refused_first = rate_after((1.0, 1.05, "refused"), (5.0, 5.05, "answered"))
+    assert refused_first < 0.8 * at_once
+    assert rate_after((5.0, 5.05, "answered")) == pytest.approx(refused_first)
+
+
 def test_a_limit_that_is_raised_is_found_again():
     limit = DiscoveredLimit()
     saturate(limit, ServiceWindow(10, 1.0), until=120.0)

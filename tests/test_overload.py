@@ -9,7 +9,9 @@ import itertools
 import pytest
 
 from kontext_async import (
+    ApiError,
     KontextClient,
+    MaintenanceError,
     RateLimit,
     RateLimitedError,
     ServerError,
@@ -17,7 +19,7 @@ from kontext_async import (
     TransportError,
 )
 from kontext_async.pacing import RequestBudget
-from kontext_async.pacing.overload import Overload, is_refusal
+from kontext_async.pacing.overload import Overload
 from kontext_async.simulator import Simulator, SlidingWindow, TokenBucket
 
 pytestmark = pytest.mark.virtual_time
@@ -103,11 +105,12 @@ def unavailable(retry_after=None):
         (unavailable(0.0), True),
         (unavailable(), False),
         (ServerError("boom", code=500, retry_after=2.0), False),
+        (MaintenanceError("later", code=455), False),
         (TransportError("reset"), False),
     ],
 )
 async def test_a_refusal_by_its_number_is_429_or_503_with_the_time_to_wait(error, refusal):
-    assert is_refusal(error) is refusal
+    assert Overload().observe(error, now=0.0, failing=False) is refusal
 
 
 def refused_before():
@@ -131,6 +134,41 @@ async def test_a_single_503_is_an_accident_and_two_of_thirty_are_refusals():
     assert overload.observe(unavailable(), now=0.0, failing=False)
 
 
+def observe_all(overload, *errors):
+    return [overload.observe(error, now=0.0, failing=False) for error in errors]
+
+
+BOOM = ServerError("boom", code=500)
+
+
+@pytest.mark.parametrize("other", [BOOM, TransportError("reset"), ServerError("", code=502)])
+async def test_503s_among_as_many_other_failures_are_accidents(other):
+    overload = Overload()
+    observe_all(overload, None, *[other] * 3)
+    assert not any(observe_all(overload, *[unavailable()] * 2))
+    assert overload.observe(unavailable(), now=0.0, failing=False)
+
+
+@pytest.mark.parametrize(
+    "reply", [None, TaskNotFoundError("unknown", code=422), RateLimitedError("", code=429)]
+)
+async def test_answers_and_refusals_are_no_other_failures(reply):
+    overload = Overload()
+    observe_all(overload, None, *[reply] * 3, unavailable(2.0))
+    assert observe_all(overload, *[unavailable()] * 2) == [False, True]
+
+
+async def test_a_task_that_fails_again_weighs_neither_for_an_overload_nor_against_it():
+    overload = Overload()
+    for _ in range(20):
+        overload.observe(unavailable(), now=0.0, failing=True)
+        overload.observe(None, now=0.0, failing=False)
+    assert not overload.observe(unavailable(), now=0.0, failing=False)
+    for _ in range(50):
+        overload.observe(BOOM, now=0.0, failing=True)
+    assert overload.observe(unavailable(), now=0.0, failing=False)
+
+
 @pytest.mark.parametrize("answer", [None, TaskNotFoundError("unknown", code=422)])
 async def test_without_an_answer_for_a_second_the_service_is_down(answer):
     """Any answer of the API shows that it is up, also one that refuses a task."""
@@ -150,7 +188,7 @@ async def test_the_second_503_of_a_task_in_a_row_is_no_refusal():
 
 @pytest.mark.parametrize(
     "error",
-    [ServerError("boom", code=500), unavailable(2.0), TransportError("reset")],
+    [ServerError("boom", code=500), TransportError("reset"), ApiError("odd", code=504)],
 )
 async def test_another_error_is_no_refusal_by_overload_and_no_evidence(error):
     overload = Overload()

@@ -20,7 +20,7 @@ import attrs
 from kontext_async.errors import KontextError, RateLimitedError, TransportError
 from kontext_async.pacing.due import Due, DueQueue
 from kontext_async.pacing.limits import DiscoveredLimit, Limit, RateLimit, Reply, SlidingWindow
-from kontext_async.pacing.overload import Overload, is_refusal
+from kontext_async.pacing.overload import Overload
 from kontext_async.pacing.pauses import Pause, PauseState
 
 __all__ = ["ClientStats", "PlannedPoll", "RequestBudget"]
@@ -231,7 +231,6 @@ class RequestBudget:
             is_refused = self._overload.observe(error, now=now, failing=failing)
             if was_believed and not self._overload.is_believed:
                 self._limit = self._limit.forgotten()  # it was found from broken tasks
-            is_refused |= is_refusal(error)
         reply: Reply = "lost" if cancelled else "refused" if is_refused else "answered"
         if error is not None:
             self._errors[type(error).__name__] += 1
@@ -349,7 +348,7 @@ class RequestBudget:
         self._longest_delay *= _DELAY_DECAY
         self._in_flight += 1
         self._requests += 1
-        self._pause.acquire()
+        self._pause.acquire(now)
         self._limit.acquire(now)
 
     def _must_queue(self, now: float, *, seen: bool) -> bool:

@@ -246,6 +246,7 @@ class DiscoveredLimit:
         self._refused_at = 0.0
         self._rate_before = 0.0  # answers per second just before
         self._probe_refused = False  # true if a request sent after the first was refused too
+        self._probed_at = math.inf  # when the first one was sent since the last that was refused
         # Earlier cycles.
         self._earlier_answers = 0.0
         self._earlier_seconds = 0.0
@@ -300,14 +301,19 @@ class DiscoveredLimit:
         elif self._state is _UNUSED:
             self._state = DiscoveryState.SEARCHING
             self._cycle_began = now
+        if self._state.is_refused:
+            self._probed_at = min(self._probed_at, now)
         self._last_sent = now
 
     def release(self, now: float, *, sent: float, reply: Reply) -> None:
         self._in_flight -= 1
         is_probe = self._state.is_refused and sent >= self._refused_at
         if reply == "refused":
-            self._probe_refused |= is_probe
-            self._refuse(now)
+            if is_probe:
+                self._probe_refused = True
+                self._probed_at = math.inf
+            if sent >= self._cycle_began:  # one sent before is refused for the rate before
+                self._refuse(now)
         elif reply == "answered":
             if is_probe:
                 self._start_cycle(now)
@@ -318,7 +324,7 @@ class DiscoveredLimit:
     def _observe_time(self, now: float, taken: float) -> None:
         """Note how long an answer took: many slow ones in a row are a queue that is filling."""
         self._fastest = min(taken, self._fastest * self._FASTEST_GROWTH)
-        if taken <= self._SLOW_FACTOR * self._fastest + self._SLOW_SECONDS:
+        if taken <= self._slow_after():
             self._steps += 1
             self._slow = 0
             return
@@ -326,6 +332,9 @@ class DiscoveredLimit:
         if self._slow >= self._SLOW_ANSWERS and self._state.has_rate:
             self._slow = 0
             self._refuse(now)
+
+    def _slow_after(self) -> float:
+        return self._SLOW_FACTOR * self._fastest + self._SLOW_SECONDS
 
     def cancel(self) -> None:
         self._in_flight -= 1
@@ -368,33 +377,29 @@ class DiscoveredLimit:
                 self._refused_rate = self._curve_rate()
             self._state = DiscoveryState.FIRST_REFUSED if is_first else DiscoveryState.REFUSED
             self._refused_at = now
+            self._probed_at = math.inf
             self._rate_before = self._recent_rate()
 
     def _start_cycle(self, now: float) -> None:
-        took = max(now - self._cycle_began, self._MIN_SECONDS)
+        # A probe that is slow, or lost, says nothing: the pause would have ended with it.
+        ended = min(now, self._probed_at + self._slow_after())
+        took = max(ended - self._cycle_began, self._MIN_SECONDS)
+        paused, sending = ended - self._refused_at, self._refused_at - self._cycle_began
         if self._state is DiscoveryState.FIRST_REFUSED:
-            peak = self._busiest_rate(now, took)
+            peak = self._busiest_rate(ended, took)
             if self._answered < self._MIN_ANSWERS:
                 peak = max(peak, self._MIN_FIRST_RATE)
-        else:
-            peak = self._allowed_rate(took)
-            agrees = self._is_settled and abs(peak / self._peak - 1) <= self._AGREEMENT
-            was_long = self._probe_refused or now - self._refused_at >= self._LONG_PAUSE
-            longer = self._STRETCH_SLOW if was_long else self._STRETCH
-            self._stretch = longer if agrees else 1.0
-            self._decrease = self._DECREASE if agrees else self._DECREASE_UNSURE
-        self._probe_refused = False
-        self._remember_cycle(took)
-        is_first = self._state is DiscoveryState.FIRST_REFUSED
-        paused, sending = now - self._refused_at, self._refused_at - self._cycle_began
-        if is_first:
             # A window that stayed full for long has shown how many it holds.
             self._is_settled = paused >= self._FULL_WINDOW
         else:
+            peak = self._allowed_rate(took)
+            self._shape_curve(peak, was_long=self._probe_refused or paused >= self._LONG_PAUSE)
             # A cycle that was mostly pause, or had few answers, says little: but four of them do.
             self._cycles += 1
             has_enough = self._answered >= self._MIN_ANSWERS and sending >= paused
             self._is_settled |= has_enough or self._cycles >= self._UNSETTLED_CYCLES
+        self._remember_cycle(took)
+        self._probe_refused = False
         self._cycle_began = now
         self._answered = 0
         self._answers.clear()
@@ -405,6 +410,12 @@ class DiscoveredLimit:
         else:
             self._state = _CRUISING
         self._next_at = now + 1 / self._curve_rate()
+
+    def _shape_curve(self, peak: float, *, was_long: bool) -> None:
+        agrees = self._is_settled and abs(peak / self._peak - 1) <= self._AGREEMENT
+        longer = self._STRETCH_SLOW if was_long else self._STRETCH
+        self._stretch = longer if agrees else 1.0
+        self._decrease = self._DECREASE if agrees else self._DECREASE_UNSURE
 
     def _allowed_rate(self, took: float) -> float:
         """Return the requests per second that a cycle of ``took`` seconds shows to be allowed."""

@@ -30,6 +30,9 @@ _FIRST_MAINTENANCE_PAUSE = 5.0
 _FIRST_REFUSAL_PAUSE = 0.25
 _REFUSAL_GROWTH = 3.0
 _MAX_PAUSE = 60.0
+# A probe that is not answered in this time may hang: the next request probes too, after twice the
+# time the one after it, and so on (tests/test_chaos.py has single requests that hang).
+_FIRST_PATIENCE = 1.0
 
 # Evidence of an outage, from distinct tasks that begin to fail in a row with no success between:
 # 5 tasks that had a good answer before are enough, or 50 new ones. tests/test_faults.py: ids that
@@ -77,10 +80,11 @@ class Pause:
     ================  ================  =====================  ==========  ===========
 
     An empty cell leaves the state as it is. OPEN gives permits at once, BACK_OFF and OUTAGE when
-    the pause is over, and the others none until the probe ends.
+    the pause is over, and the others none until the probe ends, or seems to hang.
 
     A request sent before the pause was over is evidence of the time before: its result changes no
-    state. If it asks for more time while the pause is on, the pause gets longer.
+    state. If it asks for more time while the pause is on, counted from its sending because its
+    answer may be late, the pause gets longer.
     """
 
     def __init__(self) -> None:
@@ -89,15 +93,17 @@ class Pause:
         self._was_outage = False  # the pause that began last
         self._began = 0.0
         self._until = -math.inf
+        self._probe_hangs_at = 0.0
+        self._patience = _FIRST_PATIENCE
         self._past = 0.0  # seconds of earlier pauses that the service asked for
         self._streak = 0  # pauses since the last good answer
         self._evidence: dict[str | None, int] = {}  # by task, since the last good answer
 
     def opens_at(self, now: float) -> float:
-        """Return when the next permit is free; infinity if the probe must end first."""
+        """Return when the next permit is free."""
         if self.state.is_open:
             return now
-        return math.inf if self.state.is_probing else max(now, self._until)
+        return max(now, self._probe_hangs_at if self.state.is_probing else self._until)
 
     def remaining(self, now: float) -> float:
         """Return the seconds until the pause is over."""
@@ -121,10 +127,13 @@ class Pause:
         remaining = self.remaining(now)
         return self._cause.for_task(task_id, retry_after=remaining, http_status=None)
 
-    def acquire(self) -> None:
-        """Note that a permit was acquired: in a pause, by the probe."""
-        if not self.state.is_open:
-            self.state = _PROBING[self.state]
+    def acquire(self, now: float) -> None:
+        """Note that a permit was acquired: in a pause, by a probe."""
+        if self.state.is_open:
+            return
+        self._patience = 2 * self._patience if self.state.is_probing else _FIRST_PATIENCE
+        self._probe_hangs_at = now + self._patience
+        self.state = _PROBING.get(self.state, self.state)
 
     def observe(
         self,
@@ -187,7 +196,7 @@ class Pause:
         asked = min(retry_after, _MAX_RETRY_AFTER) if retry_after else None
         if self.state in _PROBING:
             if asked and now < self._until:
-                self._until = max(self._until, now + asked)
+                self._until = max(self._until, sent + asked)
         elif sent >= self._until:
             is_asked = refused or error.handling is Handling.BACK_OFF
             self._past = self.spent(now)
