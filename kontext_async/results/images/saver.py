@@ -56,13 +56,14 @@ _TIMEOUT = 120.0  # s
 
 
 class _Body:
-    """The body of a response as it arrives: the latest block in memory, the rest in a file."""
+    """The body of a response as it arrives: the latest pieces in memory, the rest in a file."""
 
     def __init__(self, target: Target, max_bytes: int) -> None:
         self._target = target
         self._max_bytes = max_bytes
         self._size = 0
-        self._block = bytearray()
+        self._taken = 0  # bytes that have left the memory
+        self._pieces: list[bytes] = []
         self._image: PartialImage | None = None
 
     async def receive(self, response: aiohttp.ClientResponse) -> None:
@@ -70,8 +71,8 @@ class _Body:
         while piece := await response.content.readany():
             self._size += len(piece)
             self._check_size(self._size)
-            self._block += piece
-            if len(self._block) >= _BLOCK:
+            self._pieces.append(piece)
+            if self._size - self._taken >= _BLOCK:
                 block = self._take_block()
                 await run_in_thread(self._begun(block).write, block)
 
@@ -87,8 +88,9 @@ class _Body:
             await run_in_thread(self._image.discard)
 
     def _take_block(self) -> bytes:
-        block = bytes(self._block)
-        self._block.clear()
+        block = b"".join(self._pieces)
+        self._pieces.clear()
+        self._taken = self._size
         return block
 
     def _begun(self, block: bytes) -> PartialImage:
