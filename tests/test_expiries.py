@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from kontext_async.transport.expiries import Expiries
+from kontext_async.transport.expiries import Expiries, time_out
 
 pytestmark = pytest.mark.virtual_time
 
@@ -27,7 +27,7 @@ async def ended_at(future):
 
 async def test_each_ends_at_its_own_time():
     """In whatever order they came; one without a time never ends."""
-    expiries = Expiries()
+    expiries = Expiries(time_out)
     *mortal, endless = waiters(expiries, 5.0, 2.0, 9.0, 2.0, math.inf)
     assert await asyncio.gather(*map(ended_at, mortal)) == pytest.approx([5, 2, 9, 2])
     assert not endless.done()
@@ -36,16 +36,24 @@ async def test_each_ends_at_its_own_time():
 
 async def test_one_that_has_ended_otherwise_is_left_alone():
     """Its result stands, also at its time."""
-    expiries = Expiries()
+    expiries = Expiries(time_out)
     future, other = waiters(expiries, 1.0, 2.0)
     future.set_result(0.5)
     assert await ended_at(other) == pytest.approx(2)
     assert future.result() == 0.5
 
 
+async def test_one_that_is_gone_is_not_ended():
+    expiries = Expiries(time_out)
+    gone, other = waiters(expiries, 1.0, 2.0)
+    expiries.discard(gone)
+    assert await ended_at(other) == pytest.approx(2)
+    assert not gone.done()
+
+
 async def test_many_that_end_together_end_in_portions():
     """The loop runs in between."""
-    expiries = Expiries()
+    expiries = Expiries(time_out)
     futures = waiters(expiries, *[1.0] * 1200)
     await asyncio.sleep(1.0)
     counts = []
@@ -59,7 +67,7 @@ async def test_many_that_end_together_end_in_portions():
 
 async def test_what_is_kept_of_waiters_that_are_gone_is_bounded():
     """And nothing is kept without waiters, nor a timer."""
-    expiries = Expiries()
+    expiries = Expiries(time_out)
     (stays,) = waiters(expiries, 7.0)
     for _ in range(5000):
         (future,) = waiters(expiries, 600.0)

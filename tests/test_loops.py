@@ -10,7 +10,7 @@ from client_world import make_client
 
 from kontext_async.pacing import RequestBudget
 from kontext_async.simulator import Simulator
-from kontext_async.transport.expiries import Expiries
+from kontext_async.transport.expiries import Expiries, time_out
 
 uvloop = pytest.importorskip("uvloop")
 
@@ -57,7 +57,7 @@ def test_waiters_give_up_on_uvloop():
     """One whose time has come, and one whose time comes."""
 
     async def main():
-        loop, expiries = asyncio.get_running_loop(), Expiries()
+        loop, expiries = asyncio.get_running_loop(), Expiries(time_out)
         futures = [loop.create_future() for _ in range(2)]
         for future, delay in zip(futures, (0.0, 0.05), strict=True):
             expiries.add(future, loop.time() + delay)

@@ -1,4 +1,4 @@
-"""Times at which waiters give up, with one timer of the event loop for all of them."""
+"""Times at which waits and requests end, with one timer of the event loop for all of them."""
 
 from __future__ import annotations
 
@@ -6,20 +6,30 @@ import asyncio
 import heapq
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
 
-__all__ = ["Expiries"]
+__all__ = ["Expiries", "time_out"]
 
-_MAX_EXPIRED = 500  # waiters that one callback ends, so that it ends soon
-_MAX_STALE = 1000  # entries of waiters that are gone and kept, beyond a quarter of those waiting
+_T = TypeVar("_T")
+
+_MAX_EXPIRED = 500  # that one callback ends, so that it ends soon
+_MAX_STALE = 1000  # entries of those that are gone and kept, beyond a quarter of those waiting
 
 
-class Expiries:
-    """Ends futures with `TimeoutError` at their times; iterating gives the waiting ones."""
+def time_out(future: asyncio.Future[float]) -> None:
+    """End a future with `TimeoutError`, unless it has ended."""
+    if not future.done():
+        future.set_exception(TimeoutError())
 
-    def __init__(self) -> None:
-        self._waiting: set[asyncio.Future[float]] = set()
-        self._heap: list[tuple[float, int, asyncio.Future[float]]] = []
+
+class Expiries(Generic[_T]):
+    """Calls ``expire`` with what waits, each at its own time; iterating gives all that wait."""
+
+    def __init__(self, expire: Callable[[_T], object]) -> None:
+        self._expire = expire
+        self._waiting: set[_T] = set()
+        self._heap: list[tuple[float, int, _T]] = []
         self._order = itertools.count()
         self._timer: asyncio.Handle | None = None
         self._wakes_at = math.inf  # not all loops have timers that know it
@@ -27,19 +37,19 @@ class Expiries:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def __iter__(self) -> Iterator[asyncio.Future[float]]:
+    def __iter__(self) -> Iterator[_T]:
         return iter(self._waiting)
 
-    def add(self, future: asyncio.Future[float], until: float) -> None:
-        """Let a future end at ``until`` on the loop's clock, unless that is infinity."""
-        self._waiting.add(future)
+    def add(self, item: _T, until: float) -> None:
+        """Let an item end at ``until`` on the loop's clock, unless that is infinity."""
+        self._waiting.add(item)
         if until < math.inf:
-            heapq.heappush(self._heap, (until, next(self._order), future))
+            heapq.heappush(self._heap, (until, next(self._order), item))
             self._wake_at(self._heap[0][0])
 
-    def discard(self, future: asyncio.Future[float]) -> None:
-        """Forget a future that nobody awaits any longer."""
-        self._waiting.discard(future)
+    def discard(self, item: _T) -> None:
+        """Forget an item that nobody waits for any longer."""
+        self._waiting.discard(item)
         if not self._waiting:
             self._heap.clear()
             self._cancel_timer()
@@ -52,7 +62,7 @@ class Expiries:
             return
         self._cancel_timer()
         self._wakes_at = when
-        self._timer = asyncio.get_running_loop().call_at(when, self._expire, when)
+        self._timer = asyncio.get_running_loop().call_at(when, self._wake, when)
 
     def _cancel_timer(self) -> None:
         if self._timer is not None:
@@ -60,14 +70,14 @@ class Expiries:
         self._timer = None
         self._wakes_at = math.inf
 
-    def _expire(self, when: float) -> None:
+    def _wake(self, when: float) -> None:
         self._cancel_timer()
         now = max(when, asyncio.get_running_loop().time())  # the loop may call a clock tick early
         for _ in range(_MAX_EXPIRED):
             if not self._heap or self._heap[0][0] > now:
                 break
-            future = heapq.heappop(self._heap)[2]
-            if not future.done():
-                future.set_exception(TimeoutError())
+            item = heapq.heappop(self._heap)[2]
+            if item in self._waiting:
+                self._expire(item)
         if self._heap:
             self._wake_at(self._heap[0][0])

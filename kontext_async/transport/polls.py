@@ -26,7 +26,7 @@ from kontext_async.notices import Noticeboard
 from kontext_async.pacing import PlannedPoll, RequestBudget
 from kontext_async.schedule import DurationModel
 from kontext_async.transport.answers import Fetcher, RawAnswer
-from kontext_async.transport.expiries import Expiries
+from kontext_async.transport.expiries import Expiries, time_out
 from kontext_async.transport.failures import (
     UNTRUSTED_SERVER,
     check_for_second_login,
@@ -67,8 +67,8 @@ class Transport:
         self.durations = durations
         self.notices = Noticeboard()
         self.request_timeout = request_timeout
-        self._acquiring = Expiries()
-        self._in_flight: set[_Deadline] = set()
+        self._acquiring = Expiries(time_out)
+        self._in_flight = Expiries(_Deadline.expire)
         self.source_reads: set[asyncio.Timeout] = set()  # of batches; they end with the client
         self._api_key = api_key
         self._endpoint = URL(base_url + wire.RECORD_INFO)
@@ -223,8 +223,8 @@ class Transport:
         self._check_not_closed()  # perhaps since the permit was acquired
         if self._session.closed:
             raise ClientStateError("the session that was passed in is closed")
-        deadline = _Deadline(self._loop, min(until, sent + self.request_timeout))
-        self._in_flight.add(deadline)
+        deadline = _Deadline()
+        self._in_flight.add(deadline, min(until, sent + self.request_timeout))
         try:
             with deadline:
                 answer = await self._fetcher.fetch(task_id)
@@ -279,18 +279,16 @@ class Transport:
             if not scope.expired():
                 scope.reschedule(self.loop_time)
         for count, permit in enumerate(list(self._acquiring), 1):
-            if not permit.done():
-                permit.set_exception(TimeoutError())
+            time_out(permit)
             await yield_to_loop(count)
 
 
 class _Deadline:
-    """A cheaper `asyncio.timeout_at`: every poll needs one. `expire` ends it early."""
+    """A block that `expire` ends with `TimeoutError`, as `asyncio.timeout` does."""
 
-    __slots__ = ("_cancelling", "_handle", "_task", "expired")
+    __slots__ = ("_cancelling", "_task", "expired")
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, when: float) -> None:
-        self._handle = loop.call_at(when, self.expire)
+    def __init__(self) -> None:
         self.expired = False
 
     def expire(self) -> None:
@@ -310,7 +308,6 @@ class _Deadline:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._handle.cancel()
         # As in asyncio's own: a cancellation by somebody else takes precedence.
         is_ours = self.expired and self._task.uncancel() <= self._cancelling
         if is_ours and exc_type is asyncio.CancelledError:
