@@ -490,7 +490,7 @@ class TaskWait:
             self._had_early_poll = self._had_early_poll or final <= now + delay
             self._next_poll_at = min(now + delay, final)
             if now + delay < final and error is None and self._follow_ups is None:
-                self._expect(self._age(now))
+                self._expect(self._age(now), delay)
             expected = max(self._next_poll_at, now + budget.pause_remaining(now))
             next_delay = expected - now if expected < self._deadline else None
         self._emit(now, record=record, error=error, next_delay=next_delay)
@@ -498,24 +498,25 @@ class TaskWait:
     def _last_poll_at(self) -> float:
         return self._deadline - max(_MIN_LEAD, 2 * self._poller.budget.round_trip)
 
-    def _expect(self, age: float) -> None:
+    def _expect(self, age: float, delay: float) -> None:
+        """Remember when the model expects the next poll, unless that of a scout comes before."""
         if isinstance(self._policy.wait, wait_learned):
-            self._expected_age = self._policy.wait.model.next_age(age)
+            expected = self._policy.wait.model.next_age(age)
+            self._expected_age = expected if age + delay > expected - _ROUNDING else None
 
     def planned_at(self) -> float:
         """Return when to poll next; plan it again if what was learned meanwhile has moved it.
 
-        The last poll before the deadline is left as it is.
+        The last poll before the deadline and the polls of scouts are left as they are.
         """
         wait = self._policy.wait
         assert isinstance(wait, wait_learned), "only its polls move"
-        assert self._expected_age is not None, "a poll has been planned"
         age = self._age(self._polled_at)
-        if wait.has_moved(age, self._expected_age):
-            moved = self._polled_at + self._policy.delay(self._state(record=self._last_record))
+        if self._expected_age is not None and wait.has_moved(age, self._expected_age):
+            delay = wait.delay_again(self._state(record=self._last_record), self._expected_age)
             latest = self._last_poll_at() - self._poller.budget.acquire_delay
-            self._next_poll_at = max(self._loop.time(), min(moved, latest))
-            self._expect(age)
+            self._next_poll_at = max(self._loop.time(), min(self._polled_at + delay, latest))
+            self._expect(age, delay)
         return self._next_poll_at
 
     def _delay(self, now: float, record: TaskRecord | None, error: KontextError | None) -> float:

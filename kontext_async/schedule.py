@@ -108,6 +108,7 @@ _STEPS: Final = (
 )
 _EDGES: Final = tuple(_edges())
 _WIDTHS: Final = tuple(b - a for a, b in itertools.pairwise(_EDGES))
+_SPANS: Final = tuple(2.0 * (b - a) / (a + b) for a, b in itertools.pairwise(_EDGES))  # of the age
 _BINS: Final = len(_WIDTHS)
 
 # The prior: the rate per second at which tasks of an age in seconds end, before any is known;
@@ -117,17 +118,19 @@ _PRIOR_AGES: Final = (0.0, 0.75, 1.5, 3.0, 4.5, 7.5, 11.0, 20.0, 40.0, 200.0, ma
 _PRIOR_RATES: Final = (0.0, 0.17, 0.21, 0.14, 0.115, 0.054, 0.029, 0.0165, 0.014, 0.014, 0.014)
 _PRIOR_REACH: Final = 300.0  # s of age that the plan covers at least
 
-# These were chosen with tests/benchmarks/schedule_efficiency.py.
-_PRIOR_TASKS: Final = 0.5  # tasks that the prior counts as in each bin
+# These were chosen with tests/benchmarks/schedule_efficiency.py. A factor of 2 either way changes
+# the costs there by less than 5 % on average.
+_PRIOR_TASKS: Final = 0.5  # tasks that a forecast counts as in each bin
+_TREND_SPAN: Final = 0.1  # of the age, over which the trend of a bin's forecast forgets to 1/e
 _BIN_MEMORY: Final = 100.0  # tasks passing through a bin after which its counts have faded to 1/e
 _MEMORY: Final = 300.0  # tasks ended anywhere after which all counts have faded to 1/e
-_REBUILD_AFTER: Final = 20.0  # news, in tasks ended, after which to plan anew at the latest
-_RUNNING_NEWS: Final = 0.1  # news in an observation of a running task
+_REBUILD_AFTER: Final = 20.0  # tasks ended in well-known bins, after which to plan anew
+_RUNNING_NEWS: Final = 0.1  # news in an observation of a running task, to that of an ended one
 
+_SCOUTS: Final = 50.0  # tasks polled early for all others, times the growth of the root of the age
+_SCOUT_SHARE: Final = 0.125  # of the running tasks, at most
 _SCOUT_TASKS: Final = 16  # tasks running at least, where a few are polled early for all
 _KNOWN_TASKS: Final = 20.0  # tasks that have reached an age at which no scouts are needed any more
-_REVISION_GROWTH: Final = 1.25  # of the tasks ended, from one planning again to the next
-_MAX_REVISION_TASKS: Final = 1000  # tasks ended, after which no more of them move planned polls
 
 _MIN_ENDED: Final = 0.05  # tasks ended in a bin, faded; fewer do not extend the plan to it
 _MIN_DELAY: Final = 0.25  # s
@@ -149,6 +152,7 @@ _PRIOR: Final = tuple(
     1.0 - math.exp(-_prior_rate((a + b) / 2) * (b - a)) for a, b in itertools.pairwise(_EDGES)
 )
 _PRIOR_BINS: Final = bisect_left(_EDGES, _PRIOR_REACH)
+_KEPT: Final = tuple(math.exp(-span / _TREND_SPAN) for span in _SPANS)
 _BLIND_SURVIVAL: Final = math.exp(-_PRIOR_RATES[-1] * _BLIND_DELAY)
 
 
@@ -160,9 +164,9 @@ class DurationModel:
     value.
 
     Age is divided into bins. Each bin counts the tasks that ended in it, and those that reached
-    its end or ended in it; a task still running in it counts by the share that it has passed.
-    Their ratio is the probability of ending there (the Kaplan-Meier estimator). Old tasks are
-    forgotten by scaling both counts down together, which leaves the ratio as it is.
+    its end or ended in it. Their ratio is the probability of ending there (the Kaplan-Meier
+    estimator). Old tasks are forgotten by scaling both counts down together, which leaves the
+    ratio as it is.
     """
 
     def __init__(self, *, cost_per_request: float = 1.0) -> None:
@@ -179,7 +183,8 @@ class DurationModel:
         # the tasks that ended in each.
         self._crossed = [0] * (_BINS + 1)
         self._just_ended = [0] * _BINS
-        self._news = 0.0  # since the plan was made
+        self._news = 0.0  # since the plan was made; 1.0 is enough for a new one
+        self._revision = 0
         self._plan()
 
     def __repr__(self) -> str:
@@ -200,13 +205,13 @@ class DurationModel:
                 self._ages[task_id] = age
             if since < age < math.inf:
                 self._run(since, age)
-                self._news += _RUNNING_NEWS
+                self._news += self._news_at(age) * _RUNNING_NEWS
         else:
             since = self._ages.pop(task_id, 0.0)
             if 0.0 <= duration < math.inf:
-                self._end(since, duration)
+                self._end(since, age, duration)
                 self._finished += 1
-                self._news += 1.0
+                self._news += self._news_at(duration)
 
     def forget(self, task_id: str) -> None:
         """Free what is kept for a task that nobody waits for; what it taught stays."""
@@ -218,25 +223,27 @@ class DurationModel:
         ``step`` multiplies the delay: 1.0, or near it for jitter. The result is 0.25 s to 120 s
         after ``age``, and 15 s after it beyond 300 s and all known durations.
         """
-        if self._news >= min(_REBUILD_AFTER, max(1.0, self._finished / 20.0)):
-            self._plan()
+        self._refresh()
         age = max(0.0, age)
         found = age + (self._planned(age) - age) * step
         return max(age + _MIN_DELAY, min(found, age + _MAX_DELAY))
 
     @property
     def revision(self) -> int:
-        """A number that changes when polls already planned should be planned again.
+        """A number that changes with the plan: polls already planned may be due earlier now."""
+        self._refresh()
+        return self._revision
 
-        It changes whenever the number of finished tasks has grown by a quarter, up to 1,000.
+    def scout_share(self, start: float, until: float) -> float:
+        """Return the share of tasks to be polled early, between two ages, on behalf of all others.
+
+        It grows with the root of the age, as the cost of polls does. It is 0 unless many tasks run,
+        and few are known to have reached the age ``until``.
         """
-        finished = min(self._finished, _MAX_REVISION_TASKS)
-        return int(math.log(finished, _REVISION_GROWTH)) + 1 if finished else 0
-
-    def wants_scouts(self, age: float) -> bool:
-        """Return True if many tasks run, and few are known to have reached this age."""
-        i = min(bisect_right(_EDGES, age), _BINS) - 1
-        return len(self._ages) >= _SCOUT_TASKS and self._reached[i] < _KNOWN_TASKS
+        i = min(bisect_right(_EDGES, until), _BINS) - 1
+        if start >= until or self._reached[i] >= _KNOWN_TASKS or len(self._ages) < _SCOUT_TASKS:
+            return 0.0
+        return min(_SCOUT_SHARE, _SCOUTS * (math.sqrt(until) - math.sqrt(start)) / len(self._ages))
 
     def merge(self, other: DurationModel) -> None:
         """Learn what another model has learned, such as that of another process.
@@ -282,32 +289,34 @@ class DurationModel:
         model._plan()
         return model
 
-    def _end(self, since: float, duration: float) -> None:
-        """Count a task that ended after ``duration``, but not before it was seen to run."""
+    def _news_at(self, age: float) -> float:
+        """Return the news in the end of a task at an age: the fewer were seen there, the more."""
+        i = min(max(1, bisect_left(_EDGES, age)), _BINS) - 1
+        return 1.0 / min(1.0 + self._reached[i], _REBUILD_AFTER)
+
+    def _refresh(self) -> None:
+        if self._news >= 1.0:
+            self._plan()
+
+    def _end(self, since: float, age: float, duration: float) -> None:
+        """Count a task that ended after ``duration``, but not before it was seen to run.
+
+        A poll within the bin does not count there: it would see ended tasks, and none that
+        reached the end of the bin.
+        """
         i = max(bisect_left(_EDGES, duration), bisect_right(_EDGES, since)) - 1
-        if i < _BINS:
+        if i >= _BINS:
+            self._run(since, _EDGES[-1])
+        elif since < _EDGES[i] and age < _EDGES[i + 1]:
+            self._run(since, _EDGES[i])
+        else:
             self._just_ended[i] += 1
-        self._run(since, _EDGES[min(i + 1, _BINS)])
+            self._run(since, _EDGES[i + 1])
 
     def _run(self, since: float, until: float) -> None:
-        """Count a task that ran from one age to another in the bins of these ages."""
-        until = min(until, _EDGES[-1])
-        first = bisect_right(_EDGES, since) - 1
-        last = bisect_right(_EDGES, until) - 1
-        if first == last < _BINS:
-            self._pass(first, until - since)
-        elif first < last:
-            self._pass(first, _EDGES[first + 1] - since)
-            self._crossed[first + 1] += 1
-            self._crossed[last] -= 1
-            if last < _BINS:
-                self._pass(last, until - _EDGES[last])
-
-    def _pass(self, i: int, seconds: float) -> None:
-        share = seconds / _WIDTHS[i]
-        keep = 1.0 - share / _BIN_MEMORY
-        self._ended[i] *= keep
-        self._reached[i] = self._reached[i] * keep + share
+        """Count a task that ran from one age to another in the bins whose ends it has reached."""
+        self._crossed[bisect_right(_EDGES, since) - 1] += 1
+        self._crossed[bisect_right(_EDGES, until) - 1] -= 1
 
     def _settle(self) -> None:
         """Count what was observed since the last time.
@@ -320,11 +329,9 @@ class DurationModel:
             crossings += self._crossed[i]
             if crossings:
                 keep = (1.0 - 1.0 / _BIN_MEMORY) ** crossings
-                self._ended[i] *= keep
-                self._reached[i] = self._reached[i] * keep + _BIN_MEMORY * (1.0 - keep)
-            if ended:
-                # On average a task ended half-way between those crossings.
-                self._ended[i] += ended * (1.0 - 1.0 / _BIN_MEMORY) ** (crossings / 2)
+                counted = _BIN_MEMORY * (1.0 - keep)
+                self._reached[i] = self._reached[i] * keep + counted
+                self._ended[i] = self._ended[i] * keep + counted * ended / crossings
         self._ended = [tasks * fade for tasks in self._ended]
         self._reached = [tasks * fade for tasks in self._reached]
         self._crossed = [0] * (_BINS + 1)
@@ -339,6 +346,7 @@ class DurationModel:
         falls as i grows, which bounds the search too.
         """
         self._news = 0.0
+        self._revision += 1
         self._settle()
         survival = self._survival()
         lag = list(itertools.accumulate(map(_missed, survival, _WIDTHS), initial=0.0))
@@ -362,14 +370,23 @@ class DurationModel:
         self._next[end] += _BLIND_DELAY
 
     def _survival(self) -> list[float]:
-        """Return the probability that a task lives to each edge that the plan covers."""
+        """Return the probability that a task lives to each edge that the plan covers.
+
+        The forecast for a bin that few have reached is the trend of the bins before it, or the
+        prior where these are as little known. It counts as `_PRIOR_TASKS` tasks.
+        """
         known = next((i + 1 for i in range(_BINS - 1, -1, -1) if self._ended[i] > _MIN_ENDED), 0)
         alive, survival = 1.0, [1.0]
-        counts = zip(self._ended, self._reached, _PRIOR, strict=True)
-        for ended, reached, prior in itertools.islice(counts, max(known, _PRIOR_BINS)):
-            share = (ended + _PRIOR_TASKS * prior) / (reached + _PRIOR_TASKS)
+        trend_ended = trend_reached = 0.0
+        counts = zip(self._ended, self._reached, _PRIOR, _SPANS, _KEPT, strict=True)
+        for ended, reached, prior, span, kept in itertools.islice(counts, max(known, _PRIOR_BINS)):
+            trend_weight = trend_reached + _PRIOR_TASKS
+            forecast = (trend_ended * span + _PRIOR_TASKS * prior) / trend_weight
+            share = (ended + _PRIOR_TASKS * forecast) / (reached + _PRIOR_TASKS)
             alive *= max(0.0, 1.0 - share)
             survival.append(alive)
+            trend_ended = (trend_ended + ended) * kept
+            trend_reached = (trend_reached + reached * span) * kept
         return survival
 
     def _planned(self, age: float) -> float:
@@ -430,16 +447,16 @@ class wait_learned(wait_base):  # noqa: N801  # tenacity's way of naming strateg
     polled together. After a failed poll, which may have missed the task's
     end, the delay is at most an exponential backoff: 1 s, growing by 1.4 up to 8 s, multiplied by
     the value of ``spread``. At ages about which the model knows little, a few of many tasks are
-    scouts: where the value of ``scout`` is below 1, it multiplies the delay.
+    scouts, polled earlier: those for which the value of ``scout``, from 0 to 1, is smallest.
     """
 
     def __init__(
         self,
         model: DurationModel,
         *,
-        jitter: wait_base = wait_random(1.0, 1.04),  # noqa: B008  # a strategy holds no state
+        jitter: wait_base = wait_random(1.0, 1.02),  # noqa: B008  # a strategy holds no state
         spread: wait_base = wait_random(0.8, 1.2),  # noqa: B008
-        scout: wait_base = wait_random(0, 8),  # noqa: B008
+        scout: wait_base = wait_random(0, 1),  # noqa: B008
     ) -> None:
         self.model = model
         self.jitter = jitter
@@ -454,12 +471,6 @@ class wait_learned(wait_base):  # noqa: N801  # tenacity's way of naming strateg
             delay = min(delay, _backoff(retry_state.failures) * self.spread(retry_state))
         return delay
 
-    def _learned(self, state: RetryCallState, age: float) -> float:
-        planned = self.model.next_age(age, self.jitter(state))
-        if self.model.wants_scouts(planned) and (share := self.scout(state)) < 1.0:
-            return max(_MIN_DELAY, share * (planned - age))
-        return planned - age
-
     def has_moved(self, age: float, expected: float) -> bool:
         """Return True if a poll is to be planned again.
 
@@ -467,6 +478,19 @@ class wait_learned(wait_base):  # noqa: N801  # tenacity's way of naming strateg
         """
         change = abs(self.model.next_age(age) - expected)
         return change > _MIN_DELAY + (expected - age) / 20.0
+
+    def delay_again(self, state: PollState, expected: float) -> float:
+        """Return the delay of a poll that has moved; scouts are out up to the age ``expected``."""
+        return self._learned(state, state.age, expected)
+
+    def _learned(self, state: RetryCallState, age: float, scouted: float = 0.0) -> float:
+        planned = self.model.next_age(age, self.jitter(state))
+        start = max(age + _MIN_DELAY, scouted)
+        share = self.model.scout_share(start, planned)
+        if share > 0.0 and (place := self.scout(state)) < share:
+            root = math.sqrt(start)
+            return (root + place / share * (math.sqrt(planned) - root)) ** 2 - age
+        return planned - age
 
 
 def _backoff(failures: int) -> float:

@@ -896,6 +896,40 @@ async def test_thousands_of_polls_are_planned_again_a_few_at_a_time():
     assert not budget._to_replan
 
 
+async def test_nothing_is_planned_again_if_none_of_a_sample_moves():
+    """Ten plans are asked, not a thousand; the next revision asks others."""
+    budget, asked = make_budget(max_concurrency=10_000), []
+
+    class Asked(Plan):
+        def planned_at(self):
+            asked.append(self)
+            return self.at
+
+    waiting = [planned(budget, Asked(30.0)) for _ in range(1000)]
+    await asyncio.sleep(1.0)
+    budget.replan(1)
+    budget.replan(2)
+    assert len(set(asked)) == 20
+    assert set(await asyncio.gather(*waiting)) == {30.0}
+
+
+async def test_plans_are_not_made_again_and_again():
+    """A thousand of them are planned again at most ten times a second."""
+    budget, plan = make_budget(max_concurrency=10_000), Plan(30.0)
+    waiting = [planned(budget, plan) for _ in range(1000)]
+    await asyncio.sleep(1.0)
+    plan.at = 20.0
+    budget.replan(1)
+    await asyncio.sleep(0.09)
+    plan.at = 5.0
+    budget.replan(2)
+    assert not budget._to_replan
+    await asyncio.sleep(0.02)
+    budget.replan(2)
+    assert budget._to_replan
+    assert set(await asyncio.gather(*waiting)) == {5.0}
+
+
 async def test_cancelled_waiters_are_not_planned_again():
     """Their entries are dropped."""
     budget, plan = make_budget(), Plan(30.0)

@@ -250,7 +250,7 @@ class TestCounts:
         model.observe("a", 1.5, 1.1)
         ended, reached = bins(model)
         fade = 299 / 300
-        assert ended[:6] == pytest.approx([0, 0, 0, 0, fade * 0.99**0.5, 0], rel=1e-5)
+        assert ended[:6] == pytest.approx([0, 0, 0, 0, fade, 0], rel=1e-5)
         assert reached[:6] == pytest.approx([fade] * 5 + [0], rel=1e-5)
 
     def test_a_whole_second_ends_its_bin(self):
@@ -268,21 +268,38 @@ class TestCounts:
         assert EDGES[ended.index(max(ended))] == 5.0
         assert reached[:21] == pytest.approx([299 / 300] * 21, rel=1e-5)
 
-    def test_a_running_task_counts_by_the_share_of_the_bin_that_it_has_passed(self):
+    def test_a_running_task_counts_in_the_bins_whose_ends_it_has_reached(self):
         """Two polls of a running task add up to its time, and no end."""
         model = DurationModel()
         model.observe("a", 0.4)
+        assert bins(model)[1][:2] == [1.0, 0.0]
         model.observe("a", 1.1)
         ended, reached = bins(model)
         assert not any(ended)
-        assert reached[:5] == pytest.approx([1, 0.6 * (1 - 0.4 / 100) + 0.4, 1, 1, 0.4], rel=1e-5)
-        assert not any(reached[5:])
+        assert reached[:6] == pytest.approx([1, 1, 1, 1, 0, 0], rel=1e-5)
 
-    def test_time_within_a_bin_counts_in_it(self):
-        """A task last seen in the first bin has not reached the second."""
+    def test_a_poll_within_a_bin_does_not_count_there(self):
+        """It would see the tasks that have ended, and none that reached the end of the bin."""
         model = DurationModel()
-        model.observe("a", 0.1)
-        assert bins(model)[1][:2] == [0.4, 0.0]
+        model.observe("a", 4.9, 4.8)
+        ended, reached = bins(model)
+        assert not any(ended)
+        assert reached[18:20] == [1.0, 0.0]
+
+    def test_a_second_poll_within_a_bin_counts_there(self):
+        """However frequent the polls are, the end of a task is counted."""
+        model = DurationModel()
+        model.observe("a", 4.8)
+        model.observe("a", 4.9, 4.85)
+        assert bins(model)[0][19] == pytest.approx(1.0, rel=0.01)
+
+    def test_many_ends_between_two_plans_keep_their_ratio(self):
+        """A thousand tasks are polled at once, and a quarter of them have ended."""
+        model = DurationModel()
+        for k in range(1000):
+            model.observe(str(k), 6.0, 5.0 if k % 4 == 0 else None)
+        ended, reached = bins(model)
+        assert ended[19] / reached[19] == pytest.approx(0.25, rel=1e-5)
 
     def test_a_bin_forgets_a_hundredth_with_each_task_that_passes_through(self):
         """Passing tasks scale both counts; those that reached it level off at 100."""
@@ -343,18 +360,32 @@ class TestPlan:
         assert 5.0 <= ages[0] <= 6.5
         assert not [age for age in ages if 8.0 < age < 38.0]
 
-    @pytest.mark.parametrize(("finished", "tasks"), [(0, 1), (100, 5), (10**6, 20)])
-    def test_it_is_made_anew_after_a_twentieth_of_the_finished_tasks_and_at_most_20(
-        self, finished, tasks
-    ):
+    @pytest.mark.parametrize(("known", "tasks"), [(0.0, 1), (4.0, 5), (100.0, 20)])
+    def test_it_is_made_anew_the_sooner_the_fewer_tasks_were_seen_at_an_age(self, known, tasks):
         """Tasks that end change the next age only when the plan is made anew."""
-        model = DurationModel.from_json(saved([0.0] * BINS, [0.0] * BINS, finished))
-        before = model.next_age(0.0)
-        ended = 0
-        while model.next_age(0.0) == before and ended < 100:
+        model = DurationModel.from_json(saved([0.0] * BINS, [known] * BINS))
+        before, ended = model.revision, 0
+        while model.revision == before:
             model.observe(str(ended), 3.0, 2.0)
             ended += 1
-        assert ended == tasks + (finished == 100)
+        assert ended == tasks
+
+    def test_running_tasks_make_it_anew_ten_times_as_late(self):
+        """They are the many, and each shows little."""
+        model = DurationModel()
+        before, polls = model.revision, 0
+        while model.revision == before:
+            model.observe(str(polls), 2.0)
+            polls += 1
+        assert polls == pytest.approx(10, abs=1)
+
+    def test_the_trend_goes_on_where_nothing_is_known(self):
+        """Tasks that end faster and faster up to 10 s are expected to go on ending after it."""
+        rising = [0.2 * k for k in range(20)]
+        trend = DurationModel.from_json(saved([0.0] * 20 + rising, [20.0] * 40))
+        flat = DurationModel.from_json(saved([0.0] * 40, [20.0] * 40))
+        assert trend.next_age(10.0) < 12.5
+        assert flat.next_age(10.0) > 15.0
 
     def test_a_step_is_a_quarter_of_a_second_at_least(self):
         """However cheap a request is."""
@@ -372,25 +403,27 @@ class TestPlan:
         model = DurationModel()
         for k in range(15):
             model.observe(str(k), 0.0)
-        assert not model.wants_scouts(5.0)
+        assert not model.scout_share(0.25, 4.0)
         model.observe("15", 0.0)
-        assert model.wants_scouts(5.0)
-        assert model.wants_scouts(1e6)
+        assert model.scout_share(0.25, 4.0) == 0.125
+        assert model.scout_share(0.25, 1e6) == 0.125
+        assert not model.scout_share(4.0, 4.0)
+        for k in range(1000):
+            model.observe(f"running{k}", 0.0)
+        assert model.scout_share(0.25, 4.0) == pytest.approx(50 * 1.5 / 1016)
         for k in range(40):
             model.observe(f"ended{k}", 20.0, 12.0)
         model.next_age(0.0)
-        assert not model.wants_scouts(5.0)
-        assert model.wants_scouts(30.0)
+        assert not model.scout_share(0.25, 5.0)
+        assert model.scout_share(0.25, 30.0)
 
-    def test_the_revision_changes_when_the_finished_tasks_have_grown_by_a_quarter(self):
-        """Up to 1,000: planned polls move often at first, and not for ever."""
-        model, seen = DurationModel(), {0: 0}
-        for k in range(1, 2000):
+    def test_the_revision_changes_with_the_plan(self):
+        """Planned polls move when the plan does, and not for every task that ends."""
+        model, revisions = DurationModel(), set()
+        for k in range(2000):
             model.observe(str(k), 12.0, 10.0)
-            seen.setdefault(model.revision, k)
-        assert list(seen.values())[:6] == [0, 1, 2, 3, 4, 5]
-        assert len(seen) < 32
-        assert max(seen.values()) <= 1000
+            revisions.add(model.revision)
+        assert 100 <= len(revisions) < 130
 
 
 times = st.floats(0.0, 4000.0)
@@ -498,7 +531,7 @@ class TestSaving:
 class TestMerging:
     def test_a_new_model_takes_over_what_another_knows(self):
         """It polls as the other does from then on, at its own cost."""
-        known = taught([40.0] * 30)
+        known = DurationModel.from_json(taught([40.0] * 30).to_json())
         new = DurationModel(cost_per_request=known.cost_per_request)
         new.merge(known)
         assert new.to_json() == known.to_json()
@@ -548,13 +581,13 @@ class TestWaitLearned:
         assert wait(state_after(age=10.0)) == model.next_age(10.0, 0.5) - 10.0
 
     def test_tasks_begun_together_are_not_polled_together(self):
-        """By default the delay varies by four per cent."""
+        """By default the delay varies by two per cent."""
         model = DurationModel()
         wait = wait_learned(model)
         delays = [wait(state_after(age=10.0)) for _ in range(50)]
         assert len(set(delays)) > 40
         assert min(delays) >= model.next_age(10.0) - 10.0
-        assert max(delays) <= model.next_age(10.0, 1.04) - 10.0
+        assert max(delays) <= model.next_age(10.0, 1.02) - 10.0
 
     def test_after_a_failed_poll_it_backs_off_from_one_second(self):
         """The failed poll may have missed the task's end, so the next one comes soon."""
@@ -578,6 +611,34 @@ class TestWaitLearned:
         delays = [wait(state_after(age=1.0, error=OSError(), failures=1)) for _ in range(50)]
         assert len(set(delays)) > 40
         assert 0.8 <= min(delays) <= max(delays) <= 1.2
+
+    def test_scouts_are_polled_before_the_planned_age(self):
+        """They are those with the smallest values, spread evenly over the root of the age."""
+        model = DurationModel()
+        for k in range(1000):
+            model.observe(str(k), 0.0)
+        state = state_after(age=1.0)
+        planned = model.next_age(1.0)
+        share = model.scout_share(1.25, planned)
+        scouts = [
+            wait_learned(model, jitter=self.exact, scout=wait_fixed(place * share))
+            for place in (0.0, 0.5, 1.0)
+        ]
+        half = ((math.sqrt(1.25) + math.sqrt(planned)) / 2) ** 2
+        delays = [scout(state) for scout in scouts]
+        assert delays == pytest.approx([0.25, half - 1.0, planned - 1.0])
+
+    def test_a_poll_that_moves_sends_no_scouts_to_where_they_are(self):
+        """Scouts were chosen up to the age for which it was planned."""
+        model = DurationModel()
+        for k in range(1000):
+            model.observe(str(k), 0.0)
+        eager = wait_learned(model, jitter=self.exact, scout=wait_fixed(0.0))
+        planned = model.next_age(1.0)
+        state = state_after(age=1.0)
+        assert eager(state) == pytest.approx(0.25)
+        assert eager.delay_again(state, planned - 1.0) == pytest.approx(planned - 2.0)
+        assert eager.delay_again(state, planned + 1.0) == planned - 1.0
 
     def test_in_a_plain_tenacity_loop_the_age_is_the_time_since_its_start(self):
         """The strategy also serves retries of other things."""
@@ -617,32 +678,18 @@ class TestEfficiency:
             ratios.append(bench.mean_cost(spent, everyone) / bench.mean_cost(best, everyone))
         return statistics.fmean(ratios)
 
-    @pytest.mark.parametrize(
-        ("shape", "bar"),
-        [
-            ("tight", 1.06),
-            ("mixed", 1.08),
-            ("wide", 1.08),
-            ("two modes", 1.08),
-            ("two modes, whole seconds", 1.13),
-            ("three modes", 1.10),
-            ("three modes, whole seconds", 1.12),
-            ("tight, whole seconds", 1.10),
-            ("uniform", 1.06),
-            ("Pareto", 1.08),
-            ("stragglers", 1.11),
-            ("150 s", 1.08),
-            ("2 s", 1.06),
-        ],
-    )
-    def test_it_comes_near_the_optimum_from_a_fresh_start(self, shape, bar):
+    @pytest.mark.parametrize("shape", [k for k in bench.SHAPES if "shift" not in k])
+    def test_it_comes_near_the_optimum_from_a_fresh_start(self, shape):
         """J over all tasks, learning included, against a schedule that knows the durations."""
-        assert self.ratio(shape, at_once=False) <= bar
+        bars = {"mixed": 1.07, "Pareto": 1.08, "150 s": 1.08, "stragglers": 1.10}
+        bars |= {"two modes, whole seconds": 1.10, "three modes, whole seconds": 1.10}
+        assert self.ratio(shape, at_once=False) <= bars.get(shape, 1.06)
 
-    @pytest.mark.parametrize("shape", ["mixed", "wide", "Pareto", "150 s"])
+    @pytest.mark.parametrize("shape", [k for k in bench.SHAPES if "shift" not in k])
     def test_a_large_batch_begun_at_once_learns_from_its_first_tasks(self, shape):
         """Scouts, and polls that move: within a quarter of a schedule that knows the durations."""
-        assert self.ratio(shape, at_once=True) <= 1.25
+        bars = {"two modes, whole seconds": 1.40}
+        assert self.ratio(shape, at_once=True) <= bars.get(shape, 1.25)
 
     @pytest.mark.parametrize("shape", [k for k in bench.SHAPES if "shift" not in k])
     def test_a_large_batch_begun_at_once_costs_less_than_with_a_backoff(self, shape):

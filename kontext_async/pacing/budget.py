@@ -46,6 +46,8 @@ _PROBE_STRIDE = 0.382  # of the queue of first polls, between two probes: spread
 _MIN_LOGGED_PAUSE = 1.0  # s
 _MAX_MOVED = 1000  # entries that one dispatch sorts by deadline, so that it ends soon
 _MAX_REPLANNED = 300  # entries that one dispatch plans again
+_REPLAN_SAMPLE = 10  # entries, of which one must have moved before all are planned again
+_REPLAN_PAUSE = 1e-4  # s for each entry, until all are planned again: some 5 % of one processor
 _MIN_POSTPONED = 0.2  # s by which a poll that is due must have been planned later, to be put back
 _MAX_STALE = 1000  # entries of cancelled waiters that are kept, beyond one for each waiter
 _DELAY_DECAY = 0.99  # for each permit acquired, of the longest delay of a permit
@@ -68,6 +70,11 @@ class _Waiting(NamedTuple):
     permit: _Permit
     failing: int
     plan: PlannedPoll | None
+
+
+def _has_moved(waiting: _Waiting) -> bool:
+    plan = None if waiting.permit.done() else waiting.plan
+    return plan is not None and plan.planned_at() != waiting.wanted_at
 
 
 @attrs.frozen(kw_only=True)
@@ -115,6 +122,7 @@ class RequestBudget:
         self._waiting: list[_Waiting] = []  # a heap
         self._to_replan: list[_Waiting] = []  # a heap of those to be planned again
         self._revision = 0
+        self._replan_from = 0.0  # the earliest time at which to plan all of them again
         self._failing: list[_Waiting] = []  # a heap of those whose last poll failed
         self._due = DueQueue()
         self._first: deque[_Permit] = deque()  # of first polls
@@ -192,13 +200,21 @@ class RequestBudget:
         return permit
 
     def replan(self, revision: int) -> None:
-        """Plan all polls of the queue again, a few at a time, if the revision is a new one."""
-        if revision == self._revision or self._to_replan:
+        """Plan the polls of the queue again, a few at a time, if the revision is a new one.
+
+        A sample of them is planned first; if none of it moves, the others stay as they are.
+        """
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        if revision == self._revision or self._to_replan or now < self._replan_from:
             return
         self._revision = revision
-        self._to_replan, self._waiting = self._waiting, []
-        loop = asyncio.get_running_loop()
-        self._dispatch(loop, loop.time())
+        count = len(self._waiting)
+        stride = max(1, count // _REPLAN_SAMPLE)
+        if any(map(_has_moved, self._waiting[revision % stride :: stride])):
+            self._replan_from = now + _REPLAN_PAUSE * count
+            self._to_replan, self._waiting = self._waiting, []
+            self._dispatch(loop, now)
 
     def leave(self, permit: asyncio.Future[float]) -> None:
         """Leave the queue, or give the permit back if it was acquired meanwhile."""

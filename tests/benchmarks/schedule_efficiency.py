@@ -31,6 +31,7 @@ COST = 1.0  # seconds of lag that one request is worth
 FIXED = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20)  # s; the best of them is chosen in hindsight
 SETTLED = 200  # tasks ended after a shift, from which on "settled" counts
 ARRIVALS = ("one a second", "all at once")
+REPLAN_SAMPLE, REPLAN_PAUSE = 10, 1e-4  # tasks, and s for each task, as in a client
 PAUSE = 600.0  # s between two batches where all tasks of a batch begin at once
 
 
@@ -170,6 +171,7 @@ class _Task:
     due: float
     polls: int = 0  # the first, at age 0, included
     expected: float = 0.0
+    is_scout: bool = False
     version: int = 0  # of its entry in the queue
 
 
@@ -182,7 +184,7 @@ def simulate(
     """Each task's requests and lag, and the tasks in the order in which they were seen to end.
 
     Polls of a model's strategy move while they are planned, as a client moves them: when they are
-    due, and all of them when the model has a new revision.
+    due, and all of them when the model has a new revision that moves one of a sample.
     """
     run = _Run(wait, durations, starts, model)
     while run.looks:
@@ -207,21 +209,27 @@ class _Run:
         self.spent: list[tuple[int, float]] = [(0, 0.0)] * len(self.tasks)
         self.order: list[int] = []
         self.revision = 0
+        self.replan_from = 0.0
         self.looks = [(task.due, k, 0) for k, task in enumerate(self.tasks)]
         heapq.heapify(self.looks)
 
     def plan(self, k: int, now: float) -> None:
         task = self.tasks[k]
-        task.due = max(now, task.start + task.state.age + self.wait(task.state))
         if isinstance(self.wait, wait_learned):
+            delay = self.wait.delay_again(task.state, task.expected)
             task.expected = self.wait.model.next_age(task.state.age)
+            task.is_scout = task.state.age + delay < task.expected - 1e-6
+        else:
+            delay = self.wait(task.state)
+        task.due = max(now, task.start + task.state.age + delay)
         task.version += 1
         heapq.heappush(self.looks, (task.due, k, task.version))
 
     def has_moved(self, k: int) -> bool:
         task, wait = self.tasks[k], self.wait
-        is_planned = isinstance(wait, wait_learned) and task.polls > 0
-        return is_planned and wait.has_moved(task.state.age, task.expected)
+        if not isinstance(wait, wait_learned) or not task.polls or task.is_scout:
+            return False
+        return wait.has_moved(task.state.age, task.expected)
 
     def step(self) -> None:
         now, k, version = heapq.heappop(self.looks)
@@ -242,6 +250,7 @@ class _Run:
         if self.model:
             self.model.observe(str(k), age)
         task.state.update(now=now, attempt=task.polls, age=age)
+        task.expected = 0.0
         self.plan(k, now)
 
     def end(self, k: int, now: float) -> None:
@@ -253,16 +262,23 @@ class _Run:
         if self.model is None:
             return
         self.model.observe(str(k), age, task.duration)
-        if self.model.revision != self.revision:
+        if self.model.revision != self.revision and now >= self.replan_from:
             self.revision = self.model.revision
-            for other in self.running:
-                if self.has_moved(other):
-                    self.plan(other, now)
+            self.replan(now)
+
+    def replan(self, now: float) -> None:
+        running = list(self.running)
+        stride = max(1, len(running) // REPLAN_SAMPLE)
+        if any(map(self.has_moved, running[self.revision % stride :: stride])):
+            self.replan_from = now + REPLAN_PAUSE * len(running)
+            for k in running:
+                if self.has_moved(k):
+                    self.plan(k, now)
 
 
 def strategy(model: DurationModel, seed: int) -> wait_learned:
     """The schedule that ships, with chance of its own."""
-    return wait_learned(model, jitter=Jitter(1.0, 1.04, seed), scout=Jitter(0, 8, seed + 1))
+    return wait_learned(model, jitter=Jitter(1.0, 1.02, seed), scout=Jitter(0, 1, seed + 1))
 
 
 def learned(
