@@ -48,6 +48,21 @@ def test_a_signal_cancels_the_command_and_says_what_is_left(number, code):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_a_command_that_a_script_starts_with_an_ampersand_heeds_sigterm():
+    """Such a shell has Ctrl-C ignored, and it is so again after the command."""
+
+    async def wait():
+        signal.raise_signal(signal.SIGTERM)
+        await asyncio.sleep(5)
+
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert code_of(wait()) is Exit.TERMINATED
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_a_command_may_run_outside_the_main_thread():
     """There it handles no signals."""
 

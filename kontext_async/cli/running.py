@@ -71,10 +71,15 @@ def _terminable() -> Generator[Callable[[], bool]]:
     except ValueError:  # not in the main thread
         yield lambda: terminated
         return
+    is_ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    if is_ignored:  # by the `&` of a script; asyncio would heed neither signal
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield lambda: terminated
     finally:
         signal.signal(signal.SIGTERM, before)
+        if is_ignored:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def leave_at_once(code: object) -> None:
