@@ -144,7 +144,10 @@ def prune(
         ),
     ],
 ) -> None:
-    """Delete outcomes older than an age; their ids may be submitted again."""
+    """Delete outcomes older than an age.
+
+    Tasks without an outcome stay. A deleted id is unknown: it may be submitted again.
+    """
 
     async def delete() -> Exit:
         async with _fleet(dsn) as fleet:
