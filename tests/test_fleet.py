@@ -394,7 +394,7 @@ async def test_workers_merge_their_durations_into_one_row(fleet):
     models = [DurationModel() for _ in range(4)]
     for n, model in enumerate(models):
         for k in range(20):
-            model.observe(f"t{k}", 0.0, 10.0 * (n + 1))
+            model.observe(f"t{k}", 10.0 * (n + 1), 10.0 * (n + 1))
     await asyncio.gather(*(SharedDurations(fleet._database, model).save() for model in models))
     ((stored,),) = await fleet._database.fetch("SELECT model FROM kontext_durations")
     known = DurationModel()
@@ -407,7 +407,7 @@ async def test_workers_merge_their_durations_into_one_row(fleet):
 async def test_a_worker_that_has_learned_nothing_writes_nothing(fleet, client):
     """A model that is as it was loaded or saved is not written again."""
     shared = SharedDurations(fleet._database, client.durations)
-    client.durations.observe("a", 0.0, 5.0)
+    client.durations.observe("a", 5.0, 5.0)
     await shared.save()
     stamp = await fleet._database.fetch("SELECT updated_at FROM kontext_durations")
     await shared.save()
