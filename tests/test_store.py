@@ -141,6 +141,19 @@ async def test_a_new_ledger_that_cannot_be_completed_leaves_nothing(path, monkey
     assert [file.name for file in path.parent.iterdir()] == [f"{path.name}-lock"]
 
 
+async def test_what_a_killed_creation_left_is_removed(path):
+    """The temporary files of others are not."""
+    mine = path.with_name(f".{path.name}.{'0' * 12}.part")
+    others = [
+        path.with_name(f".{name}.{'0' * 12}.part") for name in ("image.png", "a." + path.name)
+    ]
+    for file in (mine, *others):
+        file.touch()
+    await make(path, "a")
+    assert read(path) == ["a"]
+    assert [file.exists() for file in (mine, *others)] == [False, True, True]
+
+
 async def test_the_log_of_a_killed_process_is_read(path):
     """By readers, and by the next writer."""
     await leave_log(path, "a", "b")
@@ -486,6 +499,13 @@ async def test_a_reader_reports_damage(path):
         store_module.translate_errors(path),
     ):
         connection.execute(ALL).fetchall()
+
+
+async def test_text_that_is_not_utf_8_is_damage_and_not_quoted(store, path):
+    """It may be a prompt."""
+    await store.run(ADD.replace("''", "CAST(x'ff' || 'prompt' AS TEXT)"), ("a",))
+    error = await error_of(store.run("SELECT state FROM tasks"), LedgerError)
+    assert str(error) == f"ledger {path}: it is damaged; it has been left as it is"
 
 
 async def test_reading_a_ledger_that_does_not_exist_is_an_error(path):

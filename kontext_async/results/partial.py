@@ -15,7 +15,16 @@ __all__ = ["THUMBNAILS", "PartialFile", "remove_partial_files", "write_file"]
 THUMBNAILS = "thumbnails"
 """The folder of a report's thumbnails, in the folder of the images."""
 
-_NAME = re.compile(r"\..*\.[0-9a-f]{12}\.part", re.DOTALL)
+_END = r"[0-9a-f]{12}\.part"
+_NAME = re.compile(rf"\..*\.{_END}", re.DOTALL)
+
+
+def _beginning(name: str) -> str:
+    """Return how the temporary names of a file begin.
+
+    Cut, so that a name of 255 bytes leaves room for what is added to it.
+    """
+    return f".{name[:50]}."
 
 
 class PartialFile:
@@ -25,8 +34,7 @@ class PartialFile:
         self.path = path
         self._mode = mode
         folder, name = os.path.split(path)
-        # Cut, so that a name of 255 bytes leaves room for what is added to it.
-        name = f".{name[:50]}.{secrets.token_hex(6)}.part"
+        name = f"{_beginning(name)}{secrets.token_hex(6)}.part"
         self.temporary = os.path.join(folder, name)  # noqa: PTH118  # a quarter of the time
         self._file: BinaryIO | None = None
 
@@ -79,8 +87,12 @@ def write_file(path: Path, parts: Iterable[bytes], *, mode: int = 0o666) -> None
         partial.discard()
 
 
-def remove_partial_files(folder: Path) -> None:
-    """Remove the temporary files that killed processes left in a folder of results."""
+def remove_partial_files(folder: Path, *, of: str | None = None) -> None:
+    """Remove the temporary files that killed processes left in a folder of results.
+
+    ``of``: only those of the file of this name.
+    """
+    pattern = _NAME if of is None else re.compile(re.escape(_beginning(of)) + _END)
     for path in [*folder.iterdir(), *folder.glob(f"{THUMBNAILS}/*")]:
-        if _NAME.fullmatch(path.name):
+        if pattern.fullmatch(path.name):
             path.unlink(missing_ok=True)

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias, TypeVar
 from kontext_async.errors import ClientStateError
 from kontext_async.results.errors import LedgerError
 from kontext_async.results.images.files import uncancellable
-from kontext_async.results.partial import PartialFile
+from kontext_async.results.partial import PartialFile, remove_partial_files
 
 __all__ = [
     "Row",
@@ -94,15 +94,17 @@ _ADVICE = {
 @contextmanager
 def translate_errors(path: Path) -> Generator[None]:
     """Raise errors of SQLite and the file system as `LedgerError`."""
+    damaged = f"ledger {path}: {_ADVICE[sqlite3.SQLITE_CORRUPT]}"
     try:
         yield
     except sqlite3.Error as exc:
+        if isinstance(exc, sqlite3.OperationalError) and not hasattr(exc, "sqlite_errorcode"):
+            raise LedgerError(damaged) from exc  # text that is not UTF-8; the message quotes it
         code = getattr(exc, "sqlite_errorcode", 0) & 0xFF  # without the details
         advice = _ADVICE.get(code)
         raise LedgerError(f"ledger {path}: {f'{advice} ({exc})' if advice else exc}") from exc
     except UnicodeDecodeError as exc:  # SQLite's message quotes bytes of a damaged file
-        advice = _ADVICE[sqlite3.SQLITE_CORRUPT]
-        raise LedgerError(f"ledger {path}: {advice}") from exc
+        raise LedgerError(damaged) from exc
     except OSError as exc:
         raise LedgerError(f"ledger {path}: {exc.strerror or exc}") from exc
 
@@ -190,7 +192,8 @@ def _closed_on_error(connection: sqlite3.Connection) -> Generator[None]:
 
 
 def _create(path: Path) -> None:
-    """Make an empty ledger, atomically."""
+    """Make an empty ledger, atomically; the caller holds the lock."""
+    remove_partial_files(path.parent, of=path.name)
     draft = PartialFile(os.fspath(path))
     try:
         draft.write(b"")
