@@ -131,7 +131,7 @@ def test_saving_is_a_ratio_to_the_bare_loop_in_the_same_run():
     rows = saving.run(images=3, image_bytes=5_000, rounds=1)
     assert [row["way"] for row in rows] == list(saving.WAYS)
     assert (rows[0]["cpu"]["ratio"], rows[0]["speed"]["ratio"]) == (1.0, 1.0)
-    assert saving.table(rows).count("\n") == 3
+    assert saving.table(rows).count("\n") == 4
 
 
 def test_what_a_ledger_adds_is_a_ratio_to_what_sqlite_takes_alone():
