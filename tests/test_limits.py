@@ -813,6 +813,17 @@ def test_eight_slow_answers_in_a_row_are_a_refusal(slow, is_refused):
     assert limit._state.is_refused is is_refused
 
 
+def test_failures_are_no_measure_of_how_fast_answers_are():
+    """A gateway fails at once where the service behind it takes its time."""
+    limit = DiscoveredLimit.after_refusal(0.0, 10.0)
+    exchange(limit, 0.5, "failed")
+    for at in range(1, 20):
+        answer_after(limit, at, 0.1)
+        exchange(limit, at + 0.2, "failed")
+    assert not limit._state.is_refused
+    assert limit._answered == 39
+
+
 def test_a_queue_that_refuses_after_a_second_refuses_little():
     """Two at a time take 0.1 s each; who waits for a second is refused."""
     limit, free, answers, order = DiscoveredLimit(), [0.0, 0.0], [], itertools.count()

@@ -247,11 +247,11 @@ class RequestBudget:
             is_refused = self._overload.observe(error, now=now, failing=failing)
             if was_believed and not self._overload.is_believed:
                 self._limit = self._limit.forgotten()  # it was found from broken tasks
-        reply: Reply = "lost" if cancelled else "refused" if is_refused else "answered"
+        reply: Reply = "lost" if cancelled else "answered"
         if error is not None:
             self._errors[type(error).__name__] += 1
-            if isinstance(error, TransportError):
-                reply = "lost"
+            is_lost = isinstance(error, TransportError)
+            reply = "lost" if is_lost else "refused" if is_refused else "failed"
         self._limit.release(now, sent=sent, reply=reply)
         if reply != "lost":
             self._smooth(now - sent)

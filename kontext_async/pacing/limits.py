@@ -16,8 +16,9 @@ from kontext_async.errors import ConfigurationError
 
 __all__ = ["DiscoveredLimit", "DiscoveryState", "Limit", "RateLimit", "Reply", "SlidingWindow"]
 
-# Of a request: the service answered it, refused it with 429, or no answer arrived.
-Reply = Literal["answered", "refused", "lost"]
+# Of a request: the service answered it, failed to, or refused it with 429, or no answer arrived.
+# What failed counts towards the rate as what was answered does. How long it took says nothing.
+Reply = Literal["answered", "failed", "refused", "lost"]
 
 
 def _check(name: str, value: object, kind: type[int | float]) -> None:
@@ -314,12 +315,13 @@ class DiscoveredLimit:
                 self._probed_at = math.inf
             if sent >= self._cycle_began:  # one sent before is refused for the rate before
                 self._refuse(now)
-        elif reply == "answered":
+        elif reply != "lost":
             if is_probe:
                 self._start_cycle(now)
             self._answered += 1
             self._answers.append(now)
-            self._observe_time(now, now - sent)
+            if reply == "answered":
+                self._observe_time(now, now - sent)
 
     def _observe_time(self, now: float, taken: float) -> None:
         """Note how long an answer took: many slow ones in a row are a queue that is filling."""
