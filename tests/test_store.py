@@ -25,7 +25,7 @@ from ledger_world import (
 from kontext_async import ClientStateError
 from kontext_async.results import LedgerError
 from kontext_async.results.ledger import store as store_module
-from kontext_async.results.ledger.store import Store, open_reader, open_writer
+from kontext_async.results.ledger.store import Store, open_reader, open_writer, translate_errors
 
 ADD = "INSERT INTO tasks (task_id, state, attempts, created_at, updated_at) VALUES (?, '', 0, 0, 0)"
 ALL = "SELECT task_id FROM tasks ORDER BY position"
@@ -506,6 +506,15 @@ async def test_text_that_is_not_utf_8_is_damage_and_not_quoted(store, path):
     await store.run(ADD.replace("''", "CAST(x'ff' || 'prompt' AS TEXT)"), ("a",))
     error = await error_of(store.run("SELECT state FROM tasks"), LedgerError)
     assert str(error) == f"ledger {path}: it is damaged; it has been left as it is"
+
+
+def test_an_error_of_the_disk_says_what_to_check(path):
+    """A full disk is one, where SQLite has no room for its shared memory."""
+    failure = sqlite3.OperationalError("disk I/O error")
+    failure.sqlite_errorcode = sqlite3.SQLITE_IOERR_SHMSIZE
+    refused = pytest.raises(LedgerError, match=r"check that it has room \(disk I/O error\)")
+    with refused, translate_errors(path):
+        raise failure
 
 
 async def test_reading_a_ledger_that_does_not_exist_is_an_error(path):

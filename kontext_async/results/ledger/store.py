@@ -86,6 +86,7 @@ _ADVICE = {
     sqlite3.SQLITE_CANTOPEN: "it cannot be opened: check that its folder is writable",
     sqlite3.SQLITE_CORRUPT: "it is damaged; it has been left as it is",
     sqlite3.SQLITE_FULL: "the disk is full; what was recorded before is safe",
+    sqlite3.SQLITE_IOERR: "the disk did not read or write it: check that it has room",
     sqlite3.SQLITE_NOTADB: "it is not a ledger; it has been left as it is",
     sqlite3.SQLITE_READONLY: "it cannot be written to",
 }
