@@ -118,8 +118,7 @@ _PRIOR_AGES: Final = (0.0, 0.75, 1.5, 3.0, 4.5, 7.5, 11.0, 20.0, 40.0, 200.0, ma
 _PRIOR_RATES: Final = (0.0, 0.17, 0.21, 0.14, 0.115, 0.054, 0.029, 0.0165, 0.014, 0.014, 0.014)
 _PRIOR_REACH: Final = 300.0  # s of age that the plan covers at least
 
-# These were chosen with tests/benchmarks/schedule_efficiency.py. A factor of 2 either way changes
-# the costs there by less than 5 % on average.
+# These were chosen with tests/benchmarks/schedule_efficiency.py.
 _PRIOR_TASKS: Final = 0.5  # tasks that a forecast counts as in each bin
 _TREND_SPAN: Final = 0.1  # of the age, over which the trend of a bin's forecast forgets to 1/e
 _BIN_MEMORY: Final = 100.0  # tasks passing through a bin after which its counts have faded to 1/e
