@@ -589,6 +589,16 @@ async def test_an_entry_that_something_else_wrote_is_an_error_of_the_ledger(path
         list(Ledger.read_submissions(path))
 
 
+async def test_a_request_that_is_not_found_again_is_an_error_of_the_ledger(path):
+    """A damaged index hides it."""
+    async with Ledger(path) as ledger:
+        await ledger._store.run(
+            "CREATE TRIGGER lost AFTER INSERT ON submissions BEGIN DELETE FROM submissions; END"
+        )
+        with pytest.raises(LedgerError, match="request 'a' is unreadable"):
+            await ledger._submissions.plan("a", prompts(1)[0], "token")
+
+
 async def test_prompts_and_tokens_are_not_in_reprs(path):
     async with Simulator(durations=1.0) as simulator:
         found = await run(path, simulator, prompts(1))

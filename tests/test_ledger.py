@@ -264,6 +264,16 @@ async def test_an_unreadable_entry_ends_the_batch_that_needs_it(client, simulato
     )
 
 
+async def test_an_entry_that_is_not_found_again_ends_the_batch(client, simulator, path):
+    """A damaged index hides it, which the check at the opening does not see."""
+    simulator.add_task("done", duration=0)
+    async with Ledger(path) as ledger:
+        await collected(ledger, client, ["done"])
+        await ledger._store.run("DELETE FROM tasks")
+        error = await error_of(collected(ledger, client, ["done"]), LedgerError)
+    assert "task 'done' is unreadable" in str(error)
+
+
 async def test_flipped_bytes_are_named_or_harmless(path):
     """Whatever a bad disk makes of the file, it can be read, or a `LedgerError` says why not."""
     async with Ledger(path) as ledger:

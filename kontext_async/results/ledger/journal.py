@@ -12,6 +12,7 @@ from kontext_async.results.ledger.rows import (
     RECALLED,
     TaskState,
     error_text,
+    readable,
     recalled,
     record_text,
     state_of,
@@ -56,7 +57,9 @@ class LedgerJournal:
     def begin(self, task_id: str) -> asyncio.Future[TaskOutcome | None]:
         """Recall the outcome of a task in a final state, or note that a wait begins."""
         if self._ended.get(task_id) in self._final:
-            return self._store.submit(_RECALL, (task_id,), self._recalled)
+            return self._store.submit(
+                _RECALL, (task_id,), functools.partial(self._recalled, task_id)
+            )
         self._ended.pop(task_id, None)
         now = time.time()
         return self._store.submit(_BEGIN, (task_id, now, now), lambda _: None)
@@ -74,8 +77,10 @@ class LedgerJournal:
         recorded = functools.partial(self._recorded, outcome.task_id, state)
         return self._store.submit(_END, values, recorded)
 
-    def _recalled(self, rows: list[Row]) -> TaskOutcome | None:
-        image, outcome = recalled(*rows)
+    def _recalled(self, task_id: str, rows: list[Row]) -> TaskOutcome | None:
+        with readable(task_id):
+            [row] = rows  # none, if the file's index is damaged
+        image, outcome = recalled(row)
         if outcome.result is not None:
             self._images[outcome.task_id] = image
         return outcome

@@ -248,8 +248,11 @@ class Submissions:
         now = time.time()
         params = params_text(request)
         planned = self._store.submit(_PLAN, (key, params, token, now, now), list)
-        entry = await self._store.submit(ENTRY, (key,), lambda rows: submission_of(*rows))
+        rows = await self._store.run(ENTRY, (key,))
         await planned
+        with readable(key, "request"):
+            [row] = rows  # none, if the file's index is damaged
+        entry = submission_of(row)
         if params_text(entry.request) != params:
             raise _two_requests(key)
         return entry
