@@ -48,10 +48,10 @@ def test_a_peer_gets_its_answer_from_the_fast_server(peer, package):
 
 
 def test_the_simulator_sees_less_refused_of_the_client_than_of_gather():
-    case = discovery.Case(requests=10, period=1, kind="window", windows=8)
+    case = discovery.Case(requests=10, period=1, kind="window", windows=16)
     rows = {row["way"]: row for row in discovery.run([case])}
     assert rows["kontext-async"]["answered"] > 0.5
-    assert rows["kontext-async"]["refused"] < 0.1
+    assert rows["kontext-async"]["refused"] < 0.07
     assert rows["gather"]["refused"] > 0.5
     assert rows["kontext-async, told"]["refusals"] == 0
     assert all(row["asked_to_the_end"] for row in rows.values())
