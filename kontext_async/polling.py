@@ -164,6 +164,8 @@ class RequestPacing(Protocol):
     def acquire_delay(self) -> float: ...
     @property
     def has_outage(self) -> bool: ...
+    @property
+    def has_planned_polls(self) -> bool: ...
     def blocked_by(self, task_id: str, now: float) -> KontextError | None: ...
     def pause_remaining(self, now: float) -> float: ...
     def pause_spent(self, now: float) -> float: ...
@@ -421,9 +423,10 @@ class TaskWait:
             return None
         if record.duration is not None:
             duration = record.duration.total_seconds()
-            durations = self._poller.durations
+            durations, budget = self._poller.durations, self._poller.budget
             durations.observe(self._task_id, self._age(now), duration)
-            self._poller.budget.replan(durations.revision)
+            if budget.has_planned_polls:  # the model plans again when it is asked, at 0.3 ms
+                budget.replan(durations.revision)
         self._emit(now, record=record)
         if record.status.phase == "ready":
             return TaskOutcome(task_id=self._task_id, result=CompletedTask.of(record))

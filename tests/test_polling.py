@@ -1255,7 +1255,7 @@ def test_no_wait_lasts_longer_than_its_deadline(data, seed):
 # --- polls that move ----------------------------------------------------------------------------
 
 
-async def batch_polls(simulator, durations, **options):
+async def batch_polls(simulator, durations, /, **options):
     """Wait for tasks of these durations at once with a fresh model; return the outcomes."""
     ids = [simulator.add_task(duration=duration) for duration in durations]
     async with make_client(simulator, **options) as client:
@@ -1269,6 +1269,23 @@ async def test_what_a_batch_learns_moves_the_polls_of_its_other_tasks(simulator)
     times = [request_times(simulator, task_id) for task_id in ids]
     assert sum(map(len, times)) < 3 * len(ids)  # the first poll included
     assert sum(at[-1] for at in times) < 16.0 * len(ids)
+
+
+async def test_no_plan_is_made_where_no_poll_sleeps(simulator):
+    """A plan costs as much as ten polls; where all tasks have ended already, none can move."""
+    asked = []
+
+    class Asked(DurationModel):
+        @property
+        def revision(self):
+            asked.append(self)
+            return super().revision
+
+    _, outcomes = await batch_polls(simulator, [0.0] * 50, durations=Asked())
+    assert all(outcome.result for outcome in outcomes)
+    assert not asked
+    await batch_polls(simulator, [3.0, 5.0], durations=Asked())
+    assert asked
 
 
 async def test_the_last_poll_before_a_deadline_does_not_move(simulator):

@@ -199,6 +199,11 @@ class RequestBudget:
         self._dispatch(loop, now)
         return permit
 
+    @property
+    def has_planned_polls(self) -> bool:
+        """True if polls sleep in the queue that `replan` may move."""
+        return bool(self._waiting)
+
     def replan(self, revision: int) -> None:
         """Plan the polls of the queue again, a few at a time, if the revision is a new one.
 
