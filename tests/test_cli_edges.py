@@ -49,9 +49,11 @@ def test_a_signal_cancels_the_command_and_says_what_is_left(number, code):
 
 
 def test_a_command_that_a_script_starts_with_an_ampersand_heeds_sigterm():
-    """Such a shell has Ctrl-C ignored, and it is so again after the command."""
+    """Such a shell has Ctrl-C ignored, and it stays so."""
 
     async def wait():
+        signal.raise_signal(signal.SIGINT)
+        await asyncio.sleep(0)
         signal.raise_signal(signal.SIGTERM)
         await asyncio.sleep(5)
 

@@ -17,6 +17,8 @@ import typer
 from kontext_async.cli.output import Exit, OutputError, say, silence
 from kontext_async.errors import ConfigurationError, KontextError
 
+_STOPPED = {Exit.INTERRUPTED, Exit.TERMINATED}
+
 
 @contextmanager
 def exit_on_error() -> Generator[None]:
@@ -35,12 +37,13 @@ def run(
 ) -> NoReturn:
     """Run a command and exit with its code; call ``on_interrupt`` after Ctrl-C or SIGTERM."""
     try:
-        with _terminable() as was_terminated, exit_on_error(), asyncio.Runner() as runner:
+        with exit_on_error(), asyncio.Runner() as runner:
             try:
-                code = runner.run(main)
+                code = runner.run(_until_sigterm(main))
             except KeyboardInterrupt:
+                code = Exit.INTERRUPTED
+            if code in _STOPPED:
                 on_interrupt()
-                code = Exit.TERMINATED if was_terminated() else Exit.INTERRUPTED
                 # The threads of name resolution cannot be interrupted; closing would await them.
                 runner.get_loop().set_default_executor(ThreadPoolExecutor(1))
     except BrokenPipeError:
@@ -53,38 +56,37 @@ def run(
     raise typer.Exit(code)
 
 
-@contextmanager
-def _terminable() -> Generator[Callable[[], bool]]:
-    """Treat SIGTERM as Ctrl-C; the value tells whether it has come.
+async def _until_sigterm(main: Coroutine[Any, Any, Exit]) -> Exit:
+    """Run a command; SIGTERM cancels it.
 
     A handler of our own is heeded as process 1 of a container too, where the system's is not.
     """
-    terminated = False
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None, "coroutines run in tasks"
+    is_terminated = False
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        nonlocal terminated
-        terminated = True
-        signal.raise_signal(signal.SIGINT)
+    def terminate(number: int, frame: FrameType | None) -> None:
+        nonlocal is_terminated
+        is_terminated = True
+        loop.call_soon_threadsafe(task.cancel)
 
     try:
-        before = signal.signal(signal.SIGTERM, interrupt)
+        before = signal.signal(signal.SIGTERM, terminate)
     except ValueError:  # not in the main thread
-        yield lambda: terminated
-        return
-    is_ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    if is_ignored:  # by the `&` of a script; asyncio would heed neither signal
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        return await main
     try:
-        yield lambda: terminated
+        return await main
+    except asyncio.CancelledError:
+        if is_terminated:
+            return Exit.TERMINATED
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
-        if is_ignored:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def leave_at_once(code: object) -> None:
     """End the process if it was interrupted, without waiting for threads that hang."""
-    if code in {Exit.INTERRUPTED, Exit.TERMINATED}:
+    if code in _STOPPED:
         for stream in (sys.stdout, sys.stderr):
             with suppress(AttributeError, OSError, ValueError):
                 stream.flush()
