@@ -283,3 +283,17 @@ def test_wrong_options_of_callbacks_pay_for_nothing(kontext, simulator, options,
     assert code == 2
     assert says in said
     assert not simulator.requests
+
+
+@pytest.mark.parametrize("command", [["generate"], ["edit", "https://example.com/a.png"]])
+def test_images_at_a_private_address_may_be_allowed(command, kontext, simulator):
+    """The images' origin is not the API's here; the error names the option that permits it."""
+    api = simulator.base_url.replace("127.0.0.1", "localhost")
+    into = ("a boat", "--into", "pictures", "--base-url", api)
+    code, (_, refused), err = kontext(*command, *into, address=False)
+    assert (code, refused["file"]) == (4, None)
+    assert "--allow-private" in err
+    code, (done,), _ = kontext(*command, *into, "--allow-private", address=False)
+    assert code == 0
+    assert done["file"]
+    assert len(simulator.created) == 1

@@ -11,6 +11,7 @@ import typer
 from kontext_async.cli.connection import connection
 from kontext_async.cli.options import (
     AllowHttp,
+    AllowPrivate,
     AsJson,
     BaseUrl,
     BatchTimeout,
@@ -130,6 +131,7 @@ def generate(
     no_memory: NoMemory = False,
     base_url: BaseUrl = DEFAULT_BASE_URL,
     allow_http: AllowHttp = False,
+    allow_private: AllowPrivate = False,
     proxy: Proxy = None,
     api_key_file: KeyFile = None,
 ) -> None:
@@ -157,6 +159,7 @@ def generate(
             no_memory=no_memory,
         ),
         as_json=as_json,
+        allow_private=allow_private,
         report=report,
         dry_run=dry_run,
         creation_limit=creation_limit,
@@ -184,6 +187,7 @@ def edit(
     no_memory: NoMemory = False,
     base_url: BaseUrl = DEFAULT_BASE_URL,
     allow_http: AllowHttp = False,
+    allow_private: AllowPrivate = False,
     proxy: Proxy = None,
     api_key_file: KeyFile = None,
 ) -> None:
@@ -208,6 +212,7 @@ def edit(
             no_memory=no_memory,
         ),
         as_json=as_json,
+        allow_private=allow_private,
         timeout=timeout,
     )
 

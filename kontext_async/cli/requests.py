@@ -130,6 +130,7 @@ async def run_requests(
     on_submitted: Callable[[SubmittedTask], None],
     callbacks: Callbacks | None,
     session: aiohttp.ClientSession | None = None,
+    allow_private: bool = False,
     **keywords: Any,
 ) -> None:
     """Create tasks for requests by key, save their images, and pass each to a callback."""
@@ -141,7 +142,9 @@ async def run_requests(
 
     async with (
         Ledger(folder / LEDGER) as ledger,
-        ImageSaver(client, folder, overwrite=True, session=session) as saver,
+        ImageSaver(
+            client, folder, overwrite=True, allow_private=allow_private, session=session
+        ) as saver,
         receiving(callbacks, client, ledger),
     ):
         await saver.sweep()
