@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket
 from bisect import bisect_left
 
 import psycopg
 import pytest
 from procrastinate import App
 from procrastinate.exceptions import ConnectorException
+from psycopg.conninfo import make_conninfo
 
 from kontext_async import (
     AuthenticationError,
@@ -229,6 +231,36 @@ async def test_a_database_that_is_not_there_is_an_error(tmp_path):
         await fleet.__aenter__()
     assert caught.value.retryable
     assert "hunter2" not in f"{caught.value} {fleet!r}"
+    assert str(caught.value) == (
+        f"cannot reach the database at {tmp_path}:5432: No such file or directory; "
+        "check the connection string, and that PostgreSQL runs there"
+    )
+
+
+async def test_each_host_of_a_database_that_is_not_there_is_named():
+    """The reasons of several are those of the last, once."""
+    with pytest.raises(FleetError) as caught:
+        await Fleet("postgresql://127.0.0.1:1,127.0.0.1:2/x").__aenter__()
+    assert str(caught.value).startswith(
+        "cannot reach the database at 127.0.0.1:1, 127.0.0.1:2: Connection refused; check"
+    )
+
+
+async def test_a_server_that_does_not_answer_is_an_error(monkeypatch):
+    """The wait for it is bounded."""
+    monkeypatch.setattr("kontext_async.fleet.database._CONNECT_TIMEOUT", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        with pytest.raises(FleetError, match=f":{port}: no answer in time; ") as caught:
+            await Fleet(f"postgresql://127.0.0.1:{port}/x").__aenter__()
+    assert caught.value.retryable
+
+
+async def test_a_login_that_is_refused_is_not_tried_again(dsn):
+    """The advice names what may be wrong: the user, the password, the database."""
+    with pytest.raises(FleetError, match=r': database "nowhere" does not exist; .*~/\.pgpass') as e:
+        await Fleet(make_conninfo(dsn, dbname="nowhere")).__aenter__()
+    assert not e.value.retryable
 
 
 @pytest.mark.parametrize("dsn", ["", "postgresql://user:hunter2@[host/x", "hunter2", 5])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncGenerator, Generator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Final, LiteralString, TypeAlias
@@ -12,12 +13,23 @@ from procrastinate import App, PsycopgConnector
 from procrastinate.exceptions import ConnectorException
 from procrastinate.schema import SchemaManager
 from psycopg.conninfo import conninfo_to_dict
+from psycopg.pq import Conninfo
 from psycopg_pool import AsyncConnectionPool
 
 from kontext_async.errors import ClientStateError, ConfigurationError
 from kontext_async.fleet.errors import FleetError
 
-__all__ = ["AWAY", "CHANNEL", "LEFT", "QUEUE", "Connection", "Database", "Row", "translate_errors"]
+__all__ = [
+    "AWAY",
+    "CHANNEL",
+    "LEFT",
+    "QUEUE",
+    "Connection",
+    "Database",
+    "Row",
+    "reason",
+    "translate_errors",
+]
 
 Row: TypeAlias = tuple[Any, ...]
 Connection: TypeAlias = psycopg.AsyncConnection[Row]
@@ -31,6 +43,12 @@ AWAY: Final = (psycopg.OperationalError, ConnectorException, TimeoutError)
 _SCHEMA_LOCK = 0x4B6E7478  # "Kntx", of the locks of the whole database
 _CONNECTIONS = 6  # of one process: chunks, heartbeats, the sweep and the leases take turns
 _CONNECT_TIMEOUT = 10.0  # s
+
+# The error of a failed connection has no SQLSTATE, only the server's words.
+_REFUSED = re.compile(r"password|authentication|pg_hba|does not exist|permission|not permitted")
+_BEFORE_REASON = re.compile(
+    r"^(.* failed: |connection is bad: |failed to resolve host .*\] )?(FATAL:|fe_sendauth:)?"
+)
 
 _TABLES: Final = (
     """
@@ -99,7 +117,39 @@ def translate_errors() -> Generator[None]:
         ) from exc
     except (psycopg.Error, ConnectorException) as exc:
         is_away = isinstance(exc, AWAY)
-        raise FleetError(f"the database failed: {exc}", retryable=is_away) from exc
+        raise FleetError(f"the database failed: {reason(exc)}", retryable=is_away) from exc
+
+
+def reason(error: BaseException) -> str:
+    """Return the first line of an error, without the driver's words about the connection."""
+    return _BEFORE_REASON.sub("", str(error).partition("\n")[0]).strip()
+
+
+def _cannot_connect(dsn: str, error: BaseException) -> FleetError:
+    """Return the error for a connection that failed."""
+    problem = reason(error) or "no answer in time"
+    is_refused = _REFUSED.search(problem) is not None
+    advice = (
+        "check the user, the password (PGPASSWORD or ~/.pgpass) and the database's name"
+        if is_refused
+        else "check the connection string, and that PostgreSQL runs there"
+    )
+    return FleetError(
+        f"cannot reach the database at {_address(dsn)}: {problem}; {advice}",
+        retryable=not is_refused,
+    )
+
+
+def _address(dsn: str) -> str:
+    """Return the hosts and ports of a connection string, which may come from the environment."""
+    parts = {
+        option.keyword.decode(): option.val.decode()
+        for option in Conninfo.get_defaults()
+        if option.val
+    } | {name: str(value) for name, value in conninfo_to_dict(dsn).items()}
+    hosts = (parts.get("host") or parts.get("hostaddr") or "local socket").split(",")
+    ports = parts["port"].split(",") * len(hosts)
+    return ", ".join(f"{host}:{port}" for host, port in zip(hosts, ports, strict=False))
 
 
 def _checked_dsn(dsn: object) -> str:
@@ -141,11 +191,13 @@ class Database:
             name="kontext-fleet",
         )
         try:
-            with translate_errors():
-                async with await self._connect():  # its error says more than the pool's
-                    pass
-                await pool.open(wait=True, timeout=_CONNECT_TIMEOUT)
-                await self.app.open_async(pool)
+            async with await self._connect():  # its error says more than the pool's
+                pass
+            await pool.open(wait=True, timeout=_CONNECT_TIMEOUT)
+            await self.app.open_async(pool)
+        except AWAY as exc:
+            await pool.close()
+            raise _cannot_connect(self._dsn, exc) from exc
         except BaseException:
             await pool.close()
             raise

@@ -10,7 +10,8 @@ __all__ = ["FleetError"]
 class FleetError(KontextError):
     """Raised when a fleet's database cannot be reached, read or written.
 
-    It is retryable where the database was away, and not where it refused the statement.
+    It is retryable where the database was away, and not where it refused the login or the
+    statement.
     """
 
     title = "Database trouble"
@@ -22,6 +23,3 @@ class FleetError(KontextError):
     @property
     def handling(self) -> Handling:
         return Handling.RETRY if self._retryable else Handling.RAISE
-
-    def __str__(self) -> str:
-        return f"fleet: {self._one_line(self.args[0])}"

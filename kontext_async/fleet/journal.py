@@ -11,7 +11,7 @@ from typing import Final
 import psycopg
 
 from kontext_async.errors import AuthenticationError
-from kontext_async.fleet.database import AWAY, CHANNEL, Database
+from kontext_async.fleet.database import AWAY, CHANNEL, Database, reason
 from kontext_async.fleet.errors import FleetError
 from kontext_async.polling import TaskOutcome
 from kontext_async.results.ledger.rows import error_text, record_text, state_of
@@ -87,7 +87,7 @@ class OutcomeWriter:
             await asyncio.sleep(_RETRY_AFTER)
             return
         except psycopg.Error as exc:
-            failure = FleetError(f"outcomes cannot be written: {exc}", retryable=False)
+            failure = FleetError(f"outcomes cannot be written: {reason(exc)}", retryable=False)
             for _, written in group:
                 written.set_exception(failure)
         else:
