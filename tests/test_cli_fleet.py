@@ -105,6 +105,28 @@ def test_old_outcomes_are_deleted_by_their_age(kontext):
         assert "--older-than" in kontext("fleet", "prune", *words, code=2).stderr
 
 
+@pytest.mark.parametrize("value", [None, ""])
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        ("fleet init", "argument 'DSN'"),
+        ("fleet status", "argument 'DSN'"),
+        ("fleet prune --older-than 1d", "argument 'DSN'"),
+        ("submit --from -", "option '--dsn'"),
+        ("worker", "option '--dsn'"),
+    ],
+)
+def test_a_missing_address_is_named_with_its_variable(words, what, value, monkeypatch):
+    """An empty variable is not an address."""
+    monkeypatch.delenv("KONTEXT_FLEET_DSN", raising=False)
+    if value is not None:
+        monkeypatch.setenv("KONTEXT_FLEET_DSN", value)
+    done = CliRunner().invoke(app, words.split(), prog_name="kontext")
+    problem = f"missing {what}: give it, or set KONTEXT_FLEET_DSN"
+    assert done.stderr.startswith(f"kontext: {problem}\nFor help: kontext {words.split()[0]}")
+    assert done.exit_code == 2
+
+
 def test_a_missing_table_is_a_message(kontext):
     assert "kontext fleet init" in kontext("fleet", "status", code=4).stderr
 

@@ -24,6 +24,9 @@ def _checking(ctx: Any) -> Generator[None]:
         yield
     except typer.TyperException as error:
         problem = _BAD_VALUE.sub(r"\1 must \2", error.format_message()).removesuffix(".")
+        variable = getattr(getattr(error, "param", None), "envvar", None)
+        if variable and problem.startswith("Missing"):
+            problem += f": give it, or set {variable}"
         fail(f"{problem[0].lower()}{problem[1:]}\nFor help: {ctx.command_path} -h")
 
 
