@@ -48,21 +48,31 @@ async def tunnel(target, reader, writer):
 
 
 @contextlib.asynccontextmanager
-async def proxy(refuse=False, drops_kept=False):
-    """Serve an HTTP proxy; give its port and the heads of the requests it forwarded.
+async def proxy(refuse=False, drops_kept=False, connections=None):
+    """Serve an HTTP proxy; give its port and the heads of the requests for it.
 
     ``drops_kept``: it offers to keep connections, and closes each at its second request.
+    ``connections``: it keeps connections, and adds the methods of each to this list. Another
+    process may still poll a server that had this port before: what asks for a path, and not for a
+    URL or a host, is refused and not counted.
     """
     heads = []
     writers = set()
 
     async def forward(reader, writer):
         writers.add(writer)
+        methods = []
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode()
-                heads.append(head)
                 method, target, _ = head.split("\r\n", 1)[0].split(" ")
+                if target.startswith("/"):
+                    writer.write(b"HTTP/1.1 400 Not for a proxy\r\nContent-Length: 0\r\n\r\n")
+                    continue
+                heads.append(head)
+                methods.append(method)
+                if connections is not None and len(methods) == 1:
+                    connections.append(methods)
                 if refuse:
                     writer.write(b"HTTP/1.1 407 Login, please\r\nContent-Length: 0\r\n\r\n")
                     continue
@@ -79,10 +89,12 @@ async def proxy(refuse=False, drops_kept=False):
                 there_out.write(f"{line}{rest}".encode() + body)
                 answer = await there_in.read()
                 there_out.close()
-                if not drops_kept:
+                if not drops_kept and connections is None:
                     writer.write(answer)
                     break
                 writer.write(answer.replace(b"Connection: close", b"Connection: keep-alive", 1))
+                if connections is not None:
+                    continue
                 await reader.readuntil(b"\r\n\r\n")
                 break
         writer.close()
@@ -165,6 +177,29 @@ async def test_a_paid_request_has_a_connection_of_its_own(tmp_path):
         )
     assert code == 0, err
     assert [line["outcome"] for line in lines].count("success") == 3
+
+
+@pytest.mark.parametrize("is_given", [True, False])
+async def test_all_but_paid_requests_reuse_connections(is_given, tmp_path):
+    """Each POST has a connection of its own; polls and images have few for many."""
+    connections = []
+    async with (
+        Simulator(durations=0.0) as simulator,
+        proxy(connections=connections) as (port, _),
+    ):
+        url = f"http://127.0.0.1:{port}"
+        code, _, err = await kontext(
+            *("generate", *"abcdef", "--into", tmp_path, "--creation-limit", "1/0.2"),
+            *("--base-url", simulator.base_url),
+            *(("--proxy", url) if is_given else ()),
+            **({} if is_given else {"HTTP_PROXY": url}),
+        )
+    assert code == 0, err
+    assert connections.count(["POST"]) == 6
+    rest = [methods for methods in connections if methods != ["POST"]]
+    assert {method for methods in rest for method in methods} == {"GET"}
+    assert sum(map(len, rest)) >= 12
+    assert len(rest) <= 4
 
 
 async def test_the_environment_may_except_hosts():

@@ -34,20 +34,21 @@ class Connection:
 
     @contextlib.asynccontextmanager
     async def open(
-        self, *, creates: bool = False, **options: Any
+        self, **options: Any
     ) -> AsyncGenerator[tuple[KontextClient, aiohttp.ClientSession | None]]:
         """Give a client, and the session it shares with image hosts: None where each has its own.
 
-        Without a proxy in the options or the environment none is needed. ``creates``: the client
-        sends paid requests. ``options`` are further arguments of the client.
+        Without a proxy in the options or the environment none is needed. ``options`` are further
+        arguments of the client.
         """
         async with contextlib.AsyncExitStack() as stack:
             durations = stack.enter_context(remembered(self.base_url, wanted=not self.no_memory))
             session = None
             if self.proxy is not None or _has_proxy_in_environment():
-                # As without a proxy, a kept connection that is just being closed would lose the
-                # answer to a paid request.
-                connector = aiohttp.TCPConnector(limit=0, force_close=creates)
+                connector = _Connector(limit=0)
+                connector.for_paid = await stack.enter_async_context(
+                    aiohttp.TCPConnector(limit=0, force_close=True)
+                )
                 session = await stack.enter_async_context(
                     aiohttp.ClientSession(
                         connector=connector,
@@ -83,6 +84,22 @@ class Connection:
         if self.no_memory:
             words.append("--no-memory")
         return "".join(f"{shlex.quote(word)} " for word in words)
+
+
+class _Connector(aiohttp.TCPConnector):
+    """A connector that reuses connections, except for paid requests: those are the POST requests.
+
+    As without a proxy, a kept connection that is just being closed would lose their answers.
+    """
+
+    for_paid: aiohttp.BaseConnector
+
+    async def connect(
+        self, req: aiohttp.ClientRequest, traces: Any, timeout: aiohttp.ClientTimeout
+    ) -> aiohttp.connector.Connection:
+        if req.method == "POST":
+            return await self.for_paid.connect(req, traces, timeout)
+        return await super().connect(req, traces, timeout)
 
 
 def _has_proxy_in_environment() -> bool:

@@ -97,7 +97,6 @@ def create_tasks(
 
     async def create() -> Exit:
         async with options.open(
-            creates=True,
             creation_limit=creation_limit,
             callback_url=None if callbacks is None else callbacks.url,
         ) as (client, session):
