@@ -20,7 +20,7 @@ from kontext_async.cli import input as cli_input
 from kontext_async.cli.connection import Connection, connection
 from kontext_async.cli.output import Exit, OutputError
 from kontext_async.cli.requests import RequestTally
-from kontext_async.cli.tally import BatchTally, Tally
+from kontext_async.cli.tally import BatchTally, Part, Tally
 from kontext_async.client import DEFAULT_BASE_URL
 from kontext_async.polling import PollEvent, TaskOutcome
 
@@ -229,16 +229,20 @@ def test_an_outcome_of_no_request_leaves_the_requests():
     assert list(tally.unfinished) == ["key"]
 
 
+def texts(parts):
+    return [part.text for part in parts]
+
+
 def test_while_tasks_are_still_read_no_time_is_left():
     """Only the rate is known."""
     tally = Tally(["a", "b"])
     tally.is_complete = False
     assert list(tally.start(["a", "b"])) == ["a", "b"]
-    assert tally.progress(0.0)[1:] == ["2 in flight"]
+    assert texts(tally.progress(0.0))[2:] == ["2 in flight"]
     tally.count_outcome(TaskOutcome(task_id="a", error=TransportError("reset")))
-    assert tally.progress(10.0)[1:] == ["0.1/s", "1 in flight"]
+    assert texts(tally.progress(10.0))[2:] == ["0.1/s", "1 in flight"]
     tally.count_outcome(TaskOutcome(task_id="b", error=TransportError("reset")))
-    assert tally.progress(10.0)[1:] == ["0.2/s", "0 in flight"]
+    assert texts(tally.progress(10.0))[2:] == ["0.2/s", "0 in flight"]
 
 
 async def test_images_that_are_being_saved_are_counted_last():
@@ -249,14 +253,15 @@ async def test_images_that_are_being_saved_are_counted_last():
         tally.count_outcome(TaskOutcome(task_id=task_id, result=task))
         assert ("to save" in tally.counts()) == (task_id == "b")
     tally.count_image(TransportError("reset"))
-    assert tally.progress(10.0) == ["2 done, 0 failed, 0 saved, 1 not saved, 1 to save"]
+    assert texts(tally.progress(10.0))[3:] == ["1 not saved", "1 to save"]
     async with KontextClient("key") as client:
         display = progress.Display(tally, client)
-        display._draw([""])
+        display._draw([])
         (row,) = display._bar.tasks
         assert (row.completed, row.total) == (1, 2)
     tally.count_image(TransportError("reset"))
-    assert tally.progress(10.0) == ["2 done, 0 failed, 0 saved, 2 not saved"]
+    assert tally.counts() == "2 done, 0 failed, 0 saved, 2 not saved"
+    assert texts(tally.progress(10.0)) == tally.counts().split(", ")
 
 
 MADE = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
@@ -320,10 +325,10 @@ class TestTimeLeft:
         tally = self.tally(ended=[40.0] * 10)
         tally.add(["r"])
         tally.count_poll(polled("r", 0.1, datetime.now(UTC) - timedelta(seconds=30)))
-        assert tally.progress(10.0)[1] == "0:00:10 left"
+        assert texts(tally.progress(10.0))[2] == "0:00:10 left"
 
     def left(self, **tasks):
-        return self.tally(**tasks).progress(10.0)[1]
+        return texts(self.tally(**tasks).progress(10.0))[2]
 
 
 def polled(task_id, elapsed, created=None):
@@ -338,15 +343,36 @@ def polled(task_id, elapsed, created=None):
     )
 
 
-async def test_a_narrow_terminal_shows_the_first_parts(monkeypatch):
-    """What does not fit is left out whole."""
-    monkeypatch.setenv("COLUMNS", "60")
+LONG_COUNTS = [
+    Part("99,871 of 100,000"),
+    Part("87,988 done", 4),
+    Part("11,871 failed", 1),
+    Part("0:12:34 left", 2),
+    Part("55.2/s", 5),
+]
+REFUSED = Part("127.0.0.1 cannot be reached: Connection refused")
+
+
+@pytest.mark.parametrize(
+    ("width", "parts", "shown"),
+    [
+        (24, LONG_COUNTS, "99,871 of…"),
+        (15, LONG_COUNTS, ""),
+        (40, LONG_COUNTS, "99,871 of 100,000, 55.2/s"),
+        (60, LONG_COUNTS, "99,871 of 100,000, 11,871 failed, 0:12:34 left"),
+        (80, LONG_COUNTS, "99,871 of 100,000, 87,988 done, 11,871 failed, 0:12:34 left"),
+        (120, LONG_COUNTS, ", ".join(part.text for part in LONG_COUNTS)),
+        (60, [LONG_COUNTS[0], REFUSED], "99,871 of 100,000, 127.0.0.1 cannot be reache…"),
+        (60, [REFUSED, LONG_COUNTS[0]], "127.0.0.1 cannot be reached: Connection refus…"),
+    ],
+)
+async def test_a_narrow_terminal_shows_the_most_important_parts(width, parts, shown):
+    """Failures and the time left before other counts; the reason for trouble is cut at the end."""
     async with KontextClient("key") as client:
         display = progress.Display(Tally(["a"]), client)
-        display._console.width = 60
-        assert (
-            display._fitting(["1 of 2", "0 done, 1 failed", "x" * 40]) == "1 of 2, 0 done, 1 failed"
-        )
+        display._console.width = width
+        assert display._fitting(parts) == shown
+    assert len(shown) <= max(width - 14, 0)
 
 
 def test_on_one_terminal_an_error_is_said_once(monkeypatch, capsys):

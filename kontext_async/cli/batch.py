@@ -160,7 +160,7 @@ def make_report(folder: Path) -> Exit:
 
 def say_how_to_continue(tally: BatchTally, folder: Path, options: str) -> None:
     """Print the counts after Ctrl-C, and the command that continues the batch."""
-    say(f"Interrupted: {tally.counts()}, of {tally.total} tasks. These results are in {folder}.")
+    say(f"Interrupted: {tally.counts()}, of {tally.total:,} tasks. These results are in {folder}.")
     say_what_is_left(tally)
     say(f"To continue: kontext batch {options}--into {shlex.quote(str(folder))}", is_copied=True)
 
@@ -175,7 +175,7 @@ def show_status(folder: Path) -> Exit:
             images["saved" if entry.saved_path else "notSaved"] += 1
     table = Table("Tasks", "")
     for name, count in (*states.items(), ("images saved", images["saved"])):
-        table.add_row(name, str(count))
+        table.add_row(name, f"{count:,}")
     error_console().print(table)
     if not sys.stdout.isatty():
         write_line({**states, **images})

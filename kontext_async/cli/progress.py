@@ -6,12 +6,12 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
 from kontext_async.cli.output import code_of, error_console, is_one_terminal, plain
-from kontext_async.cli.tally import Tally
+from kontext_async.cli.tally import Part, Tally
 from kontext_async.client import KontextClient
 from kontext_async.errors import KontextError
 
@@ -20,7 +20,7 @@ _DRAWING_INTERVAL = 0.1
 _LINE_INTERVAL = 10.0
 
 # Columns of a terminal that the spinner, the bar and the spaces take.
-_BAR_WIDTH = 16
+_BAR_WIDTH = 10
 _BESIDE_TEXT = _BAR_WIDTH + 4
 
 _MAX_KINDS_SHOWN = 10
@@ -73,7 +73,7 @@ class Display:
     def _subject(self) -> str:
         if not self._tally.is_complete:
             return "the tasks on standard input"
-        return "1 task" if self._tally.total == 1 else f"{self._tally.total} tasks"
+        return "1 task" if self._tally.total == 1 else f"{self._tally.total:,} tasks"
 
     def _tick(self) -> None:
         self._next = self._loop.call_later(_DRAWING_INTERVAL, self._tick)
@@ -88,9 +88,9 @@ class Display:
         )
         if began or now >= self._next_line:
             self._next_line = now + _LINE_INTERVAL
-            self._say(", ".join(parts))
+            self._say(_joined(parts))
 
-    def _draw(self, parts: list[str]) -> None:
+    def _draw(self, parts: list[Part]) -> None:
         """Draw the bar and the text beside it."""
         self._bar.update(
             self._row,
@@ -100,30 +100,36 @@ class Display:
             refresh=True,
         )
 
-    def _parts(self, now: float) -> list[str]:
-        count, *rest = self._tally.progress(now - self._began)
-        of = f" of {self._tally.total}" if self._tally.is_complete else ""
-        return [f"{self._tally.finished}{of}", *self._waiting_for(), count, *rest]
+    def _parts(self, now: float) -> list[Part]:
+        of = f" of {self._tally.total:,}" if self._tally.is_complete else ""
+        finished = Part(f"{self._tally.finished:,}{of}")
+        return [finished, *self._waiting_for(), *self._tally.progress(now - self._began)]
 
-    def _waiting_for(self) -> list[str]:
+    def _waiting_for(self) -> list[Part]:
         """Return why nothing comes, if the last poll failed or the client pauses."""
         trouble, pause = self._tally.trouble, self._client.stats.pause
-        parts = [] if trouble is None else [str(trouble.for_task(None))]
+        parts = [] if trouble is None else [Part(str(trouble.for_task(None)))]
         if pause:
-            parts.append(f"paused for {pause:.0f} s")
+            parts.append(Part(f"paused for {pause:.0f} s"))
         elif trouble is not None:
-            parts.append("trying again")
+            parts.append(Part("trying again"))
         return parts
 
-    def _fitting(self, parts: list[str]) -> str:
-        """Return as many parts as the terminal is wide enough for, from the first."""
+    def _fitting(self, parts: list[Part]) -> str:
+        """Return the text of the parts that the terminal is wide enough for, by their ranks.
+
+        Parts of rank 0 are cut where the others would be left out.
+        """
         room = self._console.width - _BESIDE_TEXT
-        text = parts[0]
-        for part in parts[1:]:
-            if len(text) + 2 + len(part) > room:
-                break
-            text += f", {part}"
-        return text
+        shown: dict[Part, str] = {}
+        for part in sorted(parts, key=lambda part: part.rank):
+            text = part.text
+            if len(text) > room and not part.rank:
+                text = f"{text[: room - 1]}…" if room > 1 else ""
+            if text and len(text) <= room:
+                shown[part] = text
+                room -= len(text) + len(", ")
+        return ", ".join(shown[part] for part in parts if part in shown)
 
     def _say(self, text: str) -> None:
         """Print a line above the bar."""
@@ -154,12 +160,12 @@ class Display:
 
     def _say_repeated_errors(self) -> None:
         if (more := self._tally.unreadable - _MAX_KINDS_SHOWN) > 0:
-            self._say(f"kontext: {more} more lines hold no id")
+            self._say(f"kontext: {more:,} more lines hold no id")
         for kind, count in self._kinds.most_common(_MAX_KINDS_SHOWN):
             if count > 1:
                 shown = self._ids[kind]
                 others = " …" if count - 1 > len(shown) else ""
-                self._say(f"{count - 1} more with {kind}: {', '.join(shown)}{others}")
+                self._say(f"{count - 1:,} more with {kind}: {', '.join(shown)}{others}")
 
     @contextlib.contextmanager
     def bar_hidden(self) -> Generator[None]:
@@ -188,6 +194,10 @@ def thumbnails_shown() -> Generator[Callable[[int, int], None]]:
                 console.print(text)
 
         yield show
+
+
+def _joined(parts: Iterable[Part]) -> str:
+    return ", ".join(part.text for part in parts)
 
 
 def _kind(error: KontextError) -> str:

@@ -201,13 +201,13 @@ _PLAN = {
 def _say_what_is_uncertain(folder: Path) -> None:
     count = sum(entry.state == "unknown" for entry in _submissions(folder))
     if count:
-        tasks = "1 task" if count == 1 else f"{count} tasks"
+        tasks = "1 task" if count == 1 else f"{count:,} tasks"
         say(f"{tasks} may have been created without an answer, and be paid for. To see which:")
         say(f"  kontext unknown {shlex.quote(str(folder))}", is_copied=True)
 
 
 def _say_how_to_continue(tally: RequestTally, folder: Path) -> None:
-    say(f"Interrupted: {tally.counts()}, of {tally.total} requests. The results are in {folder}.")
+    say(f"Interrupted: {tally.counts()}, of {tally.total:,} requests. The results are in {folder}.")
     say(
         "What was created is paid for. To continue, run the same command again: it pays for no "
         "request twice."

@@ -7,6 +7,7 @@ from bisect import bisect_right, insort
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
+from typing import NamedTuple
 
 from rich.table import Column, Table
 
@@ -16,6 +17,16 @@ from kontext_async.polling import PollEvent, TaskOutcome
 
 _MIN_WINDOW = 10.0  # s; the rate is of this time, or of the last half if that is longer
 _OVERDUE = 1.5  # of the longest duration; less may be the time until the next poll
+
+# Ranks of the parts of a progress line: a narrow terminal shows the lowest.
+_FAILED, _LEFT, _OTHERS, _DONE, _PACE, _IN_FLIGHT = range(1, 7)
+
+
+class Part(NamedTuple):
+    """A part of a progress line. ``rank``: 0 for what is never left out."""
+
+    text: str
+    rank: int = 0
 
 
 class Tally:
@@ -111,19 +122,27 @@ class Tally:
 
     def counts(self) -> str:
         """Return the number of each outcome, in words."""
-        failed = self.outcomes["failed"] + self.outcomes["error"]
-        done = f"{self.outcomes['success']} done, {failed} failed"
-        return f"{done}, {late} timed out" if (late := self.outcomes["timeout"]) else done
+        return ", ".join(part.text for part in self._counts())
 
-    def progress(self, elapsed: float) -> list[str]:
-        """Return the counts after ``elapsed`` seconds, the most important first."""
+    def _counts(self) -> list[Part]:
+        failed = self.outcomes["failed"] + self.outcomes["error"]
+        parts = [
+            Part(f"{self.outcomes['success']:,} done", _DONE),
+            Part(f"{failed:,} failed", _FAILED if failed else _DONE),
+        ]
+        if late := self.outcomes["timeout"]:
+            parts.append(Part(f"{late:,} timed out", _OTHERS))
+        return parts
+
+    def progress(self, elapsed: float) -> list[Part]:
+        """Return the counts and the pace after ``elapsed`` seconds, in the order of reading."""
         self._now = elapsed
         if self.is_complete and not self.unfinished:
-            return [self.counts()]
-        in_flight = f"{self._started - self.finished} in flight"
-        return [self.counts(), *self._pace(elapsed), in_flight]
+            return self._counts()
+        in_flight = Part(f"{self._started - self.finished:,} in flight", _IN_FLIGHT)
+        return [*self._counts(), *self._pace(elapsed), in_flight]
 
-    def _pace(self, elapsed: float) -> list[str]:
+    def _pace(self, elapsed: float) -> list[Part]:
         """Return the time left and the recent rate, once a tenth of the tasks has ended.
 
         Before that, the time left would be far too long: the first task has yet to end.
@@ -137,9 +156,10 @@ class Tally:
             return []
         rate = finished / seconds
         left = self._time_left(rate) if self.is_complete else None
+        pace = Part(f"{rate:,.1f}/s", _PACE)
         if left is None:
-            return [f"{rate:.1f}/s"]
-        return [f"{timedelta(seconds=math.ceil(left))} left", f"{rate:.1f}/s"]
+            return [pace]
+        return [Part(f"{timedelta(seconds=math.ceil(left))} left", _LEFT), pace]
 
     def _time_left(self, rate: float) -> float | None:
         """Return the seconds until the last task ends, None if too few like it have ended.
@@ -161,7 +181,7 @@ class Tally:
         """Return a table of outcomes, errors, durations, lags, and polls per task."""
         table = Table("Summary", Column("Value", justify="right"))
         for name, count in (*self.outcomes.most_common(), *self.errors.most_common()):
-            table.add_row(name, str(count))
+            table.add_row(name, f"{count:,}")
         for name, seconds in (("duration", self.durations), ("lag", self.lags)):
             if seconds:
                 table.add_row(f"{name} p50, p95", _percentiles(seconds))
@@ -189,10 +209,13 @@ class BatchTally(Tally):
         if saved is not None:
             self.images["notSaved" if isinstance(saved, KontextError) else "saved"] += 1
 
-    def counts(self) -> str:
-        not_saved = f", {n} not saved" if (n := self.images["notSaved"]) else ""
-        to_save = f", {self.to_save} to save" if self.to_save and not self.unfinished else ""
-        return f"{super().counts()}, {self.images['saved']} saved{not_saved}{to_save}"
+    def _counts(self) -> list[Part]:
+        parts = [*super()._counts(), Part(f"{self.images['saved']:,} saved", _DONE)]
+        if not_saved := self.images["notSaved"]:
+            parts.append(Part(f"{not_saved:,} not saved", _OTHERS))
+        if self.to_save and not self.unfinished:
+            parts.append(Part(f"{self.to_save:,} to save", _LEFT))
+        return parts
 
 
 def _age(event: PollEvent) -> float:

@@ -77,10 +77,10 @@ def say_what_is_left(tally: Tally) -> None:
     generating = tally.generating
     if generating:
         shown, more = generating[:_MAX_IDS_SHOWN], len(generating) - _MAX_IDS_SHOWN
-        say(f"Still generating: {', '.join(shown)}{f' and {more} more' if more > 0 else ''}")
+        say(f"Still generating: {', '.join(shown)}{f' and {more:,} more' if more > 0 else ''}")
         say("They are paid for.")
     if others := len(tally.unfinished) - len(generating):
-        say(f"{others} {'task has' if others == 1 else 'tasks have'} not been seen yet.")
+        say(f"{others:,} {'task has' if others == 1 else 'tasks have'} not been seen yet.")
 
 
 def say_how_to_resume(tally: Tally, source: str | None, options: str) -> None:
