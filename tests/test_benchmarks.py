@@ -7,10 +7,12 @@ import importlib.util
 
 import pytest
 from benchmarks import (
+    aims,
     cpu,
     discovery,
     fast_server,
     ledger_cost,
+    page,
     saving,
     scale,
     schedule_efficiency,
@@ -28,7 +30,7 @@ PEERS = {"httpx + tenacity": "httpx", "openai": "openai", "fal-client": "fal_cli
 
 def test_the_cost_of_a_wait_is_a_ratio_to_the_bare_loop_in_the_same_run():
     rows = cpu.run(names=("kontext-async", "bare aiohttp"), rounds=2, waits=5, concurrencies=(2,))
-    assert [(row["client"], row["looks"]) for row in rows] == [
+    assert [(row["client"], row["polls"]) for row in rows] == [
         ("kontext-async", 1),
         ("bare aiohttp", 1),
         ("kontext-async", 3),
@@ -36,7 +38,13 @@ def test_the_cost_of_a_wait_is_a_ratio_to_the_bare_loop_in_the_same_run():
     ]
     assert [row["ratio"] for row in rows[1::2]] == [1.0, 1.0]
     assert all(row["ratio"] > 0 for row in rows)
-    assert cpu.table(rows).count("\n") == 5
+    assert cpu.table(rows).count("\n") == 3
+
+
+async def test_a_wait_of_ours_can_use_a_session_of_the_users():
+    with fast_server.serving() as base_url:
+        async with cpu.CONTESTANTS["kontext-async, your session"](base_url) as wait:
+            assert (await wait("done-1")).task_id == "done-1"
 
 
 @pytest.mark.parametrize(("peer", "package"), PEERS.items())
@@ -44,7 +52,7 @@ def test_the_cost_of_a_wait_is_a_ratio_to_the_bare_loop_in_the_same_run():
 def test_a_peer_gets_its_answer_from_the_fast_server(peer, package):
     pytest.importorskip(package)
     rows = cpu.run(names=("bare aiohttp", peer), rounds=1, waits=1, concurrencies=(1,))
-    assert [row["client"] for row in rows if row["looks"] == 3] == ["bare aiohttp", peer]
+    assert [row["client"] for row in rows if row["polls"] == 3] == ["bare aiohttp", peer]
 
 
 def test_the_simulator_sees_less_refused_of_the_client_than_of_gather():
@@ -55,7 +63,7 @@ def test_the_simulator_sees_less_refused_of_the_client_than_of_gather():
     assert rows["gather"]["refused"] > 0.5
     assert rows["kontext-async, told"]["refusals"] == 0
     assert all(row["asked_to_the_end"] for row in rows.values())
-    assert discovery.table(rows.values()).count("\n") == 4
+    assert discovery.table(rows.values()).count("\n") == 2
 
 
 def test_a_limit_that_is_no_window_is_not_told():
@@ -67,32 +75,39 @@ def test_a_narrow_limit_lets_every_task_meet_its_deadline():
     """A hundredth of the work that the benchmark does."""
     result = discovery.run_deadlines(tasks=50)
     assert (result["results"], result["refusals"]) == (50, 0)
+    assert discovery.deadlines_table(result).count("\n") == 2
+
+
+def test_the_requests_of_each_second_are_counted():
+    for row in discovery.by_second(requests=10, windows=3):
+        assert len(row["answered"]) == len(row["refused"]) == 3
+        assert row["answered"][0] == 10 < row["answered"][0] + row["refused"][0]
 
 
 def test_waiting_tasks_are_weighed_and_timed():
-    [row] = scale.run(counts=(200,), names=("kontext-async",))
-    assert row["looked_at_s"] > 0
-    assert row["left_s"] > 0
+    [row] = scale.run(counts=(200,), names=("kontext-async",), rounds=1)
+    assert row["polled_s"] > 0
+    assert row["cancelled_s"] > 0
     assert row["longest_callback_s"] > 0
     assert scale.table([row]).count("\n") == 2
-    [row] = scale.run_wide(counts=(200,))
-    assert row["looked_at_cpu_s"] > 0
+    [row] = scale.run_wide(counts=(200,), rounds=1)
+    assert row["polled_cpu_s"] > 0
     assert scale.wide_table([row]).count("\n") == 2
 
 
-async def test_the_plain_loop_looks_at_every_task_and_leaves_nothing_behind():
-    looked = asyncio.Semaphore(0)
+async def test_the_plain_loop_polls_every_task_and_leaves_nothing_behind():
+    polled = asyncio.Semaphore(0)
     with fast_server.serving() as base_url:
-        way = scale.WAYS["a plain loop each"](base_url, ["never-1", "never-2"], looked.release)
+        way = scale.WAYS["a plain loop each"](base_url, ["never-1", "never-2"], polled.release)
         async with asyncio.timeout(10), way:
-            await looked.acquire()
-            await looked.acquire()
+            await polled.acquire()
+            await polled.acquire()
 
 
 def test_every_task_of_a_bad_day_is_accounted_for():
     result = soak.run(tasks=300, fault_rate=0.05)
     assert result["accounted_for"] == result["right"] == result["tasks"] == 300
-    assert result["failed_looks"]
+    assert result["failed_polls"]
     assert soak.table(result).count("\n") == 2
 
 
@@ -106,6 +121,15 @@ def test_a_wrong_outcome_is_seen_to_be_wrong():
 def test_the_schedules_are_compared():
     rows = schedule_efficiency.compare("tight", "one a second", tasks=20, seeds=(1,))
     assert [row["schedule"] for row in rows][::2] == ["exponential", "learned"]
+    rows += schedule_efficiency.compare("tight", "all at once", tasks=20, seeds=(1,))
+    assert schedule_efficiency.table(rows).count("\n") == 2
+
+
+def test_the_ages_of_polls_are_beside_those_at_which_tasks_end():
+    rows = schedule_efficiency.by_age(tasks=50)
+    assert [row["shape"] for row in rows] == ["tight", "mixed", "wide"]
+    assert sum(rows[0]["ended"]) == 50
+    assert rows[0]["polls"].keys() == {"exponential", "optimum", "learned"}
 
 
 def test_other_durations_are_ratios_to_their_optimum():
@@ -129,25 +153,51 @@ def test_the_prior_hedges_against_every_median():
 
 def test_saving_is_a_ratio_to_the_bare_loop_in_the_same_run():
     rows = saving.run(images=3, image_bytes=5_000, rounds=1)
-    assert [row["way"] for row in rows] == list(saving.WAYS)
+    assert [row["way"] for row in rows] == 2 * list(saving.WAYS)
+    assert rows[-1]["cores"] == 1
     assert (rows[0]["cpu"]["ratio"], rows[0]["speed"]["ratio"]) == (1.0, 1.0)
-    assert saving.table(rows).count("\n") == 4
+    assert saving.table(rows).count("\n") == 7
 
 
 def test_what_a_ledger_adds_is_a_ratio_to_what_sqlite_takes_alone():
     rows = ledger_cost.run(tasks=100, rounds=1)
-    assert [row["recorded"] for row in rows] == ["outcomes", "outcomes and images"]
+    assert [row["recorded"] for row in rows] == 2 * ["outcomes", "outcomes and images"]
     assert all(row["us_with"] > row["us_without"] and row["us_sqlite"] > 0 for row in rows)
-    assert ledger_cost.table(rows).count("\n") == 3
+    assert ledger_cost.table(rows).count("\n") == 5
+
+
+@pytest.mark.parametrize(
+    ("ratio", "verdict"), [(0.98, "reached"), (1.04, "**in part**"), (1.2, "**not reached**")]
+)
+def test_an_aim_is_reached_if_every_measurement_is_within_bounds(ratio, verdict):
+    [*_, within] = aims._aim("a wait", "{:.2f} alone, {:.2f} with 64", ratio, ratio - 0.1, most=1)
+    assert aims._verdict(within) == verdict
+
+
+def test_the_places_of_a_page_are_filled_each_time_anew():
+    text = "One\n<!-- from the run: cpu -->\n<!-- end -->\nTwo\n"
+    once = page.filled(text, {"cpu": "| 1 |"})
+    assert once == "One\n<!-- from the run: cpu -->\n\n| 1 |\n\n<!-- end -->\nTwo\n"
+    assert page.filled(once, {"cpu": "| 1 |"}) == once
+    with pytest.raises(KeyError):
+        page.filled(text, {})
 
 
 @needs_matplotlib
-def test_the_plots_are_drawn(tmp_path):
-    rows = cpu.run(names=("kontext-async", "bare aiohttp"), rounds=1, waits=2, concurrencies=(1,))
-    cpu.plot(rows, tmp_path / "cpu.png")
-    discovery.plot(tmp_path / "discovery.png", windows=3)
-    for path in tmp_path.iterdir():
-        assert path.read_bytes().startswith(b"\x89PNG")
+def test_every_plot_is_drawn_for_light_and_dark_pages_and_again_the_same(tmp_path):
+    from benchmarks import plots
+
+    results = {
+        "cpu": cpu.run(names=("bare aiohttp",), rounds=1, waits=2, concurrencies=(1, 2)),
+        "seconds": discovery.by_second(requests=5, windows=3),
+        "ages": schedule_efficiency.by_age(tasks=50),
+    }
+    drawn = []
+    for _ in range(2):
+        plots.draw(results, tmp_path)
+        drawn.append({path.name: path.read_bytes() for path in tmp_path.iterdir()})
+    assert drawn[0] == drawn[1]
+    assert drawn[0].keys() == {f"{name}-{t}.svg" for name in plots.PLOTS for t in plots.THEMES}
 
 
 def test_the_fast_server_ends_with_its_block():

@@ -14,7 +14,6 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -183,45 +182,59 @@ def run_deadlines(*, tasks: int = 1000) -> dict[str, Any]:
     return in_process.run(_deadlines(tasks))
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as a Markdown table."""
-    head = [
-        "| limit | kind | client | windows | answered | refused |",
-        "|---|---|---|--:|--:|--:|",
-    ]
-    lines = [
-        f"| {row['limit']} | {row['kind']} | {row['way']} | {row['windows']} "
-        f"| {row['answered']:.1%} | {row['refused']:.1%} |"
-        for row in rows
-    ]
-    return "\n".join(head + lines)
+def deadlines_table(result: Mapping[str, Any]) -> str:
+    """Return the result as a Markdown table."""
+    cells = "{tasks:,} | {results:,} | {refusals} | {took_s:.0f} s".format_map(result)
+    return f"| tasks | results in time | requests refused | took |\n{'|--:' * 4}|\n| {cells} |"
 
 
-def plot(path: Path, *, requests: int = 40, windows: int = 60) -> None:
-    """Draw answered and refused requests in each second, for the client and for gather."""
-    from matplotlib.figure import Figure  # dear, and only for this
+# Columns of the table: a kind of limit as it is counted, and a way to meet it.
+_COLUMNS = {
+    "window": ("window", "kontext-async"),
+    "bucket": ("bucket", "kontext-async"),
+    "gather, window": ("window", "gather"),
+    "known, any period": ("sliding", "kontext-async, told"),
+}
 
+
+def table(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Return a Markdown table of the shares answered and refused, by limit and way."""
+    cells = {(row["limit"], row["kind"], row["way"]): row for row in rows}
+    lines = ["| limit | " + " | ".join(_COLUMNS) + " |", "|---" + "|--:" * len(_COLUMNS) + "|"]
+    for limit in dict.fromkeys(limit for limit, _, _ in cells):
+        found = (cells.get((limit, *column)) for column in _COLUMNS.values())
+        lines.append(f"| {limit} | {' | '.join(map(_cell, found))} |")
+    return "\n".join(lines)
+
+
+def _cell(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    refused = f"{row['refused']:.1%}" if row["refusals"] else "0"
+    return f"{row['answered']:.1%} · {refused}".replace("%", " %")
+
+
+def by_second(*, requests: int = 40, windows: int = 60) -> list[dict[str, Any]]:
+    """Count the answered and the refused requests of each second, for the client and for gather."""
     case = Case(requests, 1, "window", windows)
-    ways = _ways(case)
-    colours = {"answered": "#1f6fb4", "refused with 429": "#b4541f"}
-    figure = Figure(figsize=(9, 5.4), layout="constrained")
-    for i, way in enumerate(("kontext-async", "gather"), start=1):
-        log = in_process.run(_log(case, ways[way][1]))
-        axes = figure.add_subplot(2, 1, i)
-        bottom = [0] * windows
-        totals = []
-        for label, colour in colours.items():
-            seconds = Counter(int(r.time) for r in log if (r.code != 429) == (label == "answered"))
-            heights = [seconds[k] for k in range(windows)]
-            axes.bar(range(windows), heights, 0.9, bottom, align="edge", color=colour, label=label)
-            bottom = heights
-            totals.append(f"{sum(heights):,} {label}")
-        axes.axhline(requests, color="black", linewidth=1, linestyle=":", label="the limit")
-        axes.set_title(f"{way}: {', '.join(totals)}", loc="left", fontsize="medium")
-        axes.set_ylabel("requests a second")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.set_xlim(0, windows)
-    axes.set_xlabel("second")
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, ncols=3, loc="outside upper right")
-    figure.savefig(path, dpi=110)
+    task_ids = [f"task-{i}" for i in range(case.tasks)]
+    ways: dict[str, Callable[[str], Coroutine[Any, Any, None]]] = {
+        "kontext-async": lambda url: _batch(url, task_ids, None),
+        "gather": lambda url: _gather(url, task_ids),
+    }
+    rows = []
+    for way, work in ways.items():
+        log = in_process.run(_log(case, work))
+        answered, refused = (
+            Counter(int(request.time) for request in log if (request.code == 429) == is_refused)
+            for is_refused in (False, True)
+        )
+        rows.append(
+            {
+                "way": way,
+                "limit": requests,
+                "answered": [answered[k] for k in range(windows)],
+                "refused": [refused[k] for k in range(windows)],
+            }
+        )
+    return rows

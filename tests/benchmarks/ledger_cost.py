@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import sqlite3
 import statistics
 import tempfile
@@ -20,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cpu import compared
+from benchmarks.cpu import compared, on_cores, spread
 
 from kontext_async import (
     CompletedTask,
@@ -151,24 +152,30 @@ def _round(task_ids: Sequence[str], *, images: bool) -> list[float]:
 
 
 def run(*, tasks: int = 5_000, rounds: int = 9) -> list[dict[str, Any]]:
-    """One row for each thing that is recorded; ``us_per_task`` is what the ledger adds."""
+    """Return one row for each thing that is recorded, on all cores and with this process on one.
+
+    ``us_per_task`` is what the ledger adds.
+    """
     task_ids = [f"{number * 2654435761 % 2**32:032x}" for number in range(tasks)]
     kinds = {"outcomes": False, "outcomes and images": True}
-    taken: dict[str, list[list[float]]] = {kind: [] for kind in kinds}
-    for round_number in range(-1, rounds):  # the first is to warm up
-        for kind, images in kinds.items():
-            three = _round(task_ids, images=images)
-            if round_number >= 0:
-                taken[kind].append(three)
-    return [_row(kind, tasks, taken[kind]) for kind in kinds]
+    rows = []
+    for cores in (len(os.sched_getaffinity(0)), 1):
+        taken: dict[str, list[list[float]]] = {kind: [] for kind in kinds}
+        with on_cores(cores):
+            for round_number in range(-1, rounds):  # the first is to warm up
+                for kind, images in kinds.items():
+                    three = _round(task_ids, images=images)
+                    if round_number >= 0:
+                        taken[kind].append(three)
+        size = {"tasks": tasks, "cores": cores}
+        rows += [{"recorded": kind, **size, **_measured(taken[kind])} for kind in kinds]
+    return rows
 
 
-def _row(kind: str, tasks: int, taken: Sequence[Sequence[float]]) -> dict[str, Any]:
+def _measured(taken: Sequence[Sequence[float]]) -> dict[str, Any]:
     added = [recorded - without for without, recorded, _ in taken]
     without, recorded, alone = zip(*taken, strict=True)
     return {
-        "recorded": kind,
-        "tasks": tasks,
         "us_without": statistics.median(without),
         "us_with": statistics.median(recorded),
         "us_per_task": statistics.median(added),
@@ -178,16 +185,11 @@ def _row(kind: str, tasks: int, taken: Sequence[Sequence[float]]) -> dict[str, A
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as a Markdown table."""
-    lines = [
-        "| recorded | without a ledger | with one | added | SQLite alone | to it | middle half |",
-        "|---|--:|--:|--:|--:|--:|--:|",
-    ]
+    """Return the rows as a Markdown table."""
+    head = "| cores | recorded | without a ledger | with one | added | SQLite alone | to that |"
+    lines = [head, "|--:|---|--:|--:|--:|--:|--:|"]
     for row in rows:
-        low, high = row["ratio_quartiles"]
-        lines.append(
-            f"| {row['recorded']} | {row['us_without']:.0f} µs | {row['us_with']:.0f} µs "
-            f"| {row['us_per_task']:.0f} µs | {row['us_sqlite']:.0f} µs "
-            f"| {row['ratio']:.1f} | {low:.1f} to {high:.1f} |"
-        )
+        parts = ("us_without", "us_with", "us_per_task", "us_sqlite")
+        times = " | ".join(f"{row[part]:.0f} µs" for part in parts)
+        lines.append(f"| {row['cores']} | {row['recorded']} | {times} | {spread(row)} |")
     return "\n".join(lines)

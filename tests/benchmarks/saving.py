@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 from unittest import mock
 
 import aiohttp
-from benchmarks.cpu import compared
+from benchmarks.cpu import compared, on_cores, spread
 
 from kontext_async import CompletedTask, KontextClient
 from kontext_async.results import ImageSaver
@@ -148,28 +148,31 @@ async def _round(
 
 
 def run(*, images: int = 1000, image_bytes: int = 100_000, rounds: int = 9) -> list[dict[str, Any]]:
-    """Return one row for each way to save images."""
+    """Return one row for each way to save images, on all cores and with this process on one."""
+    rows = []
+    for cores in (len(os.sched_getaffinity(0)), 1):
+        with _simulator(image_bytes) as base_url, on_cores(cores):
+            spent = _rounds(base_url, images, rounds)
+        size = {"images": images, "image_bytes": image_bytes, "cores": cores}
+        rows += [{"way": name, **size, **_measured(name, spent)} for name in WAYS]
+    return rows
+
+
+def _rounds(base_url: str, images: int, rounds: int) -> list[dict[str, tuple[float, float]]]:
     with (
-        _simulator(image_bytes) as base_url,
         mock.patch.object(_files, "_HAS_PILLOW", new=False),
         # Kept to the end: ext4 makes new files slowly for some time after many were removed.
         tempfile.TemporaryDirectory() as name,
     ):
         tasks = asyncio.run(_tasks(base_url, images))
         asyncio.run(_round(base_url, tasks[:_IN_TURN], Path(name)))  # to warm up
-        spent = [asyncio.run(_round(base_url, tasks, Path(name))) for _ in range(rounds)]
-    return [_row(name, images, image_bytes, spent) for name in WAYS]
+        return [asyncio.run(_round(base_url, tasks, Path(name))) for _ in range(rounds)]
 
 
-def _row(
-    name: str, images: int, image_bytes: int, spent: Sequence[Mapping[str, tuple[float, float]]]
-) -> dict[str, Any]:
+def _measured(name: str, spent: Sequence[Mapping[str, tuple[float, float]]]) -> dict[str, Any]:
     cpus, took = zip(*(each[name] for each in spent), strict=True)
     bare_cpus, bare_took = zip(*(each["bare aiohttp, fsync"] for each in spent), strict=True)
     return {
-        "way": name,
-        "images": images,
-        "image_bytes": image_bytes,
         "us_per_image": statistics.median(cpus),
         "us_elapsed": statistics.median(took),
         "cpu": compared(cpus, bare_cpus),
@@ -180,18 +183,11 @@ def _row(
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the rows as a Markdown table."""
     lines = [
-        "| saved by | CPU of an image | to bare | middle half | images/s | to bare | middle half |",
-        "|---|--:|--:|--:|--:|--:|--:|",
+        "| cores | saved by | CPU of an image | to bare | images/s | to bare |",
+        "|--:|---|--:|--:|--:|--:|",
     ]
     for row in rows:
-        cpu, speed = (
-            "{ratio:.2f} | {low:.2f} to {high:.2f}".format(
-                ratio=each["ratio"], low=each["ratio_quartiles"][0], high=each["ratio_quartiles"][1]
-            )
-            for each in (row["cpu"], row["speed"])
-        )
-        lines.append(
-            f"| {row['way']} | {row['us_per_image']:.0f} µs | {cpu} "
-            f"| {1e6 / row['us_elapsed']:,.0f} | {speed} |"
-        )
+        cpu = f"{row['us_per_image']:.0f} µs | {spread(row['cpu'])}"
+        speed = f"{1e6 / row['us_elapsed']:,.0f} | {spread(row['speed'])}"
+        lines.append(f"| {row['cores']} | {row['way']} | {cpu} | {speed} |")
     return "\n".join(lines)

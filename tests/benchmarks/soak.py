@@ -22,7 +22,7 @@ from kontext_async.simulator import FAULTS, Failure, Simulator
 
 _FAILING = 0.02
 _STRAGGLING = 0.01  # 60 to 400 s; the others about 12 s
-_IN_FLIGHT = 1000  # tasks; so most of them still run when they are first looked at
+_IN_FLIGHT = 1000  # tasks; so most of them still run when they are first polled
 _REASONS = (
     Failure(400, "The prompt was flagged as violating the content policies."),
     Failure(500, "Internal error, please try again later."),
@@ -100,7 +100,7 @@ async def _soak(tasks: int, fault_rate: float, seed: int) -> dict[str, Any]:
             "accounted_for": sum(count == 1 for count in seen.values()),
             "right": right,
             "errors": dict(+errors),
-            "failed_looks": dict(stats.errors),
+            "failed_polls": dict(stats.errors),
             "answers": dict(statuses),
             "requests": stats.requests,
             "virtual_s": asyncio.get_running_loop().time(),
@@ -115,7 +115,15 @@ def run(*, tasks: int = 20_000, fault_rate: float = 0.02, seed: int = 5) -> dict
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """The result as a Markdown table."""
-    names = ("tasks", "accounted_for", "right", "failing", "straggling", "requests")
-    head = " | ".join(name.replace("_", " ") for name in names)
-    return f"| {head} |\n{'|--:' * len(names)}|\n| {' | '.join(str(result[n]) for n in names)} |"
+    """Return the result as a Markdown table."""
+    counts = {
+        "tasks": result["tasks"],
+        "of them failing": result["failing"],
+        "taking 60 to 400 s": result["straggling"],
+        "one outcome each": result["accounted_for"],
+        "the right one": result["right"],
+        "polls that failed": sum(result["failed_polls"].values()),
+        "requests": result["requests"],
+    }
+    cells = " | ".join(f"{count:,}" for count in counts.values())
+    return f"| {' | '.join(counts)} |\n{'|--:' * len(counts)}|\n| {cells} |"
