@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import csv
+import importlib.util
 import io
 import re
 import shutil
 from datetime import timedelta
+from pathlib import Path
 
 import attrs
 import pytest
@@ -16,6 +18,10 @@ from pngs import plain_png
 from report_samples import entry, failed, record, saved
 
 from kontext_async.results.report.page import write_report
+
+# The package's script alone is used; nothing of it is imported.
+_PACKAGE = importlib.util.find_spec("axe_playwright_python")
+AXE = None if _PACKAGE is None else Path(_PACKAGE.origin).with_name("axe.min.js")
 
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="no Chromium here: apt-get install chromium"
@@ -358,6 +364,43 @@ async def test_it_follows_the_systems_colours_and_can_be_read_in_both(scheme, pa
     contrasts = await page.run(CONTRASTS)
     assert len(contrasts) > 40
     assert [words for ratio, words in contrasts if ratio < 4.5] == []
+
+
+# The size of what is clicked is WCAG 2.2, which axe-core leaves out by default.
+AUDIT = """(async () => {
+    const rules = { 'target-size': { enabled: true } };
+    const { violations } = await axe.run(document, { rules, resultTypes: ['violations'] });
+    return violations.flatMap(({ id, nodes }) => nodes.map(node => `${id}: ${node.html}`));
+})()"""
+STATES = {
+    "opened": "0",
+    "details": "document.querySelectorAll('details').forEach(d => d.open = true)",
+    "failed": "document.querySelector('[name=state][value=failed]').click()",
+    "found": "document.querySelector('.show').click()",
+    "nothing": "document.querySelector('[name=state][value=unfinished]').click()",
+}
+
+
+@pytest.mark.skipif(AXE is None, reason="no axe-core here: pip install axe-playwright-python")
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+async def test_axe_finds_nothing_to_complain_of(scheme, width, page, tmp_path):
+    """As opened, with all details, and with each filter; on a telephone too."""
+    preferred = [{"name": "prefers-color-scheme", "value": scheme}]
+    await page.call("Emulation.setEmulatedMedia", features=preferred)
+    size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
+    await page.call("Emulation.setDeviceMetricsOverride", **size)
+    await page.open(batch(tmp_path))
+    await page.run(f"{AXE.read_text(encoding='utf-8')};0")
+    found = {}
+    for state, change in STATES.items():
+        await page.run(change)
+        found[state] = await page.run(AUDIT)
+    assert await page.run(COUNT) == "0 of 6 tasks"
+    assert found == {state: [] for state in STATES}
+    await page.open(write_report(tmp_path, []))
+    await page.run(f"{AXE.read_text(encoding='utf-8')};0")
+    assert await page.run(AUDIT) == []
 
 
 async def test_an_empty_folder_gives_a_page_without_an_error(page, tmp_path):
