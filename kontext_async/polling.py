@@ -503,7 +503,7 @@ class TaskWait:
 
     def _expect(self, age: float, delay: float) -> None:
         """Remember when the model expects the next poll, unless that of a scout comes before."""
-        if isinstance(self._policy.wait, wait_learned):
+        if type(self._policy.wait) is wait_learned:  # a subclass may decide otherwise
             expected = self._policy.wait.model.next_age(age)
             self._expected_age = expected if age + delay > expected - _ROUNDING else None
 
@@ -516,9 +516,13 @@ class TaskWait:
         assert isinstance(wait, wait_learned), "only its polls move"
         age = self._age(self._polled_at)
         if self._expected_age is not None and wait.has_moved(age, self._expected_age):
+            now = self._loop.time()
             delay = wait.delay_again(self._state(record=self._last_record), self._expected_age)
+            planned = self._polled_at + delay
+            if planned < now:
+                planned = now + wait.overdue_age(self._age(now)) - self._age(now)
             latest = self._last_poll_at() - self._poller.budget.acquire_delay
-            self._next_poll_at = max(self._loop.time(), min(self._polled_at + delay, latest))
+            self._next_poll_at = max(now, min(planned, latest))
             self._expect(age, delay)
         return self._next_poll_at
 

@@ -132,6 +132,7 @@ _SCOUT_TASKS: Final = 16  # tasks running at least, where a few are polled early
 _KNOWN_TASKS: Final = 20.0  # tasks that have reached an age at which no scouts are needed any more
 
 _MIN_ENDED: Final = 0.05  # tasks ended in a bin, faded; fewer do not extend the plan to it
+_JUST_AFTER: Final = 0.01  # s, by which timers may be late
 _MIN_DELAY: Final = 0.25  # s
 _MAX_DELAY: Final = 120.0  # s
 _BLIND_DELAY: Final = 15.0  # s, at ages beyond the plan
@@ -391,16 +392,16 @@ class DurationModel:
     def _planned(self, age: float) -> float:
         """Return the planned age, between the plans of the edges around ``age``.
 
-        Where these are far apart, many tasks end at one of them and none in between.
+        Where these are far apart, many tasks end at the second edge and none for long after it. A
+        task that is polled between the edges may be one of them.
         """
         i = bisect_right(_EDGES, age) - 1
         if i >= len(self._next) - 1:
             return age + _BLIND_DELAY
         a, b = self._next[i], self._next[i + 1]
-        share = (age - _EDGES[i]) / _WIDTHS[i]
         if b - a > 4.0 * _WIDTHS[i]:
-            return a if share < 0.5 else b
-        return a + share * (b - a)
+            return a
+        return a + (age - _EDGES[i]) / _WIDTHS[i] * (b - a)
 
 
 def _missed(survival: float, width: float) -> float:
@@ -477,6 +478,15 @@ class wait_learned(wait_base):  # noqa: N801  # tenacity's way of naming strateg
         """
         change = abs(self.model.next_age(age) - expected)
         return change > _MIN_DELAY + (expected - age) / 20.0
+
+    @staticmethod
+    def overdue_age(age: float) -> float:
+        """Return the age in seconds at which to poll a task whose poll has moved to before ``age``.
+
+        It is the next whole second, as the durations of the API are: just before one, a poll would
+        miss all tasks that end at it. Just after one it is ``age`` itself.
+        """
+        return max(age, math.ceil(age - _JUST_AFTER))
 
     def delay_again(self, state: PollState, expected: float) -> float:
         """Return the delay of a poll that has moved; scouts are out up to the age ``expected``."""

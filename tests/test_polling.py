@@ -47,6 +47,7 @@ from kontext_async import (
 from kontext_async.notices import Noticeboard
 from kontext_async.pacing import RequestBudget
 from kontext_async.polling import TaskWait, WaitPolicy
+from kontext_async.schedule import wait_learned
 from kontext_async.simulator import STEPS, Simulator
 from kontext_async.simulator.replies import refused
 
@@ -1286,6 +1287,27 @@ async def test_no_plan_is_made_where_no_poll_sleeps(simulator):
     assert not asked
     await batch_polls(simulator, [3.0, 5.0], durations=Asked())
     assert asked
+
+
+async def test_a_poll_that_moves_to_before_now_is_sent_at_the_next_whole_second(simulator):
+    """The tasks end at 5 s; one poll of each, when others have shown it, finds all of them."""
+    ids, _ = await batch_polls(simulator, [5.0] * 300)
+    last = [request_times(simulator, task_id)[-1] for task_id in ids]
+    at_whole = [at for at in last if math.isclose(at, round(at), abs_tol=0.01)]
+    assert len(at_whole) > 200
+
+
+async def test_the_polls_of_a_strategy_derived_from_the_learned_one_do_not_move(simulator):
+    """It is asked once after each poll, as any other strategy is."""
+
+    class Hasty(wait_learned):
+        def __call__(self, retry_state):
+            return super().__call__(retry_state) + 30.0
+
+    ids = [simulator.add_task(duration=12.0) for _ in range(50)]
+    async with make_client(simulator) as client:
+        await client.wait_for_results(ids, wait=Hasty(DurationModel()))
+    assert min(request_times(simulator, task_id)[1] for task_id in ids) > 30.0
 
 
 async def test_the_last_poll_before_a_deadline_does_not_move(simulator):

@@ -387,6 +387,14 @@ class TestPlan:
         assert trend.next_age(10.0) < 12.5
         assert flat.next_age(10.0) > 15.0
 
+    def test_a_task_polled_just_before_many_end_is_polled_again_soon(self):
+        """It may be one of those that end at 6 s; the others run for 30 s more."""
+        model = DurationModel()
+        for k in range(100):
+            model.observe(str(k), 40.0, 6.0 if k % 2 else 36.0)
+        assert model.next_age(6.01) > 30.0
+        assert model.next_age(5.9) == pytest.approx(6.15)
+
     def test_a_step_is_a_quarter_of_a_second_at_least(self):
         """However cheap a request is."""
         text = saved([1.0] * BINS, [20.0] * BINS)
@@ -640,6 +648,13 @@ class TestWaitLearned:
         assert eager.delay_again(state, planned - 1.0) == pytest.approx(planned - 2.0)
         assert eager.delay_again(state, planned + 1.0) == planned - 1.0
 
+    @pytest.mark.parametrize(
+        ("age", "expected"), [(5.76, 6.0), (5.99, 6.0), (6.0, 6.0), (6.009, 6.009), (6.02, 7.0)]
+    )
+    def test_a_poll_that_should_have_been_before_now_waits_for_a_whole_second(self, age, expected):
+        """Unless one has just passed, by no more than a timer may be late."""
+        assert wait_learned.overdue_age(age) == expected
+
     def test_in_a_plain_tenacity_loop_the_age_is_the_time_since_its_start(self):
         """The strategy also serves retries of other things."""
         slept = []
@@ -688,8 +703,7 @@ class TestEfficiency:
     @pytest.mark.parametrize("shape", [k for k in bench.SHAPES if "shift" not in k])
     def test_a_large_batch_begun_at_once_learns_from_its_first_tasks(self, shape):
         """Scouts, and polls that move: within a quarter of a schedule that knows the durations."""
-        bars = {"two modes, whole seconds": 1.40}
-        assert self.ratio(shape, at_once=True) <= bars.get(shape, 1.25)
+        assert self.ratio(shape, at_once=True, seeds=range(7, 11)) <= 1.25
 
     @pytest.mark.parametrize("shape", [k for k in bench.SHAPES if "shift" not in k])
     def test_a_large_batch_begun_at_once_costs_less_than_with_a_backoff(self, shape):

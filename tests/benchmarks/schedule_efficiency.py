@@ -238,7 +238,9 @@ class _Run:
             task.is_scout = task.state.age + delay < task.expected - 1e-6
         else:
             delay = self.wait(task.state)
-        task.due = max(now, task.start + task.state.age + delay)
+        task.due = task.start + task.state.age + delay
+        if task.due < now:
+            task.due = task.start + wait_learned.overdue_age(now - task.start)
         task.version += 1
         heapq.heappush(self.queue, (task.due, k, task.version))
 
