@@ -1289,25 +1289,50 @@ async def test_no_plan_is_made_where_no_poll_sleeps(simulator):
     assert asked
 
 
+class _Changed(DurationModel):
+    """Expects all tasks to end at 20 s, and at 3 s once they are seen to."""
+
+    expected = 20.0
+
+    def next_age(self, age, step=1.0):
+        return max(age + 0.25, self.expected)
+
+    @property
+    def revision(self):
+        return int(self.expected)
+
+    def observe(self, task_id, age, duration=None):
+        if duration is not None:
+            self.expected = 3.0
+
+
+async def polls_after_a_change(simulator, **options):
+    """Poll a task of 7 s, while another is seen to end after 5.3 s; return the times."""
+    model = options.pop("model", _Changed())
+    slow, quick = simulator.add_task(duration=7.0), simulator.add_task(duration=5.0)
+    async with make_client(simulator, durations=model) as client:
+        await asyncio.gather(
+            client.wait_for_result(slow, **options),
+            client.wait_for_result(quick, wait=wait_fixed(5.3)),
+        )
+    return request_times(simulator, slow)
+
+
 async def test_a_poll_that_moves_to_before_now_is_sent_at_the_next_whole_second(simulator):
-    """The tasks end at 5 s; one poll of each, when others have shown it, finds all of them."""
-    ids, _ = await batch_polls(simulator, [5.0] * 300)
-    last = [request_times(simulator, task_id)[-1] for task_id in ids]
-    at_whole = [at for at in last if math.isclose(at, round(at), abs_tol=0.01)]
-    assert len(at_whole) > 200
+    """Tasks end at whole seconds, so that one just before would come too early for some."""
+    assert await polls_after_a_change(simulator) == seconds([0.0, 6.0, 6.25, 6.5, 6.75, 7.0])
 
 
 async def test_the_polls_of_a_strategy_derived_from_the_learned_one_do_not_move(simulator):
     """It is asked once after each poll, as any other strategy is."""
 
-    class Hasty(wait_learned):
+    class Patient(wait_learned):
         def __call__(self, retry_state):
-            return super().__call__(retry_state) + 30.0
+            return super().__call__(retry_state) + 10.0
 
-    ids = [simulator.add_task(duration=12.0) for _ in range(50)]
-    async with make_client(simulator) as client:
-        await client.wait_for_results(ids, wait=Hasty(DurationModel()))
-    assert min(request_times(simulator, task_id)[1] for task_id in ids) > 30.0
+    model = _Changed()
+    times = await polls_after_a_change(simulator, model=model, wait=Patient(model))
+    assert times == seconds([0.0, 30.0])
 
 
 async def test_the_last_poll_before_a_deadline_does_not_move(simulator):
