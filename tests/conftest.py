@@ -107,7 +107,7 @@ def _async_tests_end_clean(request):
 
 @pytest.fixture(autouse=True)
 def cache_folder(monkeypatch, tmp_path_factory):
-    """Where the command may remember: a folder of each test's own, which is not there yet."""
+    """The folder of the command's memory: one of each test's own, which is not there yet."""
     folder = tmp_path_factory.getbasetemp() / f"cache-{next(_numbers)}"
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
     return folder / "kontext-async"

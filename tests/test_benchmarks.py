@@ -112,7 +112,7 @@ def test_every_task_of_a_bad_day_is_accounted_for():
 
 
 def test_a_wrong_outcome_is_seen_to_be_wrong():
-    fate = soak.Fate(duration=12.0, failure=None, straggler=False)
+    fate = soak.Scripted(duration=12.0, failure=None, straggler=False)
     error = WaitTimeoutError(task_id="task-1", elapsed=600.0, polls=9)
     lost = TaskOutcome(task_id="task-1", error=error)
     assert not soak.is_right(lost, fate, "http://127.0.0.1")

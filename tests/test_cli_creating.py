@@ -138,7 +138,7 @@ def test_a_key_with_another_request_is_refused_before_anything_is_paid_for(konte
 
 
 def test_a_dry_run_counts_and_pays_for_nothing(kontext, simulator):
-    """What is new, known, refused and uncertain, and the balance."""
+    """Counts of new, known, refused and uncertain requests, and the balance."""
     simulator._generate_script = iter([lambda r: (r.default_reply(), _closed())[1]])
     kontext("generate", "a", "--into", "p")
     kontext("generate", "b", "--into", "p")

@@ -1,4 +1,4 @@
-"""What one run of the command learns of durations, and the next starts from."""
+"""Durations that one run of the command learns, and the next starts from."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def test_what_an_interrupted_run_has_learned_is_saved(number, start, simulator, 
     ("error", "is_saved"), [(asyncio.CancelledError, True), (ZeroDivisionError, False)]
 )
 def test_a_cancelled_run_is_saved_and_one_that_fails_is_not(error, is_saved, cache_folder):
-    """What a defect has learned may be wrong too."""
+    """A defect may have learned wrong durations too."""
 
     def end():
         with remembered("https://api.example", wanted=True) as model:
@@ -171,7 +171,7 @@ def test_a_cancelled_run_is_saved_and_one_that_fails_is_not(error, is_saved, cac
 
 
 def test_a_run_that_learns_nothing_writes_nothing(cache_folder):
-    """Neither a first file, nor an old one anew."""
+    """Neither a first file, nor an old one again."""
     with remembered("https://api.example", wanted=True):
         pass
     assert not cache_folder.exists()
@@ -290,7 +290,7 @@ def unreadable(file):
     ],
 )
 def test_a_file_that_is_not_a_model_is_ignored_and_replaced(make, cache_folder):
-    """Whatever has written it."""
+    """No matter what has written it."""
     cache_folder.mkdir(parents=True)
     make(cache_folder / "https-api.example-443.json")
     assert learn() == 0

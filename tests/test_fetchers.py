@@ -201,7 +201,7 @@ async def test_a_request_whose_connection_was_closed_is_sent_again_once(reset, g
 
 @pytest.mark.usefixtures("fetcher")
 async def test_a_connection_with_more_than_the_answer_is_not_used_again():
-    """What came after an answer would be taken for the answer to the next request."""
+    """Bytes after an answer would be taken for the answer to the next request."""
     answer = http(body_of()) + http(body_of("another"))
     async with raw_server(answer) as server, make_client(server.base_url) as client:
         for _ in range(3):

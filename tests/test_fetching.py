@@ -171,7 +171,7 @@ async def test_a_name_is_judged_by_its_addresses_at_the_connection(names, addres
 
 
 async def test_a_name_may_resolve_to_another_address_the_next_time(names):
-    """With DNS rebinding each connection is checked anew."""
+    """With DNS rebinding each connection is checked again."""
     async with raw_server(http(b"image")) as server:
         port = server.base_url.rpartition(":")[2]
         async with fetching(f"http://api.example:{port}") as fetcher:

@@ -412,7 +412,7 @@ async def test_a_second_worker_begins_with_what_the_first_has_learned(fleet, sim
 
 @pytest.mark.parametrize("text", ["", "{}", '{"version": 99}', "[" * 2000])
 async def test_durations_that_cannot_be_read_are_ignored_and_replaced(fleet, client, text):
-    """What another release or another program has written stops no worker."""
+    """Payloads that another release or program has written stop no worker."""
     write = "INSERT INTO kontext_durations (model) VALUES (%s)"
     await fleet._database.fetch(write, (text,))
     await fleet.submit(["a"])

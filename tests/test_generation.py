@@ -340,7 +340,7 @@ async def test_a_task_that_takes_too_long_is_waited_for_by_the_next_run(path):
 
 
 async def test_after_the_batch_timeout_nothing_is_created(path):
-    """What runs ends as not finished; the rest is planned."""
+    """Tasks that run end as not finished; the rest is planned."""
     async with Simulator(durations=100.0) as simulator:
         found = await run(path, simulator, prompts(9), max_running=2, batch_timeout=30)
         assert simulator.now < 32

@@ -275,7 +275,7 @@ async def test_an_entry_that_is_not_found_again_ends_the_batch(client, simulator
 
 
 async def test_flipped_bytes_are_named_or_harmless(path):
-    """Whatever a bad disk makes of the file, it can be read, or a `LedgerError` says why not."""
+    """A file that a bad disk has damaged can be read, or a `LedgerError` says why not."""
     async with Ledger(path) as ledger:
         await ledger.add(f"t\N{LATIN SMALL LETTER A WITH DIAERESIS}sk-{n}" for n in range(200))
     whole = path.read_bytes()
@@ -362,7 +362,7 @@ async def test_an_image_that_is_gone_for_good_is_its_outcome(answer, client, sim
 
 
 async def test_a_folder_may_have_any_bytes_in_its_name(client, simulator, path, one):
-    """What is not UTF-8 is recorded as it is, and found again."""
+    """Text that is not UTF-8 is recorded as it is, and found again."""
     folder = path.parent / os.fsdecode(b"images-\xff")
     for _ in range(2):
         async with (

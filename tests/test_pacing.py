@@ -857,7 +857,7 @@ def planned(budget, plan):
 
 
 async def test_a_new_revision_moves_polls_forward():
-    """What others have shown is heeded by those who sleep; the same revision moves nothing."""
+    """Sleepers use what others have shown; the same revision moves nothing."""
     budget, plan = make_budget(), Plan(30.0)
     waiting = planned(budget, plan)
     fixed = waiter(budget, 20.0)

@@ -203,7 +203,7 @@ def test_importing_the_package_loads_nothing_that_an_extra_brings():
 
 
 def test_the_core_needs_four_distributions():
-    """Whatever else is needed comes with an extra."""
+    """Everything that is needed beyond these comes with an extra."""
     needed = importlib.metadata.requires("kontext-async")
     core = {re.match(r"[\w-]+", line)[0] for line in needed if "extra ==" not in line}
     assert core == {"aiohttp", "attrs", "cattrs", "tenacity"}

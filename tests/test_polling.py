@@ -1221,7 +1221,7 @@ def test_any_script_ends_as_the_contract_says(script, **policy):
 @given(data=st.data(), seed=st.integers(0, 2**32))
 @settings(max_examples=25)
 def test_no_wait_lasts_longer_than_its_deadline(data, seed):
-    """Whatever comes, however slowly, for several tasks at once, under an unknown rate limit."""
+    """For any answers, however slow, and several tasks at once, under an unknown rate limit."""
     names = st.sampled_from([n for n in sorted(STEPS) if not n.startswith("oversized")])
     scripts = data.draw(st.lists(st.lists(names, max_size=8), min_size=1, max_size=5))
     latency = data.draw(st.sampled_from([0.0, 0.013, 0.4, 2.5]))
@@ -1336,7 +1336,7 @@ async def test_the_polls_of_a_strategy_derived_from_the_learned_one_do_not_move(
 
 
 async def test_the_last_poll_before_a_deadline_does_not_move(simulator):
-    """Whatever others show, a task that ends before its deadline is seen to."""
+    """No matter what others show, a task that ends before its deadline is seen to."""
     ids, outcomes = [], []
     async with make_client(simulator) as client:
         ids = [simulator.add_task(duration=14.0 + k / 10) for k in range(60)]

@@ -203,7 +203,7 @@ async def test_all_but_paid_requests_reuse_connections(is_given, tmp_path):
 
 
 async def test_the_environment_may_except_hosts():
-    """NO_PROXY is heeded."""
+    """Those of NO_PROXY are asked directly."""
     async with Simulator() as simulator, proxy() as (port, heads):
         task_id = simulator.add_task(duration=0, outcome="success")
         variables = {"HTTP_PROXY": f"http://127.0.0.1:{port}", "NO_PROXY": "127.0.0.1"}
@@ -359,7 +359,7 @@ class Borrowed(aiohttp.BaseConnector):
     ],
 )
 async def test_what_a_borrowed_session_cannot_fetch_is_a_download_error(url, said, tmp_path):
-    """Whatever its connector raises, and with an address that is written in the URL."""
+    """No matter what its connector raises, and with an address that is written in the URL."""
     async with (
         Simulator() as simulator,
         aiohttp.ClientSession(connector=Borrowed()) as session,

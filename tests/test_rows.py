@@ -80,7 +80,7 @@ def entry(task_id="task", record=None, error=None, *, created=0.0, image=(None, 
 @given(COMPLETED)
 @example(CompletedTask(task_id="a", param_json=HOSTILE, result_image_url=HOSTILE))
 def test_an_outcome_with_a_result_comes_back_equal(task):
-    """Whatever its texts are, and to the microsecond."""
+    """With any texts, and to the microsecond."""
     outcome = TaskOutcome(task_id=task.task_id, result=task)
     image, again = recalled((task.task_id, "done", *texts(outcome), None, None, None, None))
     assert (image, again) == (None, outcome)

@@ -343,7 +343,7 @@ def model_of(draw, *, cost=1.0, sample=4000):
 class TestPlan:
     @pytest.mark.parametrize("shape", [k for k in bench.SHAPES if "shift" not in k])
     def test_a_known_distribution_costs_the_optimum(self, shape):
-        """The programme is exact, but for the width of the bins."""
+        """The programme is exact to the width of the bins."""
         model, durations = model_of(bench.SHAPES[shape][0])
         exact = wait_learned(model, jitter=wait_fixed(1.0), scout=wait_fixed(1.0))
         _, best = TestEfficiency.plan(shape)
@@ -362,7 +362,7 @@ class TestPlan:
 
     @pytest.mark.parametrize(("known", "tasks"), [(0.0, 1), (4.0, 5), (100.0, 20)])
     def test_it_is_made_anew_the_sooner_the_fewer_tasks_were_seen_at_an_age(self, known, tasks):
-        """Tasks that end change the next age only when the plan is made anew."""
+        """Tasks that end change the next age only when the plan is made again."""
         model = DurationModel.from_json(saved([0.0] * BINS, [known] * BINS))
         before, ended = model.revision, 0
         while model.revision == before:

@@ -113,7 +113,7 @@ async def test_four_processes_keep_a_limit_exactly(dsn):
 
 
 async def test_a_lone_process_has_the_whole_limit_and_its_part_is_held_after_it(fleet):
-    """What it used stays held until the service has forgotten it; then others have it all."""
+    """Its share stays held until the service has forgotten it; then others have it all."""
     now = asyncio.get_running_loop().time
     async with fleet.shared_limit(RateLimit(5, 0.5), name="a") as limit:
         limit.opens_at(now())

@@ -369,7 +369,7 @@ async def test_another_process_is_a_second_writer_too(path):
 
 
 async def test_a_reader_sees_a_snapshot(store, path):
-    """Whatever is written while it reads."""
+    """No matter what is written while it reads."""
     await asyncio.gather(*(store.run(ADD, (f"{n}",)) for n in range(10)))
     with closing(open_reader(path)) as connection:
         rows = connection.execute(ALL)

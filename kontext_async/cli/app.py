@@ -210,7 +210,7 @@ def batch(
     stopped: finished tasks are not polled again, and saved images are not downloaded again.
     Without --from, the ids come from the ledger.
     """
-    # The page of `--help` ought not to wait for what keeps results.
+    # `--help` should not wait for the import of what keeps results.
     from kontext_async.cli.batch import (  # noqa: PLC0415
         batch_ids,
         make_folder,

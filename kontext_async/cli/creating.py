@@ -141,7 +141,7 @@ def generate(
     run that was stopped, and pays for no prompt twice. All prompts are checked before the first
     task is paid for.
     """
-    # The page of `--help` ought not to wait for what keeps results.
+    # `--help` should not wait for the import of what keeps results.
     from kontext_async.cli.listening import read_callbacks  # noqa: PLC0415
     from kontext_async.cli.prompts import read_requests  # noqa: PLC0415
     from kontext_async.cli.requests import create_tasks  # noqa: PLC0415

@@ -225,7 +225,7 @@ def _next_stop(column: int) -> int:
 
 
 def write_result(fields: Mapping[str, Any], *, as_json: bool = False) -> None:
-    """Write a task's result to standard output: for people on a terminal, else as JSON."""
+    """Write a task's result to standard output: for people on a terminal, otherwise as JSON."""
     is_for_people = not as_json and sys.stdout is not None and sys.stdout.isatty()
     (write_row if is_for_people else write_line)(fields)
 

@@ -33,7 +33,7 @@ from kontext_async.simulator import (
 # What is asked of the client, by period: the least share answered, the largest share refused.
 BARS = {1: (0.90, 0.03), 10: (0.85, 0.05), 60: (0.70, 0.10)}
 
-_INTERVAL = 3.0  # s between the plain loop's looks, the usual choice of hand-written ones
+_INTERVAL = 3.0  # s between the plain loop's polls, the usual choice of hand-written ones
 _LATENCY = 0.05  # s that the simulator takes for an answer
 _PHASE = 0.3  # of a window that has passed when the client begins
 # How long there is work for in the end, beyond what is counted, in windows.
@@ -63,7 +63,7 @@ class Case:
 
     @property
     def tasks(self) -> int:
-        """Tasks that are work enough, at two looks a task or more."""
+        """Tasks that are work enough, at two polls a task or more."""
         return int(self.until / self.period * self.requests / 2) + 1
 
 
@@ -163,7 +163,7 @@ def run(chosen: Sequence[Case] | None = None) -> list[dict[str, Any]]:
 
 
 async def _deadlines(tasks: int) -> dict[str, Any]:
-    """Tasks done 3 s after their first look, 20 requests a second, and 10 s for each."""
+    """Tasks done 3 s after their first poll, 20 requests a second, and 10 s for each."""
     limit = RateLimit(20, 1.0)
     simulator = Simulator(durations=3.0, rate_limit=SlidingWindow(20, 1.0), auto_create=True)
     task_ids = [f"task-{i}" for i in range(tasks)]

@@ -139,7 +139,7 @@ class Planned(wait_base):
         self.ages = ages
 
     def __call__(self, retry_state: PollState) -> float:
-        i = bisect_right(self.ages, retry_state.age + 1e-6)  # reached, but for rounding
+        i = bisect_right(self.ages, retry_state.age + 1e-6)  # reached, apart from rounding
         return self.ages[i] - retry_state.age if i < len(self.ages) else 15.0
 
 

@@ -31,15 +31,15 @@ _REASONS = (
 
 
 @attrs.frozen
-class Fate:
-    """The outcome decided for a task."""
+class Scripted:
+    """The outcome that is scripted for a task."""
 
     duration: float
     failure: Failure | None
     straggler: bool
 
 
-def fates(tasks: int, seed: int) -> dict[str, Fate]:
+def scripts(tasks: int, seed: int) -> dict[str, Scripted]:
     """The outcome of each task."""
     draw = random.Random(seed)
     decided = {}
@@ -47,37 +47,37 @@ def fates(tasks: int, seed: int) -> dict[str, Fate]:
         straggler = draw.random() < _STRAGGLING
         duration = draw.uniform(60, 400) if straggler else 12 * draw.lognormvariate(0, 0.3)
         failure = draw.choice(_REASONS) if draw.random() < _FAILING else None
-        decided[f"task-{i:05}"] = Fate(duration, failure, straggler)
+        decided[f"task-{i:05}"] = Scripted(duration, failure, straggler)
     return decided
 
 
-def is_right(outcome: TaskOutcome, fate: Fate, base_url: str) -> bool:
-    """Return True if an outcome is the one decided."""
+def is_right(outcome: TaskOutcome, scripted: Scripted, base_url: str) -> bool:
+    """Return True if an outcome is the one that was scripted."""
     error = outcome.error
-    if fate.failure:
+    if scripted.failure:
         return (
             isinstance(error, GenerationFailedError)
             and error.task_id == outcome.task_id
-            and error.error_code == fate.failure.error_code
-            and error.error_message == fate.failure.message
+            and error.error_code == scripted.failure.error_code
+            and error.error_message == scripted.failure.message
         )
     result = outcome.result
     if result is None or error is not None or result.duration is None:
         return False
     # Times are written in whole seconds.
-    in_time = abs(result.duration.total_seconds() - fate.duration) <= 1
+    in_time = abs(result.duration.total_seconds() - scripted.duration) <= 1
     url = f"{base_url}/images/{outcome.task_id}.png"
     return in_time and result.task_id == outcome.task_id and result.result_image_url == url
 
 
-def _created_as_read(simulator: Simulator, decided: Mapping[str, Fate]) -> Iterator[str]:
-    for task_id, fate in decided.items():
-        outcome = fate.failure or "success"
-        yield simulator.add_task(task_id, duration=fate.duration, outcome=outcome)
+def _created_as_read(simulator: Simulator, decided: Mapping[str, Scripted]) -> Iterator[str]:
+    for task_id, scripted in decided.items():
+        outcome = scripted.failure or "success"
+        yield simulator.add_task(task_id, duration=scripted.duration, outcome=outcome)
 
 
 async def _soak(tasks: int, fault_rate: float, seed: int) -> dict[str, Any]:
-    decided = fates(tasks, seed)
+    decided = scripts(tasks, seed)
     seen: Counter[str] = Counter()
     errors: Counter[str] = Counter()
     right = 0
@@ -94,8 +94,8 @@ async def _soak(tasks: int, fault_rate: float, seed: int) -> dict[str, Any]:
         statuses = Counter(f"{r.status}/{r.code}" for r in simulator.requests)
         return {
             "tasks": tasks,
-            "failing": sum(fate.failure is not None for fate in decided.values()),
-            "straggling": sum(fate.straggler for fate in decided.values()),
+            "failing": sum(scripted.failure is not None for scripted in decided.values()),
+            "straggling": sum(scripted.straggler for scripted in decided.values()),
             "kinds_of_fault": len(FAULTS),
             "accounted_for": sum(count == 1 for count in seen.values()),
             "right": right,
