@@ -503,8 +503,10 @@ class TaskWait:
 
     def _expect(self, age: float, delay: float) -> None:
         """Remember when the model expects the next poll, unless that of a scout comes before."""
-        if type(self._policy.wait) is wait_learned:  # a subclass may decide otherwise
-            expected = self._policy.wait.model.next_age(age)
+        wait = self._policy.wait
+        # A subclass may decide otherwise.
+        if isinstance(wait, wait_learned) and type(wait) is wait_learned:
+            expected = wait.model.next_age(age)
             self._expected_age = expected if age + delay > expected - _ROUNDING else None
 
     def planned_at(self) -> float:
