@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 import signal
 import subprocess
 import sys
@@ -23,6 +25,16 @@ KEY = "secret-key"
 def simulator():
     with serving(durations=0.2, auto_create=True) as running:
         yield running
+
+
+@pytest.fixture(autouse=True)
+def logger(monkeypatch):
+    """Restore the library's logger, which a worker makes write to standard error."""
+    log = logging.getLogger("kontext_async")
+    monkeypatch.setattr(log, "handlers", [])
+    level = log.level
+    yield
+    log.setLevel(level)
 
 
 @pytest.fixture
@@ -65,6 +77,15 @@ def test_a_worker_needs_no_folder_and_shares_a_limit(kontext, cache_folder):
     kontext("worker", "--until-done", "--heartbeat", "0.3", "--rate-limit", "20/1")
     assert state(kontext)["done"] == 1
     assert not cache_folder.exists()
+
+
+@pytest.mark.parametrize(("option", "levels"), [("-q", set()), ("-v", {"INFO", "DEBUG"})])
+def test_a_worker_says_less_or_more_on_request(kontext, option, levels):
+    """Warnings only, or each poll."""
+    kontext("fleet", "init")
+    kontext("submit", "--from", "-", input="a\n")
+    said = kontext("worker", "--until-done", "--heartbeat", "0.3", option).stderr
+    assert {line.split()[2] for line in said.splitlines()} == levels
 
 
 def test_people_have_a_table_of_workers(kontext, dsn, monkeypatch):
@@ -166,6 +187,10 @@ def test_sigterm_puts_the_rest_back_within_ten_seconds(kontext, simulator):
             process.kill()
     assert process.returncode == 143, errors
     assert KEY not in errors
+    limit, start, stop = [line.split(" INFO ")[1] for line in errors.splitlines()]
+    assert limit == "a limit of 20 requests in 1 s is shared"
+    assert re.fullmatch(r"worker \S+ starts, with the database at /\S+:5432", start)
+    assert re.fullmatch(r"worker \S+ stops: 1 tasks ended, 1 left for other workers", stop)
     after = state(kontext)
     assert (after["waiting"], after["queuedChunks"], after["runningChunks"]) == (1, 1, 0)
     assert after["workers"] == []

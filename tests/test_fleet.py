@@ -289,8 +289,8 @@ async def test_arguments_are_checked(fleet, client):
             await call
 
 
-async def test_outcomes_that_the_table_refuses_end_the_chunk(fleet, simulator, client):
-    """The chunk goes back to the queue, to be tried again a little later."""
+async def test_outcomes_that_the_table_refuses_end_the_chunk(fleet, simulator, client, caplog):
+    """The chunk goes back to the queue, to be tried again a little later, with a warning."""
     await fleet.submit(["a"])
     await fleet._database.fetch("ALTER TABLE kontext_tasks ADD CHECK (state = 'waiting')")
     working = asyncio.create_task(fleet.work(client, **BEAT))
@@ -301,6 +301,8 @@ async def test_outcomes_that_the_table_refuses_end_the_chunk(fleet, simulator, c
             "SELECT scheduled_at > now() FROM procrastinate_jobs WHERE attempts > 0"
         )
     assert tried == [(True,)]
+    assert "failed, again in 10 s: FleetError: outcomes cannot be written: new row" in caplog.text
+    assert "DETAIL" not in caplog.text  # it has the row
     working.cancel()
     await asyncio.wait({working})
     assert (await fleet.status()).tasks["waiting"] == 1
@@ -329,14 +331,17 @@ def fail_once(monkeypatch, owner, name, error):
     ],
 )
 async def test_what_a_moment_without_the_database_interrupts_goes_on(
-    fleet, client, monkeypatch, owner, name, error
+    fleet, client, monkeypatch, caplog, owner, name, error
 ):
-    """The engine, the journal, the heartbeat and the reader each try again."""
+    """The engine, the journal, the heartbeat and the reader each try again, and say so."""
+    caplog.set_level("INFO", "kontext_async")
     await fleet.submit(["a"])
     fail_once(monkeypatch, owner, name, error)
     working = asyncio.create_task(fleet.work(client, until_done=True, **BEAT))
     assert [entry.task_id for entry in await collected(fleet)] == ["a"]
     await working
+    assert "is away, trying again: " in caplog.text
+    assert "the database is back after" in caplog.text
 
 
 async def test_the_chunks_of_the_dead_are_put_back_by_one_worker_at_a_time(fleet, client):

@@ -150,13 +150,15 @@ async def test_without_the_database_a_process_keeps_its_part_and_says_so(
         async def away(*arguments):
             raise psycopg.OperationalError
 
-        with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, "kontext_async"):
+        address = fleet._database.address
+        with monkeypatch.context() as patch, caplog.at_level(logging.INFO, "kontext_async"):
             patch.setattr(shared_limit._Leasing, "_exchange", away)
             await asyncio.sleep(0.5)
             assert limit.max_requests == 5
             assert limit.opens_at(now()) <= now()
         assert [r.getMessage() for r in caplog.records] == [
-            "the database is away: this process keeps 5 of 5 requests"
+            f"the database at {address} is away, trying again: OperationalError",
+            "this process keeps 5 of 5 requests of the shared limit",
         ]
         await asyncio.sleep(0.2)
         limit.heard_at -= 60  # as in a process that was stopped for a minute

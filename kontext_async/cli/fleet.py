@@ -25,8 +25,17 @@ from kontext_async.cli.options import (
     KnownLimit,
     Proxy,
     Source,
+    Verbose,
 )
-from kontext_async.cli.output import Exit, error_console, fail, plain, say, write_line
+from kontext_async.cli.output import (
+    Exit,
+    error_console,
+    fail,
+    log_events,
+    plain,
+    say,
+    write_line,
+)
 from kontext_async.cli.running import run
 from kontext_async.client import DEFAULT_BASE_URL
 
@@ -64,7 +73,7 @@ def _fleet(dsn: str) -> Fleet:
     except ModuleNotFoundError as error:
         fail(str(error))
     # The engine logs each failed chunk with a traceback; the fleet's own lines are enough.
-    for name in ("procrastinate", "psycopg.pool"):
+    for name in ("procrastinate", "psycopg"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     return Fleet(dsn)
 
@@ -213,6 +222,8 @@ def worker(
     until_done: Annotated[
         bool, typer.Option("--until-done", help="End when no chunk is left.")
     ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Log warnings only.")] = False,
+    verbose: Verbose = False,
     rate_limit: KnownLimit = None,
     base_url: BaseUrl = DEFAULT_BASE_URL,
     allow_http: AllowHttp = False,
@@ -222,8 +233,10 @@ def worker(
 ) -> None:
     """Wait for the tasks of a fleet, until SIGTERM or Ctrl-C.
 
-    Then it takes no more, ends what ends within 5 seconds, and puts the rest back.
+    Then it takes no more, ends what ends within 5 seconds, and puts the rest back. Its start, its
+    end, and times without the API or the database are logged to standard error.
     """
+    log_events(logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO)
     options = connection(
         base_url=base_url,
         api_key_file=api_key_file,

@@ -300,11 +300,16 @@ def is_one_terminal() -> bool:
 def log_polls(wanted: bool) -> None:  # noqa: FBT001 - a command's option as it comes
     """Log each poll to standard error, if wanted."""
     if wanted:
-        handler = logging.StreamHandler(cast("TextIO", _Forgiving(sys.stderr or io.StringIO())))
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        log = logging.getLogger("kontext_async")
-        log.setLevel(logging.DEBUG)
-        log.handlers = [handler]
+        log_events(logging.DEBUG)
+
+
+def log_events(level: int) -> None:
+    """Log to standard error from this level on."""
+    handler = logging.StreamHandler(cast("TextIO", _Forgiving(sys.stderr or io.StringIO())))
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log = logging.getLogger("kontext_async")
+    log.setLevel(level)
+    log.handlers = [handler]
 
 
 def fail(problem: str) -> NoReturn:

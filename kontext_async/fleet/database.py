@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 from collections.abc import AsyncGenerator, Generator
 from contextlib import asynccontextmanager, contextmanager
@@ -30,6 +31,8 @@ __all__ = [
     "reason",
     "translate_errors",
 ]
+
+_log = logging.getLogger("kontext_async")
 
 Row: TypeAlias = tuple[Any, ...]
 Connection: TypeAlias = psycopg.AsyncConnection[Row]
@@ -125,7 +128,7 @@ def reason(error: BaseException) -> str:
     return _BEFORE_REASON.sub("", str(error).partition("\n")[0]).strip()
 
 
-def _cannot_connect(dsn: str, error: BaseException) -> FleetError:
+def _cannot_connect(address: str, error: BaseException) -> FleetError:
     """Return the error for a connection that failed."""
     problem = reason(error) or "no answer in time"
     is_refused = _REFUSED.search(problem) is not None
@@ -135,7 +138,7 @@ def _cannot_connect(dsn: str, error: BaseException) -> FleetError:
         else "check the connection string, and that PostgreSQL runs there"
     )
     return FleetError(
-        f"cannot reach the database at {_address(dsn)}: {problem}; {advice}",
+        f"cannot reach the database at {address}: {problem}; {advice}",
         retryable=not is_refused,
     )
 
@@ -175,6 +178,8 @@ class Database:
 
     def __init__(self, dsn: str) -> None:
         self._dsn = _checked_dsn(dsn)
+        self.address: Final = _address(dsn)
+        self._away_since: float | None = None  # s, by the loop's clock
         self._pool: AsyncConnectionPool[Connection] | None = None
         self.app = App(connector=PsycopgConnector())
 
@@ -197,7 +202,7 @@ class Database:
             await self.app.open_async(pool)
         except AWAY as exc:
             await pool.close()
-            raise _cannot_connect(self._dsn, exc) from exc
+            raise _cannot_connect(self.address, exc) from exc
         except BaseException:
             await pool.close()
             raise
@@ -217,7 +222,18 @@ class Database:
     async def connection(self) -> AsyncGenerator[Connection]:
         """Lend a connection, which commits each statement."""
         async with self._opened().connection() as connection:
+            if self._away_since is not None:
+                away = asyncio.get_running_loop().time() - self._away_since
+                _log.info("the database is back after %.0f s", away)
+                self._away_since = None
             yield connection
+
+    def warn_away(self, error: BaseException) -> None:
+        """Log that the database is away, once until it is back."""
+        if self._away_since is None:
+            self._away_since = asyncio.get_running_loop().time()
+            why = reason(error.__cause__ or error) or type(error).__name__
+            _log.warning("the database at %s is away, trying again: %s", self.address, why)
 
     async def connect(self) -> Connection:
         """Return a connection of the caller's own, such as for LISTEN."""

@@ -156,7 +156,8 @@ class Fleet:
 
         Each outcome is in the database before its chunk is acknowledged. If this worker dies,
         another takes its chunks over after five heartbeats at most. While the database is away,
-        the worker waits. Cancelled, it puts back what does not end within 5 seconds.
+        the worker waits. Cancelled, it puts back what does not end within 5 seconds, or within two
+        heartbeats if those are shorter.
 
         ``saver``: saves the images of this worker's tasks too. ``max_chunks``: the most chunks at
         a time. ``heartbeat``: seconds between two signs of life; give all workers the same.
@@ -212,7 +213,8 @@ class Fleet:
                         async for row in self._rows_after(position, listener):
                             position = row[0]
                             yield entry_of(row[1:])
-                except AWAY:
+                except AWAY as exc:
+                    self._database.warn_away(exc)
                     await asyncio.sleep(_RETRY_AFTER)
                 else:
                     return

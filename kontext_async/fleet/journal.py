@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections import deque
 from collections.abc import Mapping
 from typing import Final
@@ -17,8 +16,6 @@ from kontext_async.polling import TaskOutcome
 from kontext_async.results.ledger.rows import error_text, record_text, state_of
 
 __all__ = ["OutcomeWriter", "TableJournal"]
-
-_log = logging.getLogger("kontext_async")
 
 _RETRY_AFTER = 1.0  # s, while the database is away
 _GROUP = 1000  # outcomes in one statement
@@ -51,6 +48,7 @@ class OutcomeWriter:
         self._database = database
         self._pending: deque[tuple[TaskOutcome, asyncio.Future[None]]] = deque()
         self._arrived = asyncio.Event()
+        self.written = 0
 
     def write(self, outcome: TaskOutcome) -> asyncio.Future[None]:
         """Write an outcome; the future is done when it is durable."""
@@ -82,7 +80,7 @@ class OutcomeWriter:
         try:
             await self._insert(outcomes)
         except AWAY as exc:
-            _log.warning("the database is away, outcomes are kept: %s", type(exc).__name__)
+            self._database.warn_away(exc)
             self._arrived.set()
             await asyncio.sleep(_RETRY_AFTER)
             return
@@ -91,6 +89,7 @@ class OutcomeWriter:
             for _, written in group:
                 written.set_exception(failure)
         else:
+            self.written += len(group)
             for _, written in group:
                 written.set_result(None)
         for _ in group:

@@ -153,10 +153,11 @@ class _Leasing:
                 async with asyncio.timeout(_RENEW_WITHIN):
                     await self.renew()
                 self._is_away = False
-            except AWAY:
+            except AWAY as exc:
+                self._database.warn_away(exc)
                 if not self._is_away:
                     part = f"{self.shared.max_requests} of {self._limit.max_requests}"
-                    _log.warning("the database is away: this process keeps %s requests", part)
+                    _log.info("this process keeps %s requests of the shared limit", part)
                 self._is_away = True
             self.shared.heard_at = loop.time()
 
@@ -194,6 +195,7 @@ async def lease(database: Database, limit: RateLimit, name: str) -> AsyncGenerat
     """Hold a share of a limit while the block runs."""
     leasing = _Leasing(database, limit, name)
     await leasing.renew()
+    _log.info("a limit of %d requests in %g s is shared", limit.max_requests, limit.period)
     renewing = asyncio.create_task(leasing.run())
     try:
         yield leasing.shared

@@ -15,7 +15,7 @@ from procrastinate.jobs import Job
 
 from kontext_async.client import KontextClient
 from kontext_async.errors import AuthenticationError, KontextError
-from kontext_async.fleet.database import AWAY, QUEUE, Database, Row
+from kontext_async.fleet.database import AWAY, QUEUE, Database, Row, reason
 from kontext_async.fleet.durations import SharedDurations
 from kontext_async.fleet.journal import OutcomeWriter, TableJournal
 from kontext_async.fleet.names import new_name
@@ -64,6 +64,9 @@ class _PutBack(BaseRetryStrategy):
 
     def get_retry_decision(self, *, exception: BaseException, job: Job) -> RetryDecision:
         is_stopping = isinstance(exception, (asyncio.CancelledError, AuthenticationError))
+        if not is_stopping and not isinstance(exception, AWAY):
+            what = f"{type(exception).__name__}: {reason(exception)}"
+            _log.warning("chunk %s failed, again in %d s: %s", job.id, _CHUNK_RETRY_AFTER, what)
         return RetryDecision(retry_in={"seconds": 0 if is_stopping else _CHUNK_RETRY_AFTER})
 
 
@@ -92,6 +95,7 @@ class Worker:
         # An app of its own: a chunk is this worker's, with its client and its saver.
         self._app = App(connector=database.app.connector)
         self._app.task(name=CHUNK_TASK, queue=QUEUE, retry=_PutBack())(self._work_on)
+        self._taken = 0  # tasks
         self._refusal: AuthenticationError | None = None
         self._stopping = asyncio.Event()
         self._chunk_ended = asyncio.Event()
@@ -100,6 +104,7 @@ class Worker:
         """Take chunks until cancelled, until the key is refused, or until nothing is left."""
         stop = self._stopping
         await self._durations.load()
+        _log.info("worker %s starts, with the database at %s", self.name, self._database.address)
         async with _running(self._writer.run(), stop), _running(self._show_life(), stop):
             try:
                 while not self._stopping.is_set():
@@ -119,7 +124,8 @@ class Worker:
                 install_signal_handlers=False,
                 delete_jobs="successful",
                 fetch_job_polling_interval=self._heartbeat,  # nobody announces what is put back
-                shutdown_graceful_timeout=_GRACE,
+                # Its heartbeat has stopped then, and its chunks must not pass for a dead worker's.
+                shutdown_graceful_timeout=min(_GRACE, (_MISSED_BEATS - 1) * self._heartbeat),
                 update_heartbeat_interval=self._heartbeat,
                 stalled_worker_timeout=_MISSED_BEATS * self._heartbeat,
             )
@@ -135,7 +141,7 @@ class Worker:
             try:
                 engine.result()
             except AWAY as exc:
-                _log.warning("the database is away, the worker waits: %s", type(exc).__name__)
+                self._database.warn_away(exc)
         if not self._stopping.is_set():
             await asyncio.sleep(_RETRY_AFTER)
 
@@ -146,12 +152,16 @@ class Worker:
                 await self._writer.flush()
                 await self._durations.save()
                 await self._database.fetch(_GONE, (self.name,))
+        ended = self._writer.written
+        counts = f"{ended} tasks ended, {self._taken - ended} left for other workers"
+        _log.info("worker %s stops: %s", self.name, counts)
 
     async def _work_on(self, task_ids: list[str]) -> None:
         """Wait for the tasks of a chunk that have no outcome yet."""
         try:
             known = await self._known(task_ids)
             waiting = [row[0] for row in await self._database.fetch(_WAITING, (task_ids,))]
+            self._taken += len(waiting)
             journal = TableJournal(self._writer, known)
             stream = self._client.as_completed([*known, *waiting], journal=journal)
             async with stream as outcomes:
@@ -201,7 +211,7 @@ class Worker:
                     if self._until_done and not await self._database.fetch(_QUEUED, (QUEUE,)):
                         self._stopping.set()
             except AWAY as exc:
-                _log.info("no sign of life, the database is away: %s", type(exc).__name__)
+                self._database.warn_away(exc)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._heartbeat):
                     await self._chunk_ended.wait()
