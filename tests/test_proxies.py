@@ -21,10 +21,12 @@ from raw_server import http, raw_server
 from kontext_async import (
     CompletedTask,
     ConfigurationError,
+    ImageRequest,
     KontextClient,
     KontextError,
     TransportError,
 )
+from kontext_async.cli.connection import connection
 from kontext_async.results import DownloadError, ImageSaver, download
 from kontext_async.simulator import Simulator
 
@@ -200,6 +202,29 @@ async def test_all_but_paid_requests_reuse_connections(is_given, tmp_path):
     assert {method for methods in rest for method in methods} == {"GET"}
     assert sum(map(len, rest)) >= 12
     assert len(rest) <= 4
+
+
+async def test_the_commands_session_reuses_connections_too(monkeypatch):
+    """The same within one process: a task is created, and polled twice by one connection."""
+    monkeypatch.setenv("APIKLEY_API_KEY", KEY)
+    connections = []
+    async with (
+        Simulator(durations=0.0) as simulator,
+        proxy(connections=connections) as (port, _),
+        connection(
+            base_url=simulator.base_url,
+            api_key_file=None,
+            allow_http=False,
+            proxy=f"http://127.0.0.1:{port}",
+            no_memory=True,
+        ).open() as (client, session),
+    ):
+        task = await client.submit(ImageRequest(prompt="a boat"))
+        for _ in range(2):
+            await client.record_info(task.task_id)
+        assert not session.closed
+    assert connections == [["POST"], ["GET", "GET"]]
+    assert session.closed
 
 
 async def test_the_environment_may_except_hosts():
