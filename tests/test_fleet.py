@@ -256,6 +256,22 @@ async def test_a_server_that_does_not_answer_is_an_error(monkeypatch):
     assert caught.value.retryable
 
 
+async def test_a_connection_that_is_being_made_can_be_cancelled():
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        entering = Fleet(f"postgresql://127.0.0.1:{silent.getsockname()[1]}/x").__aenter__()
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(entering, 0.1)
+
+
+async def test_a_statement_that_the_database_refuses_is_an_error(fleet):
+    """Its first line is enough, and trying again cannot help."""
+    await fleet._database.fetch("ALTER TABLE kontext_tasks RENAME state TO stage")
+    with pytest.raises(FleetError) as caught:
+        await fleet.status()
+    assert str(caught.value) == 'the database failed: column "state" does not exist'
+    assert not caught.value.retryable
+
+
 async def test_a_login_that_is_refused_is_not_tried_again(dsn):
     """The advice names what may be wrong: the user, the password, the database."""
     with pytest.raises(FleetError, match=r': database "nowhere" does not exist; .*~/\.pgpass') as e:
