@@ -123,7 +123,7 @@ _PRIOR_TASKS: Final = 0.5  # tasks that a forecast counts as in each bin
 _TREND_SPAN: Final = 0.1  # of the age, over which the trend of a bin's forecast forgets to 1/e
 _BIN_MEMORY: Final = 100.0  # tasks passing through a bin after which its counts have faded to 1/e
 _MEMORY: Final = 300.0  # tasks ended anywhere after which all counts have faded to 1/e
-_REBUILD_AFTER: Final = 20.0  # tasks ended in well-known bins, after which to plan anew
+_REBUILD_AFTER: Final = 20.0  # tasks ended in well-known bins, after which to plan again
 _RUNNING_NEWS: Final = 0.1  # news in an observation of a running task, to that of an ended one
 
 _SCOUTS: Final = 50.0  # tasks polled early for all others, times the growth of the root of the age
