@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kontext_async import ConfigurationError, KontextClient, RateLimit
-from kontext_async.fleet import Fleet, shared_limit
+from kontext_async.fleet import Fleet, FleetError, shared_limit
 from kontext_async.fleet.shared_limit import Lease, next_share
 from kontext_async.pacing import SlidingWindow
 from kontext_async.simulator import Simulator
@@ -135,6 +135,23 @@ async def test_different_limits_under_one_name_are_refused(fleet):
     with pytest.raises(ConfigurationError, match="RateLimit"):
         async with fleet.shared_limit(5):
             pass
+
+
+async def test_errors_of_the_block_reach_its_caller_unchanged(fleet):
+    """The user's own database is not the fleet's."""
+    own = psycopg.OperationalError("of another database")
+    with pytest.raises(psycopg.OperationalError) as caught:
+        async with fleet.shared_limit(LIMIT):
+            raise own
+    assert caught.value is own
+
+
+async def test_a_database_without_the_tables_is_named(dsn):
+    """The message says which command makes them."""
+    async with Fleet(dsn) as fleet:
+        with pytest.raises(FleetError, match="kontext fleet init"):
+            async with fleet.shared_limit(LIMIT):
+                pass
 
 
 async def test_without_the_database_a_process_keeps_its_part_and_says_so(

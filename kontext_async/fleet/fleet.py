@@ -195,9 +195,8 @@ class Fleet:
         different limit under this name.
         """
         check_limit(limit)
-        with translate_errors():
-            async with lease(self._database, limit, name) as shared:
-                yield shared
+        async with lease(self._database, limit, name) as shared:
+            yield shared
 
     async def outcomes(self) -> AsyncGenerator[LedgerEntry, None]:
         """Iterate over the tasks that have an outcome, then over others as they end.

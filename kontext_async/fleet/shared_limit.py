@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager, suppress
 from typing import NamedTuple
 
 from kontext_async.errors import ConfigurationError
-from kontext_async.fleet.database import AWAY, Database
+from kontext_async.fleet.database import AWAY, Database, translate_errors
 from kontext_async.fleet.names import new_name
 from kontext_async.pacing import RateLimit, SlidingWindow
 
@@ -194,7 +194,8 @@ class _Leasing:
 async def lease(database: Database, limit: RateLimit, name: str) -> AsyncGenerator[SharedLimit]:
     """Hold a share of a limit while the block runs."""
     leasing = _Leasing(database, limit, name)
-    await leasing.renew()
+    with translate_errors():
+        await leasing.renew()
     _log.info("a limit of %d requests in %g s is shared", limit.max_requests, limit.period)
     renewing = asyncio.create_task(leasing.run())
     try:
@@ -202,4 +203,5 @@ async def lease(database: Database, limit: RateLimit, name: str) -> AsyncGenerat
     finally:
         renewing.cancel()
         await asyncio.wait({renewing})
-        await leasing.leave()
+        with translate_errors():
+            await leasing.leave()
