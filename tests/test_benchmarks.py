@@ -71,6 +71,19 @@ def test_a_limit_that_is_no_window_is_not_told():
     assert {row["way"] for row in discovery.run([case])} == {"kontext-async", "gather"}
 
 
+@pytest.mark.parametrize(("apart", "seconds"), [(0.0, 60), (30.0, 150)])
+def test_clients_that_share_a_limit_are_counted_each(apart, seconds):
+    sharing = discovery.Sharing(5, 1, "bucket", clients=2, apart=apart)
+    assert sharing.case().windows - seconds in (0, 1)
+    [row] = discovery.run_sharing([sharing], phases=[0.3])
+    assert 0.9 < row["answered"] < 1.1
+    assert 0.0 < row["refused"] < 0.2
+    assert 0.0 < row["fairness"] < 1.0
+    assert 0.0 < row["least"] < 1.0
+    assert 0.0 < row["late"] < 2.0
+    assert discovery.sharing_table([row]).count("\n") == 2
+
+
 def test_a_narrow_limit_lets_every_task_meet_its_deadline():
     """A hundredth of the work that the benchmark does."""
     result = discovery.run_deadlines(tasks=50)

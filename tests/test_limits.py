@@ -761,12 +761,15 @@ def test_a_slow_or_lost_probe_does_not_lower_the_rate():
     assert rate_after((5.0, 5.05, "answered")) == pytest.approx(refused_first)
 
 
-def test_a_limit_that_is_raised_is_found_again():
+@pytest.mark.parametrize("kind", [FixedWindow, ServiceWindow, Bucket])
+@pytest.mark.parametrize("raised_at", [100.0, 105.3, 110.6, 115.9])
+def test_a_limit_that_is_raised_is_used_within_half_a_minute(kind, raised_at):
     limit = DiscoveredLimit()
-    saturate(limit, ServiceWindow(10, 1.0), until=120.0)
-    log = saturate(limit, ServiceWindow(40, 1.0), until=600.0, began=120.0)
-    late = sum(admitted for at, admitted in log if at >= 500.0)
-    assert late >= 0.85 * 40 * 100
+    saturate(limit, kind(10, 1.0), until=raised_at)
+    until = raised_at + 90.0
+    log = saturate(limit, kind(50, 1.0), until=until, began=raised_at)
+    used = sum(admitted for at, admitted in log if at >= raised_at + 30.0)
+    assert used >= 0.90 * 50 * 60
 
 
 def test_a_limit_that_is_lowered_is_found_again():

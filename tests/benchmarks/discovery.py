@@ -4,6 +4,9 @@ The simulator enforces a limit that the client is not told. Counted is what its 
 first refusal on: answered requests as a share of what the limit allows, and the share of requests
 answered 429. Beside the client stands what a user would write for the same tasks: `asyncio.gather`
 over loops with a fixed sleep, also after a 429. And an explicit `RateLimit`, which must meet none.
+
+Several clients may share a limit, each of which discovers it alone: of interest is then how much of
+it they use together, and how equally.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any
@@ -38,6 +42,12 @@ _LATENCY = 0.05  # s that the simulator takes for an answer
 _PHASE = 0.3  # of a window that has passed when the client begins
 # How long there is work for in the end, beyond what is counted, in windows.
 _MARGIN = 5
+# Of clients that share a limit: seconds between those that begin at once, seconds until each has
+# had time to find its part, and for how long they are counted from then on.
+_AT_ONCE = 0.013
+_SETTLED = 60.0
+_COUNTED = 60.0
+_PHASES = (0.1, 0.4, 0.7)  # of a window that have passed at the beginning, one run for each
 
 
 @attrs.frozen
@@ -101,13 +111,15 @@ async def _gather(base_url: str, task_ids: Iterable[str]) -> None:
         await asyncio.gather(*(wait(task_id) for task_id in task_ids))
 
 
-async def _log(case: Case, work: Callable[[str], Coroutine[Any, Any, None]]) -> list[LoggedRequest]:
+async def _log(
+    case: Case, work: Callable[[str], Coroutine[Any, Any, None]], phase: float = _PHASE
+) -> list[LoggedRequest]:
     """The simulator's log of some work over a span of time."""
     simulator = Simulator(
         rate_limit=case.limit(), auto_create=True, latency=_LATENCY, log_limit=None
     )
     async with simulator:
-        await asyncio.sleep(_PHASE * case.period)
+        await asyncio.sleep(phase * case.period)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(case.until):
                 await work(simulator.base_url)
@@ -186,6 +198,111 @@ def deadlines_table(result: Mapping[str, Any]) -> str:
     """Return the result as a Markdown table."""
     cells = "{tasks:,} | {results:,} | {refusals} | {took_s:.0f} s".format_map(result)
     return f"| tasks | results in time | requests refused | took |\n{'|--:' * 4}|\n| {cells} |"
+
+
+@attrs.frozen
+class Sharing:
+    """Clients that begin so many seconds apart, and share a limit that none of them is told."""
+
+    requests: int
+    period: int
+    kind: str
+    clients: int
+    apart: float
+
+    def case(self) -> Case:
+        """The limit, until the end of what is counted."""
+        seconds = self.counted_from + _COUNTED
+        return Case(self.requests, self.period, self.kind, math.ceil(seconds / self.period))
+
+    def began(self, client: int) -> float:
+        """Return when a client begins: at once means a few ms apart, as processes are."""
+        return client * (self.apart or _AT_ONCE)
+
+    @property
+    def counted_from(self) -> float:
+        """The time from which to count: the last client has settled, or all begin at once."""
+        return self.began(self.clients - 1) + (_SETTLED if self.apart else 0.0)
+
+
+def sharings() -> list[Sharing]:
+    """Two clients, of which one is late, under several limits; four and eight under one."""
+    late = [(10, 1), (40, 1), (200, 1), (20, 10)]
+    limits = [(requests, period, 2, 30.0) for requests, period in late]
+    limits += [(40, 1, 4, 30.0), (40, 1, 8, 0.0)]
+    return [
+        Sharing(requests, period, kind, clients, apart)
+        for requests, period, clients, apart in limits
+        for kind in ("window", "bucket")
+    ]
+
+
+async def _share(sharing: Sharing, phase: float) -> list[LoggedRequest]:
+    """The simulator's log of all clients; the ids of a client's tasks begin with its number."""
+    case = sharing.case()
+
+    async def client(number: int, base_url: str) -> None:
+        await asyncio.sleep(sharing.began(number))
+        await _batch(base_url, [f"{number}-{i}" for i in range(case.tasks)], None)
+
+    async def work(base_url: str) -> None:
+        await asyncio.gather(*(client(number, base_url) for number in range(sharing.clients)))
+
+    return await _log(case, work, phase)
+
+
+def _shares(sharing: Sharing, log: Sequence[LoggedRequest], phase: float) -> dict[str, float]:
+    """Return what one run shows. A client's part is an equal share of the limit."""
+    began = phase * sharing.period
+    last, settled = began + sharing.began(sharing.clients - 1), began + sharing.counted_from
+    rate = sharing.requests / sharing.period
+
+    def parts(begins: float, seconds: float) -> list[float]:
+        answered = Counter(
+            int(str(request.task_id).partition("-")[0])
+            for request in log
+            if request.code != 429 and begins <= request.time < begins + seconds
+        )
+        part = rate * seconds / sharing.clients
+        return [answered[number] / part for number in range(sharing.clients)]
+
+    since = [request for request in log if last <= request.time < settled + _COUNTED]
+    counted = parts(settled, _COUNTED)
+    return {
+        "answered": sum(counted) / sharing.clients,
+        "refused": sum(request.code == 429 for request in since) / len(since),
+        "fairness": min(counted) / max(counted),
+        "late": parts(last + _SETTLED / 2, _SETTLED / 2)[-1],
+        "least": min(counted),
+    }
+
+
+def run_sharing(
+    chosen: Sequence[Sharing] | None = None, phases: Sequence[float] = _PHASES
+) -> list[dict[str, Any]]:
+    """One row for each, with the worst of several runs."""
+    rows = []
+    for sharing in sharings() if chosen is None else chosen:
+        runs = [_shares(sharing, in_process.run(_share(sharing, phase)), phase) for phase in phases]
+        worst = {name: min(run[name] for run in runs) for name in runs[0]}
+        worst["refused"] = max(run["refused"] for run in runs)
+        rows.append(attrs.asdict(sharing) | worst)
+    return rows
+
+
+def sharing_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the rows as a Markdown table."""
+    head = [
+        "| clients | limit | kind | answered | refused | least/most | late client | least client |",
+        "|--:|---|---|--:|--:|--:|--:|--:|",
+    ]
+    lines = [
+        f"| {row['clients']} | {row['requests']} in {row['period']} s | {row['kind']} "
+        f"| {100 * row['answered']:.1f} % | {100 * row['refused']:.1f} % | {row['fairness']:.2f} "
+        f"| {row['late']:.2f} | {row['least']:.2f} |"
+        for row in rows
+    ]
+    return "\n".join(head + lines)
 
 
 # Columns of the table: a kind of limit as it is counted, and a way to meet it.

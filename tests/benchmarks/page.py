@@ -40,6 +40,7 @@ TABLES: Mapping[str, Callable[[Any], str]] = {
     "schedule": schedule_efficiency.table,
     "lognormals": schedule_efficiency.lognormals_table,
     "discovery": discovery.table,
+    "sharing": discovery.sharing_table,
     "deadlines": discovery.deadlines_table,
     "scale": scale.table,
     "wide": scale.wide_table,
@@ -64,7 +65,7 @@ def parts(results: Mapping[str, Any]) -> dict[str, str]:
     return {
         "surroundings": _surroundings(results["surroundings"]),
         "aims": aims.table(results),
-        **{name: table(results[name]) for name, table in TABLES.items()},
+        **{name: table(results[name]) for name, table in TABLES.items() if name in results},
     }
 
 

@@ -46,6 +46,7 @@ BENCHMARKS: dict[str, Callable[[], Any]] = {
     "ages": schedule_efficiency.by_age,
     "discovery": discovery.run,
     "seconds": discovery.by_second,
+    "sharing": discovery.run_sharing,
     "deadlines": discovery.run_deadlines,
     "scale": scale.run,
     "wide": scale.run_wide,
