@@ -86,6 +86,7 @@ def pictures(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
+    """Run the benchmarks; with `--docs`, make the tables and plots of the documentation anew."""
     session.install("-e", ".[bench]")
     session.run("python", "tests/benchmarks/run.py", *session.posargs)
 

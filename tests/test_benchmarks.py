@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import json
+import re
 
 import pytest
 from benchmarks import (
@@ -194,6 +196,16 @@ def test_the_places_of_a_page_are_filled_each_time_anew():
     assert page.filled(once, {"cpu": "| 1 |"}) == once
     with pytest.raises(KeyError):
         page.filled(text, {})
+
+
+def test_the_documentation_has_all_tables_as_the_results_beside_it_make_them():
+    parts = page.parts(json.loads((page.DOCS / page.RESULTS).read_text(encoding="utf-8")))
+    places = set()
+    for name in page.PAGES:
+        text = (page.DOCS / name).read_text(encoding="utf-8")
+        assert page.filled(text, parts) == text
+        places.update(re.findall(r"<!-- from the run: (\w+) -->", text))
+    assert places == parts.keys()
 
 
 @needs_matplotlib

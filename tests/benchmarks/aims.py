@@ -24,7 +24,7 @@ def _where(rows: Sequence[Mapping[str, Any]], **wanted: Any) -> list[Mapping[str
 
 
 def _percent(share: float) -> str:
-    return f"{share * 100:.1f}".removesuffix(".0") + " %"
+    return f"{share * 100:.1f}".removesuffix(".0") + "\N{NO-BREAK SPACE}%"
 
 
 def _waits(results: Results) -> Iterator[Aim]:

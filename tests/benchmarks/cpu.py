@@ -203,7 +203,9 @@ def compared(mine: Sequence[float], its: Sequence[float]) -> dict[str, Any]:
 def spread(compared: Mapping[str, Any]) -> str:
     """Return a ratio in words, with the middle half of its rounds."""
     low, high = compared["ratio_quartiles"]
-    return "1" if low == high == 1 else f"{compared['ratio']:.2f} ({low:.2f} to {high:.2f})"
+    if low == high == 1:
+        return "1"
+    return f"{compared['ratio']:.2f} ({low:.2f}\N{EN DASH}{high:.2f})"
 
 
 @contextlib.contextmanager
@@ -221,7 +223,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return a Markdown table: ratios, and the middle half of the rounds, for each kind of wait."""
     kinds = dict.fromkeys((row["polls"], row["concurrency"]) for row in rows)
     lines = [
-        "| polls · waits at a time | " + " | ".join(f"{p} · {c}" for p, c in kinds) + " |",
+        f"| | {' | '.join(f'polls: {polls}, at a time: {count}' for polls, count in kinds)} |",
         "|---" + "|--:" * len(kinds) + "|",
     ]
     for name in dict.fromkeys(row["client"] for row in rows):

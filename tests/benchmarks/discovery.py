@@ -328,7 +328,7 @@ def _cell(row: Mapping[str, Any] | None) -> str:
     if row is None:
         return ""
     refused = f"{row['refused']:.1%}" if row["refusals"] else "0"
-    return f"{row['answered']:.1%} · {refused}".replace("%", " %")
+    return f"{row['answered']:.1%} · {refused}".replace("%", "\N{NO-BREAK SPACE}%")
 
 
 def by_second(*, requests: int = 40, windows: int = 60) -> list[dict[str, Any]]:

@@ -54,7 +54,7 @@ def _surroundings(of: Mapping[str, Any]) -> str:
     day = datetime.fromisoformat(of["date"])
     *others, last = (f"{name} {version}" for name, version in of["packages"].items())
     said = (
-        f"All figures are from one run, on {day.day} {day:%B %Y}, with Python {of['python']} on "
+        f"Measured on {day.day} {day:%B %Y}, with Python {of['python']} on "
         f"{of['system']}, with {of['cores']} cores, {', '.join(others)} and {last}."
     )
     return textwrap.fill(said, 119)

@@ -449,17 +449,20 @@ def lognormals_table(rows: Iterable[dict[str, Any]]) -> str:
 
 def table(rows: Iterable[dict[str, Any]]) -> str:
     """Return a Markdown table of J over that of the optimum, by shape of the durations."""
-    ratios = {(row["shape"], row["arrivals"], row["schedule"]): row["ratio"] for row in rows}
-    names = [f"learned, {arrivals}" for arrivals in ARRIVALS]
-    lines = [f"| durations | backoff | {' | '.join(names)} |", "|---|--:|--:|--:|"]
-    for shape in dict.fromkeys(shape for shape, _, _ in ratios):
-        steady, at_once = ARRIVALS
-        three = (
-            ratios[shape, steady, "exponential"],
-            ratios[shape, steady, "learned"],
-            ratios[shape, at_once, "learned"],
-        )
-        cells = " | ".join(f"{ratio:.2f}" for ratio in three)
+    steady, at_once = ARRIVALS
+    ratios: dict[str, dict[tuple[str, str], float]] = {}
+    for row in rows:
+        schedule = "fixed" if row["schedule"].startswith("every") else row["schedule"]
+        ratios.setdefault(row["shape"], {})[schedule, row["arrivals"]] = row["ratio"]
+    columns = {
+        "backoff": ("exponential", steady),
+        "best fixed interval": ("fixed", steady),
+        "learned, one a second": ("learned", steady),
+        "learned, all at once": ("learned", at_once),
+    }
+    lines = ["| durations | " + " | ".join(columns) + " |", "|---" + "|--:" * len(columns) + "|"]
+    for shape, found in ratios.items():
+        cells = " | ".join(f"{found[column]:.2f}" for column in columns.values())
         lines.append(f"| {LABELS.get(shape, shape)} | {cells} |")
     return "\n".join(lines)
 
