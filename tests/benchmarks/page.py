@@ -32,7 +32,7 @@ from benchmarks import (
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 RESULTS = "performance.json"
-PAGES = ("performance.md", "learned-schedule.md")
+PAGES = ("performance.md", "learned-schedule.md", "pacing.md")
 
 # The table of each benchmark, as Markdown.
 TABLES: Mapping[str, Callable[[Any], str]] = {
@@ -65,7 +65,7 @@ def parts(results: Mapping[str, Any]) -> dict[str, str]:
     return {
         "surroundings": _surroundings(results["surroundings"]),
         "aims": aims.table(results),
-        **{name: table(results[name]) for name, table in TABLES.items() if name in results},
+        **{name: table(results[name]) for name, table in TABLES.items()},
     }
 
 
