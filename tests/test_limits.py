@@ -639,11 +639,17 @@ def test_answers_of_an_earlier_cycle_do_not_count():
     assert limit.rate() == pytest.approx(0.85 * 10.0 * 1.25 * 1.1 / 2.1)
 
 
+def settled_again():
+    """Have a second cycle of 48 answers in 6 s as well."""
+    limit, now = settled()
+    return limit, cycle(limit, now, gaps=[1 / 12] * 48, pause=2.0)
+
+
 def test_a_cycle_with_few_answers_is_judged_together_with_earlier_ones():
     """With the last 40 answers of them."""
-    limit, now = settled()
+    limit, now = settled_again()
     now = cycle(limit, now, gaps=[0.1] * 4)
-    assert limit.rate() == pytest.approx(0.88 * 44 / 6.4)
+    assert limit.rate() == pytest.approx(0.85 * 44 / 6.4)
     now = cycle(limit, now, gaps=[0.1] * 4)
     assert limit.rate() == pytest.approx(0.88 * 44 / (6.4 * 40 / 44 + 1.4))
     now = cycle(limit, now, gaps=[0.1] * 81)
@@ -653,12 +659,20 @@ def test_a_cycle_with_few_answers_is_judged_together_with_earlier_ones():
 
 @pytest.mark.parametrize(
     ("first", "peak"),
-    [([0.1] * 21, (20 + 4) / (4.0 + 1.4)), ([0.1] * 10, (9 + 4) / (2.9 + 1.4))],
+    [([0.1] * 20, (20 + 4) / (4.0 + 1.4)), ([0.1] * 9, (9 + 4) / (2.9 + 1.4))],
 )
 def test_earlier_cycles_count_in_full_up_to_forty_answers(first, peak):
-    limit, now = settled(gaps=first)
+    limit, now = settled()
+    now = cycle(limit, now, gaps=first, pause=2.0)
     cycle(limit, now, gaps=[0.1] * 4)
-    assert limit.rate() == pytest.approx(0.88 * peak)
+    assert limit.rate() == pytest.approx(0.85 * peak)
+
+
+def test_eight_answers_of_the_first_cycle_count_later():
+    """More of them would keep the rate high for long, if they were the burst of a bucket."""
+    limit, now = settled()
+    cycle(limit, now, gaps=[0.1] * 4)
+    assert limit.rate() == pytest.approx(0.85 * (8 + 4) / (6.0 * 8 / 48 + 1.4))
 
 
 @pytest.mark.parametrize(
@@ -666,7 +680,7 @@ def test_earlier_cycles_count_in_full_up_to_forty_answers(first, peak):
     [([0.1] * 7, 0.85 * (40 + 7) / (5.0 + 2.7)), ([0.1] * 8, 0.85 * 10.0 * 1.25 * 0.8 / 1.8)],
 )
 def test_eight_answers_are_enough_to_judge_a_cycle_by(gaps, expected):
-    limit, now = settled()
+    limit, now = settled_again()
     cycle(limit, now, gaps=gaps, pause=2.0)
     assert limit.rate() == pytest.approx(expected)
 

@@ -387,7 +387,9 @@ class DiscoveredLimit:
         ended = min(now, self._probed_at + self._slow_after())
         took = max(ended - self._cycle_began, self._MIN_SECONDS)
         paused, sending = ended - self._refused_at, self._refused_at - self._cycle_began
+        remembered = self._REMEMBERED_ANSWERS
         if self._state is DiscoveryState.FIRST_REFUSED:
+            remembered = self._MIN_ANSWERS  # it may have been the burst that a bucket holds
             peak = self._busiest_rate(ended, took)
             if self._answered < self._MIN_ANSWERS:
                 peak = max(peak, self._MIN_FIRST_RATE)
@@ -400,7 +402,7 @@ class DiscoveredLimit:
             self._cycles += 1
             has_enough = self._answered >= self._MIN_ANSWERS and sending >= paused
             self._is_settled |= has_enough or self._cycles >= self._UNSETTLED_CYCLES
-        self._remember_cycle(took)
+        self._remember_cycle(took, remembered)
         self._probe_refused = False
         self._cycle_began = now
         self._answered = 0
@@ -432,13 +434,13 @@ class DiscoveredLimit:
             self._rate_before * min(1.0, self._PAUSE_ALLOWANCE * sending), self._answered / took
         )
 
-    def _remember_cycle(self, took: float) -> None:
+    def _remember_cycle(self, took: float, most: float) -> None:
         if self._answered < self._MIN_ANSWERS:
             self._earlier_answers += self._answered
             self._earlier_seconds += took
         else:
             self._earlier_answers, self._earlier_seconds = self._answered, took
-        share = min(1.0, self._REMEMBERED_ANSWERS / max(self._earlier_answers, 1))
+        share = min(1.0, most / max(self._earlier_answers, 1))
         self._earlier_answers *= share
         self._earlier_seconds *= share
 
