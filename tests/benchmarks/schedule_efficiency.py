@@ -29,7 +29,7 @@ Spent = Sequence[tuple[int, float]]  # each task's requests, and its lag in seco
 
 COST = 1.0  # seconds of lag that one request is worth
 FIXED = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20)  # s; the best of them is chosen in hindsight
-SEEDS = (101, 102, 103, 104, 105)  # none of them chose a constant of the schedule
+SEEDS = tuple(range(101, 113))  # none of them chose a constant of the schedule
 SETTLED = 200  # tasks ended after a shift, from which on "settled" counts
 ARRIVALS = ("one a second", "all at once")
 REPLAN_SAMPLE, REPLAN_PAUSE = 10, 1e-4  # tasks, and s for each task, as in a client
@@ -384,7 +384,7 @@ def run_lognormals(
     medians: Sequence[float] = (6, 12, 25, 60),
     sigmas: Sequence[float] = (0.2, 0.4, 0.6, 0.8),
     tasks: int = 2000,
-    seeds: Sequence[int] = SEEDS,
+    seeds: Sequence[int] = SEEDS[:5],
 ) -> list[dict[str, Any]]:
     """The learned schedule's J over that of the optimum, one row for each median and sigma."""
     rows = []

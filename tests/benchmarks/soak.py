@@ -124,6 +124,7 @@ def table(result: Mapping[str, Any]) -> str:
         "the right one": result["right"],
         "polls that failed": sum(result["failed_polls"].values()),
         "requests": result["requests"],
+        "seconds until all had ended": round(result["virtual_s"]),
     }
     cells = " | ".join(f"{count:,}" for count in counts.values())
     return f"| {' | '.join(counts)} |\n{'|--:' * len(counts)}|\n| {cells} |"
