@@ -151,36 +151,32 @@ class Generator:
 
     async def _follow(self, key: str, request: ImageRequest) -> None:
         entry = await self._submissions.plan(key, request, new_token())
-        task_id = entry.task_id
-        error: KontextError | None = None
-        if task_id is None:
-            try:
-                task_id = await self._task_of(entry)
-            except _OUTCOMES as exc:
-                error = exc
-        if task_id is not None:
-            outcome = await self._wait(task_id)
-            self._ready.put_nowait(
-                RequestOutcome(
-                    task_id=task_id,
-                    result=outcome.result,
-                    error=outcome.error,
-                    key=key,
-                    request=request,
-                )
-            )
-        elif error is not None:
-            self._ready.put_nowait(
-                RequestOutcome(task_id="", error=error, key=key, request=request)
-            )
+        try:
+            task_id = await self._task_of(entry)
+        except _OUTCOMES as error:
+            outcome = TaskOutcome(task_id="", error=error)
         else:
-            self._places.release()  # planned, for another run
+            if task_id is None:  # planned, for another run
+                self._places.release()
+                return
+            outcome = await self._wait(task_id)
+        self._ready.put_nowait(
+            RequestOutcome(
+                task_id=outcome.task_id,
+                result=outcome.result,
+                error=outcome.error,
+                key=key,
+                request=request,
+            )
+        )
 
     async def _task_of(self, entry: SubmissionEntry) -> str | None:
         """Return the request's task; None if it is left for another run.
 
         Raises the error that keeps it from having one.
         """
+        if entry.task_id is not None:
+            return entry.task_id
         if entry.state == "unknown":
             since = entry.updated_at.timestamp()
             return await self._called_back(entry, entry.error(), since)
