@@ -192,7 +192,6 @@ class Ledger:
         `KontextClient.as_completed` raises, and `LedgerError` from the iteration if an outcome
         cannot be recorded.
         """
-        final: set[TaskState] = {"done"} if retry_failed else {"done", "failed"}
         stream = client.as_completed(
             task_ids,
             max_in_flight=max_in_flight,
@@ -202,7 +201,7 @@ class Ledger:
             error_grace=error_grace,
             not_found_grace=not_found_grace,
             on_event=on_event,
-            journal=LedgerJournal(self._store, self._ended, self._images.recalled, final=final),
+            journal=self._journal(retry_failed=retry_failed),
         )
         self._streams.add(stream)
         return stream
@@ -279,7 +278,6 @@ class Ledger:
                 "on_event": on_event,
             },
         )
-        final: set[TaskState] = {"done"} if retry_failed else {"done", "failed"}
         stream = Stream(
             functools.partial(
                 Generator,
@@ -287,7 +285,7 @@ class Ledger:
                 requests,
                 options,
                 submissions=self._submissions,
-                journal=LedgerJournal(self._store, self._ended, self._images.recalled, final=final),
+                journal=self._journal(retry_failed=retry_failed),
                 arrivals=self._arrivals,
             )
         )
@@ -353,6 +351,10 @@ class Ledger:
     async def record_save_failed(self, task_id: str, error: KontextError) -> None:
         """Record why a task's image could not be saved; `save_outcomes` does this by itself."""
         await self._store.run(*_not_saved(task_id, error))
+
+    def _journal(self, *, retry_failed: bool) -> LedgerJournal:
+        final: set[TaskState] = {"done"} if retry_failed else {"done", "failed"}
+        return LedgerJournal(self._store, self._ended, self._images.recalled, final=final)
 
 
 def _not_saved(task_id: str, error: KontextError) -> tuple[str, Row]:
