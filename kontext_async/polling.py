@@ -360,14 +360,13 @@ class TaskWait:
 
     def _give_up_at(self) -> float:
         """Return when to stop waiting for a permit, and see whether the wait is over."""
-        if self._may_fail_unpolled:
-            now = self._loop.time()
-            # The last poll may be planned for the end of the grace.
-            return min(self._deadline, now + self._failing_grace_left(now) + _MIN_LEAD)
-        if self._polls or not self._timeout_from_first_poll or self._policy.timeout is None:
+        now = self._loop.time()
+        if self._polls:  # the last poll may be planned for the end of the grace
+            return min(self._deadline, now + self._unpolled_grace_left(now) + _MIN_LEAD)
+        if not self._timeout_from_first_poll or self._policy.timeout is None:
             return self._deadline
         timeout = self._policy.timeout or self._poller.request_timeout
-        return min(self._deadline, max(self._began, self._loop.time()) + timeout)
+        return min(self._deadline, max(self._began, now) + timeout)
 
     def _blocked(self) -> TaskOutcome | None:
         """Return the outcome if the wait is over before a permit was acquired.
@@ -378,24 +377,19 @@ class TaskWait:
         now = self._loop.time()
         if now >= self._deadline or (not self._polls and self._poller.budget.has_outage):
             return self._timed_out()
-        if self._may_fail_unpolled and self._failing_grace_left(now) < _ROUNDING:
-            assert self._last_error is not None, "a failed poll has an error"
+        if self._last_error is not None and self._unpolled_grace_left(now) < _ROUNDING:
             return self._ended_by(self._last_error)
         return None
 
-    @property
-    def _may_fail_unpolled(self) -> bool:
-        """True if the end of a grace ends the wait without another poll.
+    def _unpolled_grace_left(self, now: float) -> float:
+        """Return the seconds until a grace ends the wait without another poll; infinity if none.
 
         An outage or a queue that holds back the next poll does not show that a task is missing.
         """
         last = self._last_error
-        is_missing = last is not None and last.handling is Handling.RETRY_NOT_FOUND
-        return self._failures > 0 and not is_missing
-
-    def _failing_grace_left(self, now: float) -> float:
-        assert self._last_error is not None, "a failed poll has an error"
-        return self._grace_left(self._last_error.handling, now)
+        if not self._failures or last is None or last.handling is Handling.RETRY_NOT_FOUND:
+            return math.inf
+        return self._grace_left(last.handling, now)
 
     def _own_deadline(self) -> float:
         timeout = self._policy.timeout
