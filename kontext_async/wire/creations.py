@@ -279,7 +279,7 @@ CREATION_POLICY: Final[tuple[CreationRule, ...]] = (
         statuses={401, 402},
     ),
     CreationRule(
-        came="an envelope with 403, 404 or 422; any other 4xx without an envelope but 408; "
+        came="an envelope with 403, 404 or 422; any 4xx without an envelope, except 408; "
         "301, 302, 307, 308",
         verdict=Verdict.REFUSED,
         action=Action.RAISE,
