@@ -53,11 +53,8 @@ _MAX_TOKENS = 100_000  # the latest, which are remembered
 _TOKEN = "{token}"  # noqa: S105  # a placeholder
 
 
-_ABSENT = object()
-
-
-def _remember(texts: OrderedDict[str, None], text: str) -> None:
-    texts[text] = None
+def _remember(texts: OrderedDict[str, bool], text: str) -> None:
+    texts[text] = True
     if len(texts) > _MAX_TOKENS:
         texts.popitem(last=False)
 
@@ -90,6 +87,7 @@ class _OneShotBody(aiohttp.Payload):
 
     aiohttp writes the head together with the body. So what has not been handed over has not been
     sent, whatever exception comes; and a middleware that sends a request again sends half of one.
+    ``scope`` ends the request; the hand-over gives the answer time of its own.
     """
 
     def __init__(
@@ -97,12 +95,12 @@ class _OneShotBody(aiohttp.Payload):
         data: bytes,
         *,
         before_sending: Callable[[], Awaitable[object]] | None,
-        on_hand_over: Callable[[], object],
+        scope: asyncio.Timeout,
     ) -> None:
         super().__init__(data, content_type="application/json")
         self._size = len(data)
         self._before_sending = before_sending
-        self._on_hand_over = on_hand_over
+        self.scope = scope
         self.state = _BodyState.FRESH
         self.failure: Exception | None = None  # of ``before_sending``
 
@@ -121,7 +119,7 @@ class _OneShotBody(aiohttp.Payload):
         await self._prepare()
         if self.state is not _BodyState.TAKEN:
             raise RuntimeError("the request was given up before it was sent")
-        self._on_hand_over()
+        self.scope.reschedule(asyncio.get_running_loop().time() + _ANSWER_TIMEOUT)
         self.state = _BodyState.HANDED_OVER
         await writer.write(self._value)
 
@@ -189,12 +187,12 @@ class Creator:
         self._balance = URL(base_url + wire.CREDITS)
         self._borrowed = session
         self._session: aiohttp.ClientSession | None = None
-        self._request_timeout = request_timeout
+        self.request_timeout = request_timeout
         self._budget = budget
         self._transport = transport
         self._scopes: dict[asyncio.Timeout, asyncio.Future[None]] = {}
-        self._tokens: OrderedDict[str, None] = OrderedDict()
-        self._new: OrderedDict[str, None] = OrderedDict()  # tasks that will call back
+        self._tokens: OrderedDict[str, bool] = OrderedDict()
+        self._new: OrderedDict[str, bool] = OrderedDict()  # tasks that will call back
 
     async def submit(
         self,
@@ -230,7 +228,7 @@ class Creator:
 
     def is_new(self, task_id: str) -> bool:
         """Return True once for a task that was just created and will call back."""
-        return self._new.pop(task_id, _ABSENT) is None
+        return self._new.pop(task_id, False)
 
     def is_token(self, token: str) -> bool:
         """Return True if a callback's address was made with this token."""
@@ -271,30 +269,16 @@ class Creator:
         now = self._transport.loop_time
         return max(self._budget.pause_remaining(now), self._transport.budget.pause_remaining(now))
 
-    async def attempt(
-        self,
-        request: ImageRequest,
-        data: bytes,
-        before_sending: Callable[[], Awaitable[object]] | None,
-        on_body: Callable[[_OneShotBody], object],
-    ) -> Creation:
+    async def attempt(self, request: ImageRequest, body: _OneShotBody) -> Creation:
         """Send one request, and judge what comes of it.
 
-        Raises what ``before_sending`` raises, and `ClientStateError`.
+        Raises what the body's ``before_sending`` raises, and `ClientStateError`.
         """
-        loop = asyncio.get_running_loop()
         session = self._open_session()
-        scope = asyncio.timeout(self._request_timeout)
-        body = _OneShotBody(
-            data,
-            before_sending=before_sending,
-            on_hand_over=lambda: scope.reschedule(loop.time() + _ANSWER_TIMEOUT),
-        )
-        on_body(body)
         answer = _Answer()
         failure: Exception | None = None
         try:
-            async with scope:
+            async with body.scope:
                 await self._exchange(session, body, answer)
         except Exception as exc:
             if not self._is_failure(exc) and body.failure is None:
@@ -320,7 +304,7 @@ class Creator:
         answer = _Answer()
         failure: Exception | None = None
         try:
-            async with asyncio.timeout(self._request_timeout):
+            async with asyncio.timeout(self.request_timeout):
                 response = await self._open_session().get(
                     self._balance,
                     headers=request_headers(self._api_key),
@@ -334,7 +318,7 @@ class Creator:
                 raise
             failure = exc
         if failure is not None:  # raised here, the error does not refer to the request's headers
-            seconds = self._request_timeout
+            seconds = self.request_timeout
             problem = self._problem(failure, missing="whole answer", seconds=seconds)
             raise TransportError(problem) from safe_cause(failure)
         assert answer.status is not None, "the answer is whole"
@@ -349,7 +333,7 @@ class Creator:
             self._endpoint,
             data=body,
             headers=request_headers(self._api_key),
-            timeout=aiohttp.ClientTimeout(sock_connect=self._request_timeout),
+            timeout=aiohttp.ClientTimeout(sock_connect=self.request_timeout),
             allow_redirects=False,
             raise_for_status=False,
             auto_decompress=True,
@@ -384,7 +368,7 @@ class Creator:
         if body.failure is not None:
             raise body.failure
         if body.revoke():
-            problem = self._problem(exc, missing="connection", seconds=self._request_timeout)
+            problem = self._problem(exc, missing="connection", seconds=self.request_timeout)
             is_untrusted = isinstance(exc, UNTRUSTED_SERVER)
             error = TransportError(f"not sent: {problem}", retryable=not is_untrusted)
             error.__cause__ = safe_cause(exc)
@@ -463,19 +447,19 @@ class _Submission:
 
     async def _attempt(self) -> Creation:
         sent = await self._creator.acquire(again=self._failures > 0)
+        self._body = _OneShotBody(
+            self._data,
+            before_sending=self._before_sending,
+            scope=asyncio.timeout(self._creator.request_timeout),
+        )
         try:
-            creation = await self._creator.attempt(
-                self._request, self._data, self._before_sending, self._use
-            )
+            creation = await self._creator.attempt(self._request, self._body)
         except BaseException:
             self._creator.cancel(sent)
             raise
         self._body = None
         self._creator.release(sent, creation)
         return creation
-
-    def _use(self, body: _OneShotBody) -> None:
-        self._body = body
 
     async def _wait_or_raise(self, action: Action, error: KontextError) -> None:
         """Wait until the request may be sent again, or raise the error if it must not be."""

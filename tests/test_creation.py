@@ -525,17 +525,18 @@ async def test_a_body_that_was_given_up_is_not_handed_over():
         async def write(self, data):
             written.append(data)
 
-    body = _OneShotBody(b"{}", before_sending=ready.wait, on_hand_over=lambda: None)
+    body = _OneShotBody(b"{}", before_sending=ready.wait, scope=asyncio.timeout(None))
     writing = asyncio.create_task(body.write(Writer()))
     await asyncio.sleep(0)
     assert body.revoke()
     ready.set()
     with pytest.raises(RuntimeError, match="given up"):
         await writing
-    body = _OneShotBody(b"{}", before_sending=None, on_hand_over=lambda: None)
-    await body.write(Writer())
-    with pytest.raises(RuntimeError, match="sent once"):
+    async with asyncio.timeout(None) as scope:
+        body = _OneShotBody(b"{}", before_sending=None, scope=scope)
         await body.write(Writer())
+        with pytest.raises(RuntimeError, match="sent once"):
+            await body.write(Writer())
     assert not body.revoke()
     assert written == [b"{}"]
 
