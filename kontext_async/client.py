@@ -43,6 +43,7 @@ __all__ = [
     "DEFAULT_SUBMIT_GRACE",
     "KontextClient",
     "checked_session",
+    "is_loopback",
 ]
 
 DEFAULT_BASE_URL: Final = "https://api.apikley.ru"
@@ -89,7 +90,7 @@ def _checked_url(base_url: str, *, allow_http: bool) -> str:
     _check_host(url.host)
     if url.user is not None or url.password is not None or url.query_string or url.fragment:
         raise ConfigurationError("base_url must have no user, query or fragment")
-    if url.scheme == "http" and not (allow_http or _is_loopback(url.host)):
+    if url.scheme == "http" and not (allow_http or is_loopback(url.host)):
         raise ConfigurationError(
             f"base_url is plain http to {url.host}: the API key would travel unencrypted; "
             "use https, or pass allow_http=True"
@@ -104,7 +105,8 @@ def _check_host(host: str) -> None:
         raise ConfigurationError(f"base_url has a host that cannot be a name: {host!r}") from exc
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Return True for localhost and for a loopback address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

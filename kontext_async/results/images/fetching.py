@@ -15,6 +15,7 @@ import aiohttp
 from yarl import URL
 
 from kontext_async._version import __version__
+from kontext_async.client import is_loopback
 from kontext_async.results.errors import DownloadError
 from kontext_async.transport import UNTRUSTED_SERVER, describe_failure, safe_cause
 from kontext_async.wire import retry_after
@@ -116,13 +117,6 @@ def _refused(problem: str, task_id: str, status: int | None = None) -> DownloadE
     return DownloadError(problem, task_id=task_id, http_status=status, retryable=False)
 
 
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"
-
-
 def _written_address(host: str) -> str | None:
     """Return the address that a host stands for without a resolver; None for any other name."""
     name = host.rstrip(".").lower()
@@ -206,7 +200,7 @@ class Fetcher:
             raise _refused(f"its URL at {url.host} contains a user name or password", task_id)
         if url.origin() == self._api:
             return self._any_address
-        if url.scheme == "http" and not _is_loopback(url.host):
+        if url.scheme == "http" and not is_loopback(url.host):
             raise _refused(f"its URL at {url.host} is plain http, not https", task_id)
         if not self._own and not self._allow_private:
             _check_written_address(url.host, task_id)
