@@ -29,7 +29,7 @@ class Noticeboard:
     def watch(self, task_id: str, wait: Noticed, now: float) -> None:
         """Add a wait; a notice that came earlier reaches it at once. Times are in seconds."""
         self._waits[task_id] = (*self._waits.get(task_id, ()), wait)
-        came_at = self._remembered.pop(task_id, None) if self._remembered else None
+        came_at = self._remembered.pop(task_id, None)
         if came_at is not None and now - came_at <= _REMEMBERED_FOR:
             wait.notice()
 
