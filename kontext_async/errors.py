@@ -112,8 +112,6 @@ class ApiError(KontextError):
     ``retry_after`` is the wait the service asks for in seconds, None where it names none.
     """
 
-    _advice = ""
-
     def __init__(
         self,
         msg: str,
@@ -164,14 +162,13 @@ class ApiError(KontextError):
             return "; this address is served over https: change base_url"
         if self.code == 404:
             return "; nothing is served at this address: check base_url"
-        return self._advice
+        return "; check the API key" if self.code == 401 else ""
 
 
 class AuthenticationError(ApiError):
     """Raised when the API does not accept the key (401)."""
 
     title = "API key refused"
-    _advice = "; check the API key"
 
     def _own_handling(self) -> Handling:
         return Handling.RAISE
