@@ -38,7 +38,14 @@ from kontext_async import (
 )
 from kontext_async.creation import _OneShotBody
 from kontext_async.simulator import Simulator, SlidingWindow
-from kontext_async.wire import CREATION_POLICY, MAX_BODY, ApiKey, Verdict, read_creation
+from kontext_async.wire import (
+    CREATION_POLICY,
+    MAX_BODY,
+    ApiKey,
+    Verdict,
+    read_creation,
+    read_credits,
+)
 
 virtual_time = pytest.mark.virtual_time
 
@@ -568,6 +575,14 @@ async def test_a_balance_that_is_no_number_is_unreadable(data):
     async with service(script) as served, KontextClient(KEY, base_url=served.base_url) as client:
         error = await error_of(client.credits(), ResponseFormatError)
         assert error.task_id is None
+
+
+def test_a_balance_that_is_too_large_is_unreadable():
+    body = b'{"code": 200}' + b" " * MAX_BODY
+    with pytest.raises(ResponseFormatError) as caught:
+        read_credits(200, {}, body, api_key=ApiKey(KEY), now=0.0)
+    assert caught.value.task_id is None
+    assert str(caught.value).startswith("unreadable answer (HTTP 200): larger than")
 
 
 @virtual_time

@@ -324,7 +324,7 @@ def read_creation(
     if broken_off is not None:
         return Creation(LOST, error=SubmissionUnknownError(broken_off, http_status=status))
     try:
-        answer = read_answer(status, headers, body, task_id="", api_key=api_key, now=now)
+        answer = read_answer(status, headers, body, task_id=None, api_key=api_key, now=now)
     except ResponseFormatError as error:
         return Creation(LOST, error=SubmissionUnknownError(str(error.args[0]), http_status=status))
     refusal = _refusal(answer, request)

@@ -23,10 +23,10 @@ def read_credits(
     Raises `ApiError` and its subclasses, `ResponseFormatError`, and `TransportError` for a
     redirect.
     """
-    answer = read_answer(status, headers, body, task_id="", api_key=api_key, now=now)
+    answer = read_answer(status, headers, body, task_id=None, api_key=api_key, now=now)
     if answer.code != 200:
-        raise answer.refusal().for_task(None)
+        raise answer.refusal()
     balance = answer.data
     if type(balance) not in (int, float) or not -math.inf < balance < math.inf:
-        raise answer.unreadable("data: expected a number of credits").for_task(None)
+        raise answer.unreadable("data: expected a number of credits")
     return float(balance)

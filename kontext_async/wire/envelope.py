@@ -67,7 +67,7 @@ class Answer:
 
     status: int
     headers: Mapping[str, str]
-    task_id: str
+    task_id: str | None
     now: float
     api_key: ApiKey
     value: Any
@@ -133,13 +133,14 @@ def read_answer(
     headers: Mapping[str, str],
     body: bytes,
     *,
-    task_id: str,
+    task_id: str | None,
     api_key: ApiKey,
     now: float,
 ) -> Answer:
-    """Parse an answer about ``task_id``; its strings come without ``api_key``.
+    """Parse an answer about ``task_id``, None for no single task.
 
-    ``now`` is the unix time, for a Retry-After date in an answer without a Date.
+    Its strings come without ``api_key``. ``now`` is the unix time, for a Retry-After date in an
+    answer without a Date.
 
     Raises `ResponseFormatError` if the body is larger than `MAX_BODY`.
     """

@@ -65,15 +65,15 @@ def decode(
     answer = read_answer(status, headers, body, task_id=task_id, api_key=api_key, now=now)
     if answer.code is None:
         raise answer.refusal()
-    record = _read_record(answer)
+    record = _read_record(answer, task_id)
     if isinstance(record, str):
-        raise _error(answer, record)
+        raise _error(answer, task_id, record)
     if answer.code not in _RECORD_CODES and not _has_ended(record):
         raise answer.refusal()
     return record
 
 
-def _error(answer: Answer, problem: str) -> KontextError:
+def _error(answer: Answer, task_id: str, problem: str) -> KontextError:
     """Return the error for an envelope without a readable record."""
     if answer.code not in _RECORD_CODES:
         return answer.refusal()
@@ -82,13 +82,13 @@ def _error(answer: Answer, problem: str) -> KontextError:
         return answer.not_found("the answer holds no record")
     if answer.code == 200 or problem == _ANOTHER:
         return answer.unreadable(problem)
-    return _failure(answer)
+    return _failure(answer, task_id)
 
 
-def _failure(answer: Answer) -> GenerationFailedError:
+def _failure(answer: Answer, task_id: str) -> GenerationFailedError:
     given = integer(answer.data.get("errorCode")) if is_object(answer.data) else None
     return GenerationFailedError(
-        task_id=answer.task_id,
+        task_id=task_id,
         status=TaskStatus.GENERATE_FAILED,
         error_code=given or answer.code,
         error_message=answer.msg,
@@ -100,7 +100,7 @@ def _has_ended(record: TaskRecord) -> bool:
     return phase == "failed" or (phase == "ready" and record.result_image_url is not None)
 
 
-def _read_record(answer: Answer) -> TaskRecord | str:
+def _read_record(answer: Answer, task_id: str) -> TaskRecord | str:
     """Return the record in an envelope's data, or the reason why it cannot be read.
 
     Only another task's id and a bad flag make it unreadable. Any other odd field reads as absent.
@@ -108,14 +108,14 @@ def _read_record(answer: Answer) -> TaskRecord | str:
     data = answer.data
     if not is_object(data):
         return f"data: expected an object, got {kind_of(data)}"
-    if _is_another(data.get("taskId"), answer.task_id):
+    if _is_another(data.get("taskId"), task_id):
         return _ANOTHER
     status = _status(data.get("successFlag"))
     if status is None:
         return _flag_problem(data)
     origin, result = _urls(data, answer.api_key)
     return TaskRecord(
-        task_id=answer.task_id,
+        task_id=task_id,
         status=status,
         param_json=_text(data.get("paramJson")),
         create_time=_time(data.get("createTime")),
