@@ -64,6 +64,7 @@ _API_NAMES: Final[Mapping[str, str]] = {
 _CALLBACK: Final = "callBackUrl"
 _OWN_NAMES: Final = {api_name: name for name, api_name in _API_NAMES.items()}
 _KNOWN: Final = (*_OWN_NAMES, _CALLBACK)
+_LOWER: Final = {name.lower(): name for name in _KNOWN}
 
 # What the API answers to an edit or a generation with another tolerance may have been paid for.
 _MAX_TOLERANCE: Final = 6
@@ -187,13 +188,12 @@ class ImageRequest:
         return {**{name: v for name, v in known.items() if v is not None}, **self.extra}
 
 
-def _refuse_misspelt(name: object) -> None:
+def _refuse_misspelt(name: str) -> None:
     """Raise `ConfigurationError` for a name that is nearly a known one."""
-    letters = str(name).replace("_", "").replace("-", "").lower()
-    close = difflib.get_close_matches(letters, [known.lower() for known in _KNOWN], 1, 0.85)
-    if close:
-        (known,) = (known for known in _KNOWN if known.lower() == close[0])
-        raise ConfigurationError(f"{str(name)[:80]!r} is not a field: did you mean {known!r}?")
+    letters = name.replace("_", "").replace("-", "").lower()
+    if close := difflib.get_close_matches(letters, _LOWER, 1, 0.85):
+        known = _LOWER[close[0]]
+        raise ConfigurationError(f"{name[:80]!r} is not a field: did you mean {known!r}?")
 
 
 class Verdict(enum.Enum):
