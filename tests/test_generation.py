@@ -161,6 +161,24 @@ async def test_a_bad_argument_is_refused_at_the_call(path, keywords):
                 ledger.generate(client, requests)
 
 
+async def test_a_key_of_the_ledgers_own_is_paid_for_once(path):
+    """Also beside the same request without a key, in either order."""
+    plain = ImageRequest(prompt="a")
+    [keyed] = Ledger.keys_of([plain])
+    async with Simulator() as simulator:
+        assert set(await run(path, simulator, [plain, keyed])) == {keyed[0]}
+        assert set(await run(path, simulator, [keyed, plain])) == {keyed[0]}
+        assert len(simulator.created) == 1
+
+
+async def test_a_key_may_look_like_one_of_the_ledgers_own(path):
+    plain = ImageRequest(prompt="a")
+    [(key, _)] = Ledger.keys_of([plain])
+    own = key.partition("#")[0]
+    async with Simulator() as simulator:
+        assert set(await run(path, simulator, [plain, (own, plain)])) == {key, own}
+
+
 async def test_requests_may_come_slowly(path):
     """From a generator, which is closed however the batch ends."""
     ended = []

@@ -142,11 +142,11 @@ class _Keys:
     """The keys of the requests of one run."""
 
     def __init__(self) -> None:
-        self._equal: Counter[str] = Counter()
-        self._given: dict[str, str] = {}
+        self._equal: Counter[str] = Counter()  # requests without a given key, by their digest
+        self._digests: dict[str, str] = {}  # of the parameters, by key
 
     def key_of(self, item: Any) -> tuple[str, ImageRequest, bool]:
-        """Return a request with its key, and False if it is a repetition of a given key."""
+        """Return a request with its key, and False if the key was there before."""
         given, request = _pair(item)
         if not isinstance(request, ImageRequest):
             raise ConfigurationError(
@@ -154,17 +154,15 @@ class _Keys:
                 f"not {type(request).__name__}"
             )
         digest = hashlib.sha256(params_text(request).encode()).hexdigest()[:16]
-        key: str
         if given is None:
             self._equal[digest] += 1
-            return f"{digest}#{self._equal[digest]}", request, True
-        is_own = isinstance(given, str) and given.startswith(f"{digest}#")  # of `with_keys`
-        key = given if is_own else check_key(given)
-        known = self._given.setdefault(key, digest)
-        if known != digest:
+            key = f"{digest}#{self._equal[digest]}"
+        else:
+            is_own = isinstance(given, str) and given.startswith(f"{digest}#")  # of `with_keys`
+            key = given if is_own else check_key(given)
+        is_new = key not in self._digests
+        if self._digests.setdefault(key, digest) != digest:
             raise _two_requests(key)
-        is_new = key not in self._equal
-        self._equal[key] += 1
         return key, request, is_new
 
 
