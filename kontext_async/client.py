@@ -133,16 +133,6 @@ def _check_limit(name: str, limit: RateLimit | SlidingWindow | None) -> None:
         raise ConfigurationError(f"{name} must be a RateLimit or None, not {limit!r}")
 
 
-class _FirstNotice:
-    """A wait for a notice alone."""
-
-    def __init__(self) -> None:
-        self.came = asyncio.Event()
-
-    def notice(self) -> None:
-        self.came.set()
-
-
 class KontextClient:
     """A client of the Flux Kontext API: it creates image-generation tasks and waits for them.
 
@@ -475,23 +465,23 @@ class KontextClient:
     async def _sleep_until_called_back(self, task_id: str, timeout: float | None) -> float:
         """Sleep until a new task calls back, or is likely to have ended; return the seconds."""
         transport, began = self._transport, self._transport.loop_time
-        waiter = _FirstNotice()
+        came = asyncio.Event()
         # More than a step of the schedule: with one there are more polls than without callbacks
         # (tests/test_callbacks.py). Tasks begun together spread.
         step = random.uniform(1.3, 1.6)  # noqa: S311
         age = transport.durations.next_age(0.0, step)
         scope = asyncio.timeout(age if timeout is None else min(age, timeout))
-        transport.notices.watch(task_id, waiter, began)
+        transport.notices.watch(task_id, came.set, began)
         transport.source_reads.add(scope)  # it ends with the client
         try:
             async with scope:
-                await waiter.came.wait()
+                await came.wait()
         except TimeoutError:
             transport.check_open()
         finally:
             transport.source_reads.discard(scope)
-            transport.notices.unwatch(task_id, waiter)
-        if waiter.came.is_set():
+            transport.notices.unwatch(task_id, came.set)
+        if came.is_set():
             transport.notices.notice(task_id, transport.loop_time)  # for the wait that begins now
         return transport.loop_time - began
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Protocol
+from collections.abc import Callable
 
-__all__ = ["Noticeboard", "Noticed"]
+__all__ = ["Noticeboard"]
 
 # Notices for tasks that nobody waits for yet: a callback may overtake the answer to the request
 # that created its task.
@@ -13,29 +13,23 @@ _MAX_REMEMBERED = 1000
 _REMEMBERED_FOR = 900.0  # s
 
 
-class Noticed(Protocol):
-    """A wait that polls soon after a notice."""
-
-    def notice(self) -> None: ...
-
-
 class Noticeboard:
     """The waits of one client by task, and the notices that came before their waits."""
 
     def __init__(self) -> None:
-        self._waits: dict[str, tuple[Noticed, ...]] = {}
+        self._waits: dict[str, tuple[Callable[[], object], ...]] = {}
         self._remembered: OrderedDict[str, float] = OrderedDict()
 
-    def watch(self, task_id: str, wait: Noticed, now: float) -> None:
-        """Add a wait; a notice that came earlier reaches it at once. Times are in seconds."""
-        self._waits[task_id] = (*self._waits.get(task_id, ()), wait)
+    def watch(self, task_id: str, on_notice: Callable[[], object], now: float) -> None:
+        """Call ``on_notice`` for each notice; for one that came earlier at once. Times in s."""
+        self._waits[task_id] = (*self._waits.get(task_id, ()), on_notice)
         came_at = self._remembered.pop(task_id, None)
         if came_at is not None and now - came_at <= _REMEMBERED_FOR:
-            wait.notice()
+            on_notice()
 
-    def unwatch(self, task_id: str, wait: Noticed) -> None:
+    def unwatch(self, task_id: str, on_notice: Callable[[], object]) -> None:
         """Remove a wait that has ended."""
-        left = tuple(other for other in self._waits[task_id] if other is not wait)
+        left = tuple(other for other in self._waits[task_id] if other != on_notice)
         if left:
             self._waits[task_id] = left
         else:
@@ -50,6 +44,6 @@ class Noticeboard:
             if len(self._remembered) > _MAX_REMEMBERED:
                 self._remembered.popitem(last=False)
             return False
-        for wait in waits:
-            wait.notice()
+        for on_notice in waits:
+            on_notice()
         return True

@@ -277,7 +277,7 @@ class TaskWait:
         task = asyncio.current_task()
         assert task is not None, "coroutines run in tasks"
         self._task, self._cancelling = task, task.cancelling()
-        self._poller.notices.watch(self._task_id, self, self._began)
+        self._poller.notices.watch(self._task_id, self.notice, self._began)
         try:
             outcome = None
             while outcome is None:
@@ -300,7 +300,7 @@ class TaskWait:
                 outcome = self._blocked() if sent is None else await self._poll(sent)
             return outcome
         finally:
-            self._poller.notices.unwatch(self._task_id, self)
+            self._poller.notices.unwatch(self._task_id, self.notice)
             self._poller.durations.forget(self._task_id)
 
     @property
