@@ -5,7 +5,6 @@ Functions that block are for `run_in_thread`.
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import hashlib
 import importlib.util
@@ -16,10 +15,10 @@ import struct
 import threading
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, TypeVar, TypeVarTuple, Unpack
+from typing import BinaryIO
 
 import attrs
 
@@ -36,13 +35,8 @@ __all__ = [
     "find_image",
     "image_kind",
     "open_folder",
-    "run_in_thread",
     "sweep_folder",
-    "uncancellable",
 ]
-
-_Args = TypeVarTuple("_Args")
-_T = TypeVar("_T")
 
 _HAS_PILLOW = importlib.util.find_spec("PIL") is not None
 
@@ -98,24 +92,6 @@ def image_kind(head: bytes) -> str | None:
     if head.startswith(b"\xff\xd8\xff"):
         return "jpeg"
     return "webp" if head[:4] == b"RIFF" and head[8:12] == b"WEBP" else None
-
-
-async def run_in_thread(function: Callable[[Unpack[_Args]], _T], *args: *_Args) -> _T:
-    """Run a function in a thread; a cancellation is raised when the thread has finished it."""
-    return await uncancellable(asyncio.get_running_loop().run_in_executor(None, function, *args))
-
-
-async def uncancellable(work: asyncio.Future[_T]) -> _T:
-    """Wait for a thread's work; a cancellation is raised when the work has ended."""
-    try:
-        return await asyncio.shield(work)
-    except asyncio.CancelledError:
-        while not work.done():  # so that no thread still writes to the folder afterwards
-            with suppress(asyncio.CancelledError):
-                await asyncio.wait([work])
-        if not work.cancelled():
-            work.exception()  # retrieved, so that asyncio does not log it
-        raise
 
 
 @contextmanager

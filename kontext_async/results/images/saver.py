@@ -29,9 +29,9 @@ from kontext_async.results.images.files import (
     find_image,
     image_kind,
     open_folder,
-    run_in_thread,
     sweep_folder,
 )
+from kontext_async.results.threads import run_in_thread
 
 __all__ = ["ImageSaver", "download"]
 

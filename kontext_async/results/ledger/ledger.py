@@ -30,7 +30,7 @@ from kontext_async.polling import (
     check_seconds,
 )
 from kontext_async.results.errors import DownloadError
-from kontext_async.results.images.files import SavedImage, run_in_thread
+from kontext_async.results.images.files import SavedImage
 from kontext_async.results.images.saver import ImageSaver
 from kontext_async.results.images.saves import SavedOutcome, save_outcomes
 from kontext_async.results.ledger.generation import (
@@ -63,6 +63,7 @@ from kontext_async.results.ledger.submissions import (
     submission_of,
     with_keys,
 )
+from kontext_async.results.threads import run_in_thread
 from kontext_async.schedule import PollState
 from kontext_async.streams import Stream
 from kontext_async.wire import ImageRequest, check_task_id

@@ -14,8 +14,8 @@ from typing import Any, TypeAlias, TypeVar
 
 from kontext_async.errors import ClientStateError
 from kontext_async.results.errors import LedgerError
-from kontext_async.results.images.files import uncancellable
 from kontext_async.results.partial import PartialFile, remove_partial_files
+from kontext_async.results.threads import uncancellable
 
 __all__ = [
     "Row",

@@ -1,0 +1,31 @@
+"""Work in threads, which a cancellation waits for."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TypeVar, TypeVarTuple, Unpack
+
+__all__ = ["run_in_thread", "uncancellable"]
+
+_Args = TypeVarTuple("_Args")
+_T = TypeVar("_T")
+
+
+async def run_in_thread(function: Callable[[Unpack[_Args]], _T], *args: *_Args) -> _T:
+    """Run a function in a thread; a cancellation is raised when the thread has finished it."""
+    return await uncancellable(asyncio.get_running_loop().run_in_executor(None, function, *args))
+
+
+async def uncancellable(work: asyncio.Future[_T]) -> _T:
+    """Wait for a thread's work; a cancellation is raised when the work has ended."""
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        while not work.done():  # so that no thread still writes afterwards
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait([work])
+        if not work.cancelled():
+            work.exception()  # retrieved, so that asyncio does not log it
+        raise
