@@ -258,7 +258,7 @@ class _Batch:
             if read.expired():
                 return
             read.reschedule(None)
-            self._transport.source_reads.discard(read)
+            self._transport.open_scopes.discard(read)
         self._reader.cancel()
 
     async def _read(self) -> None:
@@ -303,7 +303,7 @@ class _Batch:
         """Return the next id, or `_END` if there is none before the batch's deadline."""
         scope = asyncio.timeout_at(None if self._latest == math.inf else self._latest)
         self._source_read = scope
-        self._transport.source_reads.add(scope)
+        self._transport.open_scopes.add(scope)
         try:
             async with scope:
                 next_id = await anext(source, _END)
@@ -316,7 +316,7 @@ class _Batch:
             return next_id if self._is_active else _END  # it may ignore its cancellation
         finally:
             self._source_read = None
-            self._transport.source_reads.discard(scope)
+            self._transport.open_scopes.discard(scope)
 
     def _begin(self, task_id: object, name: str) -> None:
         try:

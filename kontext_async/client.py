@@ -472,14 +472,14 @@ class KontextClient:
         age = transport.durations.next_age(0.0, step)
         scope = asyncio.timeout(age if timeout is None else min(age, timeout))
         transport.notices.watch(task_id, came.set, began)
-        transport.source_reads.add(scope)  # it ends with the client
+        transport.open_scopes.add(scope)
         try:
             async with scope:
                 await came.wait()
         except TimeoutError:
             transport.check_open()
         finally:
-            transport.source_reads.discard(scope)
+            transport.open_scopes.discard(scope)
             transport.notices.unwatch(task_id, came.set)
         if came.is_set():
             transport.notices.notice(task_id, transport.loop_time)  # for the wait that begins now

@@ -69,7 +69,7 @@ class Transport:
         self.request_timeout = request_timeout
         self._acquiring = Expiries(time_out)
         self._in_flight = Expiries(_Deadline.expire)
-        self.source_reads: set[asyncio.Timeout] = set()  # of batches; they end with the client
+        self.open_scopes: set[asyncio.Timeout] = set()  # they end with the client
         self._api_key = api_key
         self._endpoint = URL(base_url + wire.RECORD_INFO)
         self._borrowed = session
@@ -275,7 +275,7 @@ class Transport:
         for deadline in self._in_flight:
             deadline.expire()
         await asyncio.sleep(0)
-        for scope in self.source_reads:
+        for scope in self.open_scopes:
             if not scope.expired():
                 scope.reschedule(self.loop_time)
         for count, permit in enumerate(list(self._acquiring), 1):

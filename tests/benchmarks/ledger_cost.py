@@ -52,7 +52,7 @@ class _Instant:
         self.budget = RequestBudget(max_concurrency=1, rate_limit=None)
         self.durations = DurationModel()
         self.notices = Noticeboard()
-        self.source_reads: set[Any] = set()
+        self.open_scopes: set[Any] = set()
 
     def as_completed(
         self, task_ids: Sequence[str], journal: Journal | None = None, **_: Any
