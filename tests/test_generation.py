@@ -409,15 +409,19 @@ async def test_a_batch_that_ends_early_does_not_wait_for_an_answer_for_ever(path
         assert sorted(states(path).values()) == ["planned", "unknown"]
 
 
-@pytest.mark.parametrize(("step", "state"), [("made_http_502", "unknown"), ("code_422", "planned")])
-async def test_a_bad_answer_to_a_batch_that_ends_is_kept_too(path, step, state):
+@pytest.mark.parametrize(
+    ("step", "state", "said"), [("made_http_502", "unknown", "502"), ("code_422", "planned", "")]
+)
+async def test_a_bad_answer_to_a_batch_that_ends_is_kept_too(path, step, state, said):
     async with (
         Simulator(generate_script=[step], latency=3.0) as simulator,
         make_client(simulator) as client,
     ):
         async with Ledger(path) as ledger, ledger.generate(client, prompts(1)):
             await asyncio.sleep(1)
-        assert set(states(path).values()) == {state}
+        [entry] = Ledger.read_submissions(path)
+        assert entry.state == state
+        assert said in entry.error_message
 
 
 async def test_closing_the_ledger_ends_its_batch(path):

@@ -246,17 +246,14 @@ class Generator:
     ) -> None:
         """Record what became of a request whose batch has ended."""
         await asyncio.wait([work])
+        error: BaseException | None
         if work.cancelled():
-            if was_sent:
-                error = SubmissionUnknownError("the run ended before the answer")
-                await self._submissions.set(entry.key, "unknown", error)
-            else:
-                await self._submissions.set(entry.key, "planned")
-        elif work.exception() is None:
+            error = SubmissionUnknownError("the run ended before the answer") if was_sent else None
+        elif (error := work.exception()) is None:
             await self._keep(entry, work.result())
-        else:
-            is_lost = isinstance(work.exception(), SubmissionUnknownError)
-            await self._submissions.set(entry.key, "unknown" if is_lost else "planned")
+            return
+        lost = error if isinstance(error, SubmissionUnknownError) else None
+        await self._submissions.set(entry.key, "planned" if lost is None else "unknown", lost)
 
     async def _on_refusal(self, entry: SubmissionEntry, error: ApiError | TransportError) -> None:
         """Record that no task was created, and stop creating if the next request would fail too."""
