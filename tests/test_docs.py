@@ -6,12 +6,14 @@ import ast
 import asyncio
 import doctest
 import importlib
+import itertools
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import aiohttp
 import pytest
 from background import serving
 from typer.testing import CliRunner
@@ -21,7 +23,8 @@ import kontext_async
 from kontext_async import KontextClient, KontextError, TaskOutcome, errors
 from kontext_async.cli.app import app
 from kontext_async.cli.output import Exit, outcome_line
-from kontext_async.simulator import Failure
+from kontext_async.client import DEFAULT_BASE_URL
+from kontext_async.simulator import Failure, Simulator
 
 CHECKOUT = Path(__file__).parent.parent
 PAGES = [CHECKOUT / "README.md", *sorted((CHECKOUT / "docs").rglob("*.md"))]
@@ -86,11 +89,41 @@ def programs(*, for_fleet):
 
 
 @pytest.mark.parametrize("code", programs(for_fleet=False))
-def test_programs_run(code, user, monkeypatch):
+def test_programs_run(code, user, simulator, monkeypatch):
     """Each program in the pages runs to its end, on virtual time if it has its own simulator."""
     if "Simulator(" in code:
         monkeypatch.setattr(asyncio.events, "new_event_loop", VirtualTimeLoop)
+    code = code.replace(DEFAULT_BASE_URL, simulator.base_url)
     exec(compile(code, "<snippet>", "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.parametrize(
+    ("script", "line", "error"),
+    [
+        (["html_502"], 2, aiohttp.ContentTypeError),
+        (itertools.repeat("code_401"), 3, TimeoutError),
+        (["failed"], 4, TimeoutError),
+        (itertools.repeat("code_429"), 5, TimeoutError),
+        (itertools.repeat("generating"), 6, TimeoutError),
+    ],
+)
+def test_the_readmes_own_loop_fails_as_its_table_says(script, line, error, monkeypatch):
+    """The loop that a user would write loses an image, or ends without naming the task."""
+    (code,) = (code for (code,) in (s.values for s in snippets()) if f"# {line}" in code)
+    names = {}
+
+    async def main():
+        async with Simulator() as simulator:
+            code_here = code.replace(DEFAULT_BASE_URL, simulator.base_url)
+            exec(code_here.rpartition("print(")[0], names)
+            task_id = simulator.add_task(script=script)
+            with pytest.raises(error) as caught:
+                await names["wait"](task_id)
+            assert error is not TimeoutError or task_id not in str(caught.value)
+
+    monkeypatch.setenv("APIKLEY_API_KEY", "key")
+    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+        runner.run(main())
 
 
 @pytest.mark.parametrize("text", TEXT.findall("\n".join(p.read_text("utf-8") for p in PAGES)))
