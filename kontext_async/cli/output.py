@@ -92,6 +92,11 @@ def code_of(error: KontextError) -> int | None:
             return None
 
 
+def message_of(error: KontextError) -> str:
+    """Return an error's message; that of a failed generation is the service's."""
+    return error.error_message if isinstance(error, GenerationFailedError) else str(error)
+
+
 def record_line(record: TaskRecord) -> dict[str, Any]:
     """Return the fields for a task that was polled once; those that do not apply are None."""
     phase = record.status.phase
@@ -123,8 +128,11 @@ def outcome_line(outcome: TaskOutcome, saved: Saved = None) -> dict[str, Any]:
     elif saved is not None:
         line["file"] = str(saved.path)
     if error is not None:
-        message = error.error_message if isinstance(error, GenerationFailedError) else str(error)
-        line |= {"error": type(error).__name__, "errorCode": code_of(error), "message": message}
+        line |= {
+            "error": type(error).__name__,
+            "errorCode": code_of(error),
+            "message": message_of(error),
+        }
     return line
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterable
 
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
-from kontext_async.cli.output import code_of, error_console, is_one_terminal, plain
+from kontext_async.cli.output import code_of, error_console, is_one_terminal, message_of, plain
 from kontext_async.cli.tally import Part, Tally
 from kontext_async.client import KontextClient
 from kontext_async.errors import KontextError
@@ -25,6 +25,7 @@ _BESIDE_TEXT = _BAR_WIDTH + 4
 
 _MAX_KINDS_SHOWN = 10
 _MAX_IDS_SHOWN = 3
+_ROW_HEIGHT = 2  # lines of a result on a terminal of 80 columns
 
 
 class Display:
@@ -52,6 +53,7 @@ class Display:
         self._has_trouble = False
         self._next_line = 0.0
         self._kinds: Counter[str] = Counter()
+        self._firsts: dict[str, KontextError] = {}
         self._ids: dict[str, list[str]] = {}
 
     @contextlib.contextmanager
@@ -143,12 +145,14 @@ class Display:
     def show_error(self, error: KontextError) -> None:
         """Print the first error of each kind; the others are counted at the end.
 
-        A terminal that gets the results too has the errors there.
+        A terminal that gets the results too has the errors there, and all are counted at the end
+        if it is not high enough for the results.
         """
-        if self._has_results:
-            return
         kind = _kind(error)
         self._kinds[kind] += 1
+        if self._has_results:
+            self._firsts.setdefault(kind, error)
+            return
         ids = self._ids.setdefault(kind, [])
         if self._kinds[kind] == 1:
             if len(self._kinds) <= _MAX_KINDS_SHOWN:
@@ -161,11 +165,24 @@ class Display:
     def _say_repeated_errors(self) -> None:
         if (more := self._tally.unreadable - _MAX_KINDS_SHOWN) > 0:
             self._say(f"kontext: {more:,} more lines hold no id")
+        if self._has_results:
+            self._say_errors_out_of_sight()
+            return
         for kind, count in self._kinds.most_common(_MAX_KINDS_SHOWN):
             if count > 1:
                 shown = self._ids[kind]
                 others = " …" if count - 1 > len(shown) else ""
                 self._say(f"{count - 1:,} more with {kind}: {', '.join(shown)}{others}")
+
+    def _say_errors_out_of_sight(self) -> None:
+        """Count all errors by their kind, where the results have scrolled off."""
+        if self._tally.finished * _ROW_HEIGHT <= self._console.height:
+            return
+        shown = self._kinds.most_common(_MAX_KINDS_SHOWN)
+        for kind, count in shown:
+            self._say(f"{count:,} with {kind}: {message_of(self._firsts[kind].for_task(None))}")
+        if more := self._kinds.total() - sum(count for _, count in shown):
+            self._say(f"{more:,} with other errors")
 
     @contextlib.contextmanager
     def bar_hidden(self) -> Generator[None]:
