@@ -23,8 +23,9 @@ from kontext_async.errors import (
     WaitTimeoutError,
 )
 from kontext_async.models import CompletedTask, TaskRecord, TaskStatus
+from kontext_async.outcomes import ErrorOutcome, ResultOutcome, TaskOutcome
 from kontext_async.pacing import ClientStats, RateLimit
-from kontext_async.polling import PollEvent, TaskOutcome
+from kontext_async.polling import PollEvent
 from kontext_async.schedule import DurationModel, PollState, wait_learned
 from kontext_async.streams import Stream
 from kontext_async.wire import ImageRequest
@@ -37,6 +38,7 @@ __all__ = [
     "CompletedTask",
     "ConfigurationError",
     "DurationModel",
+    "ErrorOutcome",
     "GenerationFailedError",
     "Handling",
     "ImageRequest",
@@ -50,6 +52,7 @@ __all__ = [
     "RateLimit",
     "RateLimitedError",
     "ResponseFormatError",
+    "ResultOutcome",
     "ServerError",
     "Stream",
     "SubmissionUnknownError",

@@ -27,7 +27,8 @@ from kontext_async.errors import (
 )
 from kontext_async.fairness import yield_to_loop
 from kontext_async.models import TaskRecord
-from kontext_async.polling import TaskOutcome, TaskWait, WaitPolicy, check_count, check_seconds
+from kontext_async.outcomes import ErrorOutcome, TaskOutcome
+from kontext_async.polling import TaskWait, WaitPolicy, check_count, check_seconds
 from kontext_async.streams import Stream
 from kontext_async.transport import Transport
 from kontext_async.wire import check_task_id
@@ -322,7 +323,7 @@ class _Batch:
         try:
             check_task_id(task_id)
         except ConfigurationError as error:
-            self._hand_on(TaskOutcome(task_id=name, error=error))
+            self._hand_on(ErrorOutcome(task_id=name, error=error))
             return
         if self._journal is None:
             self._wait(name)
@@ -338,7 +339,7 @@ class _Batch:
     def _wait(self, name: str) -> None:
         error = self._early_error(name)
         if error is not None:
-            self._record(TaskOutcome(task_id=name, error=error))
+            self._record(ErrorOutcome(task_id=name, error=error))
             return
         wait = TaskWait(
             name, self._policy, self._poller, timeout_from_first_poll=True, latest=self._latest
@@ -359,7 +360,7 @@ class _Batch:
         name = self._waits.pop(task)
         refusal = self._poller.refusal
         if refusal is not None and task.cancelled():
-            self._record(TaskOutcome(task_id=name, error=refusal.for_task(name)))
+            self._record(ErrorOutcome(task_id=name, error=refusal.for_task(name)))
         elif (failure := _exception(task)) is not None:
             self._fail(failure)
         else:

@@ -19,13 +19,13 @@ from kontext_async.batch import Journal, outcome_stream, outcomes_in_order
 from kontext_async.creation import Creator, SubmittedTask, check_callback_url
 from kontext_async.errors import ConfigurationError, RateLimitedError
 from kontext_async.models import CompletedTask, TaskRecord
+from kontext_async.outcomes import TaskOutcome
 from kontext_async.pacing import ClientStats, RateLimit, RequestBudget, SlidingWindow
 from kontext_async.polling import (
     DEFAULT_ERROR_GRACE,
     DEFAULT_NOT_FOUND_GRACE,
     DEFAULT_TIMEOUT,
     PollEvent,
-    TaskOutcome,
     TaskWait,
     WaitPolicy,
     check_count,

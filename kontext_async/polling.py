@@ -27,6 +27,7 @@ from kontext_async.errors import (
 )
 from kontext_async.models import CompletedTask, TaskRecord
 from kontext_async.notices import Noticeboard
+from kontext_async.outcomes import ErrorOutcome, ResultOutcome, TaskOutcome
 from kontext_async.schedule import DurationModel, PollState, wait_learned
 
 __all__ = [
@@ -36,7 +37,6 @@ __all__ = [
     "PollEvent",
     "Poller",
     "RequestPacing",
-    "TaskOutcome",
     "TaskWait",
     "WaitPolicy",
     "check_count",
@@ -71,22 +71,6 @@ class PollEvent:
     record: TaskRecord | None
     error: KontextError | None
     next_delay: float | None
-
-
-@attrs.frozen(kw_only=True)
-class TaskOutcome:
-    """The end of one task's wait: one of ``result`` and ``error`` is None."""
-
-    task_id: str
-    result: CompletedTask | None = None
-    error: KontextError | None = None
-
-    def unwrap(self) -> CompletedTask:
-        """Return the result, or raise the error."""
-        if self.error is not None:
-            raise self.error
-        assert self.result is not None, "an outcome has a result or an error"
-        return self.result
 
 
 def check_seconds(name: str, value: object) -> None:
@@ -423,7 +407,7 @@ class TaskWait:
                 budget.replan(durations.revision)
         self._emit(now, record=record)
         if record.status.phase == "ready":
-            return TaskOutcome(task_id=self._task_id, result=CompletedTask.of(record))
+            return ResultOutcome(task_id=self._task_id, result=CompletedTask.of(record))
         return self._ended_by(
             GenerationFailedError(
                 task_id=self._task_id,
@@ -568,8 +552,8 @@ class TaskWait:
                 )
             )
 
-    def _ended_by(self, error: KontextError) -> TaskOutcome:
-        return TaskOutcome(task_id=self._task_id, error=error)
+    def _ended_by(self, error: KontextError) -> ErrorOutcome:
+        return ErrorOutcome(task_id=self._task_id, error=error)
 
     def _timed_out(self) -> TaskOutcome:
         now = self._loop.time()

@@ -36,13 +36,13 @@ from kontext_async import (
     ClientStateError,
     CompletedTask,
     ConfigurationError,
+    ErrorOutcome,
     GenerationFailedError,
     KontextClient,
     KontextError,
     RateLimit,
     ServerError,
     TaskNotFoundError,
-    TaskOutcome,
     TransportError,
     WaitTimeoutError,
 )
@@ -1437,7 +1437,7 @@ class MemoryJournal:
 async def test_an_outcome_the_journal_knows_is_handed_on_without_a_request(client, simulator):
     """The other tasks are waited for."""
     tasks(simulator, 3)
-    known = TaskOutcome(task_id="task1", error=CallersKontextError("known"))
+    known = ErrorOutcome(task_id="task1", error=CallersKontextError("known"))
     journal = MemoryJournal(known)
     found = await collected(client, ["task0", "task1", "task2"], journal=journal)
     assert sorted(names(found)) == journal.begun == ["task0", "task1", "task2"]

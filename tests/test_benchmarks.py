@@ -22,7 +22,7 @@ from benchmarks import (
     soak,
 )
 
-from kontext_async import TaskOutcome, WaitTimeoutError
+from kontext_async import ErrorOutcome, WaitTimeoutError
 
 needs_matplotlib = pytest.mark.skipif(
     importlib.util.find_spec("matplotlib") is None, reason="plots need matplotlib"
@@ -129,7 +129,7 @@ def test_every_task_of_a_bad_day_is_accounted_for():
 def test_a_wrong_outcome_is_seen_to_be_wrong():
     fate = soak.Scripted(duration=12.0, failure=None, straggler=False)
     error = WaitTimeoutError(task_id="task-1", elapsed=600.0, polls=9)
-    lost = TaskOutcome(task_id="task-1", error=error)
+    lost = ErrorOutcome(task_id="task-1", error=error)
     assert not soak.is_right(lost, fate, "http://127.0.0.1")
 
 

@@ -20,11 +20,11 @@ from typer.testing import CliRunner
 from kontext_async import (
     ApiError,
     ConfigurationError,
+    ErrorOutcome,
     GenerationFailedError,
     KontextClient,
     KontextError,
     PollEvent,
-    TaskOutcome,
     TaskRecord,
     TaskStatus,
     TransportError,
@@ -479,7 +479,7 @@ class TestExitCodes:
 
     def test_an_error_without_a_record_has_a_line(self):
         """Unknown values are null."""
-        line = outcome_line(TaskOutcome(task_id="t", error=TransportError("reset", task_id="t")))
+        line = outcome_line(ErrorOutcome(task_id="t", error=TransportError("reset", task_id="t")))
         assert (line["error"], line["status"], line["errorCode"]) == ("TransportError", None, None)
         assert "reset" in line["message"]
 

@@ -12,7 +12,7 @@ import pytest
 from background import serving
 from typer.testing import CliRunner
 
-from kontext_async import TaskOutcome, TransportError
+from kontext_async import ErrorOutcome, TransportError
 from kontext_async.cli import app, batch, local
 from kontext_async.results import Ledger
 from kontext_async.results.ledger.store import open_writer
@@ -323,7 +323,7 @@ def test_an_interrupted_batch_says_how_to_continue(finished, capsys):
     tally = batch.BatchTally(["task-1", "task-2"])
     for task_id in ("task-1", "task-2")[:finished]:
         tally.count_outcome(
-            TaskOutcome(task_id=task_id, error=TransportError("reset", task_id=task_id))
+            ErrorOutcome(task_id=task_id, error=TransportError("reset", task_id=task_id))
         )
     batch.say_how_to_continue(tally, Path("out"), "--report ")
     said = capsys.readouterr().err

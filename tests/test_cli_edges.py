@@ -14,7 +14,15 @@ from datetime import UTC, datetime, timedelta
 import pytest
 import typer
 
-from kontext_async import CompletedTask, KontextClient, TaskRecord, TaskStatus, TransportError
+from kontext_async import (
+    CompletedTask,
+    ErrorOutcome,
+    KontextClient,
+    ResultOutcome,
+    TaskRecord,
+    TaskStatus,
+    TransportError,
+)
 from kontext_async.cli import app, output, progress, running
 from kontext_async.cli import input as cli_input
 from kontext_async.cli.connection import Connection, connection
@@ -22,7 +30,7 @@ from kontext_async.cli.output import Exit, OutputError
 from kontext_async.cli.requests import RequestTally
 from kontext_async.cli.tally import BatchTally, Part, Tally
 from kontext_async.client import DEFAULT_BASE_URL
-from kontext_async.polling import PollEvent, TaskOutcome
+from kontext_async.polling import PollEvent
 
 
 def code_of(main, on_interrupt=lambda: None):
@@ -225,7 +233,7 @@ def test_input_that_nobody_wants_any_more_is_dropped(is_closed, monkeypatch):
 def test_an_outcome_of_no_request_leaves_the_requests():
     """An id's outcome has no key."""
     tally = RequestTally(["key"])
-    tally.count_outcome(TaskOutcome(task_id="a", error=TransportError("reset")))
+    tally.count_outcome(ErrorOutcome(task_id="a", error=TransportError("reset")))
     assert list(tally.unfinished) == ["key"]
 
 
@@ -239,9 +247,9 @@ def test_while_tasks_are_still_read_no_time_is_left():
     tally.is_complete = False
     assert list(tally.start(["a", "b"])) == ["a", "b"]
     assert texts(tally.progress(0.0))[2:] == ["2 in flight"]
-    tally.count_outcome(TaskOutcome(task_id="a", error=TransportError("reset")))
+    tally.count_outcome(ErrorOutcome(task_id="a", error=TransportError("reset")))
     assert texts(tally.progress(10.0))[2:] == ["0.1/s", "1 in flight"]
-    tally.count_outcome(TaskOutcome(task_id="b", error=TransportError("reset")))
+    tally.count_outcome(ErrorOutcome(task_id="b", error=TransportError("reset")))
     assert texts(tally.progress(10.0))[2:] == ["0.2/s", "0 in flight"]
 
 
@@ -250,7 +258,7 @@ async def test_images_that_are_being_saved_are_counted_last():
     tally = BatchTally(["a", "b"])
     for task_id in list(tally.unfinished):
         task = CompletedTask(task_id=task_id, result_image_url="https://example.com/a.png")
-        tally.count_outcome(TaskOutcome(task_id=task_id, result=task))
+        tally.count_outcome(ResultOutcome(task_id=task_id, result=task))
         assert ("to save" in tally.counts()) == (task_id == "b")
     tally.count_image(TransportError("reset"))
     assert texts(tally.progress(10.0))[3:] == ["1 not saved", "1 to save"]
@@ -283,7 +291,7 @@ class TestTimeLeft:
                 create_time=MADE,
                 complete_time=MADE + timedelta(seconds=duration),
             )
-            tally.count_outcome(TaskOutcome(task_id=f"e{n}", result=task))
+            tally.count_outcome(ResultOutcome(task_id=f"e{n}", result=task))
         tally.progress(10.0)
         for n, age in enumerate(running):
             tally.count_poll(polled(f"r{n}", age))

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from virtual_time import VirtualTimeLoop
 
 import kontext_async
-from kontext_async import KontextClient, KontextError, TaskOutcome, errors
+from kontext_async import ErrorOutcome, KontextClient, KontextError, errors
 from kontext_async.cli.app import app
 from kontext_async.cli.output import Exit, outcome_line
 from kontext_async.client import DEFAULT_BASE_URL
@@ -190,7 +190,7 @@ def test_every_field_and_exit_code_has_a_row():
     text = (CHECKOUT / "docs" / "cli.md").read_text(encoding="utf-8")
     fields = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", text, re.MULTILINE)
     assert re.findall(r"\w+", " ".join(fields)) == list(
-        outcome_line(TaskOutcome(task_id="t", error=KontextError()))
+        outcome_line(ErrorOutcome(task_id="t", error=KontextError()))
     )
     assert [int(code) for code in re.findall(r"^\| (\d+) \|", text, re.MULTILINE)] == list(Exit)
 

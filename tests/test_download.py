@@ -25,10 +25,11 @@ from kontext_async import (
     ClientStateError,
     CompletedTask,
     ConfigurationError,
+    ErrorOutcome,
     GenerationFailedError,
     KontextClient,
     KontextError,
-    TaskOutcome,
+    ResultOutcome,
     TaskStatus,
 )
 from kontext_async.results import (
@@ -955,14 +956,14 @@ class Source:
 
 
 def outcome_of(task):
-    return TaskOutcome(task_id=task.task_id, result=task)
+    return ResultOutcome(task_id=task.task_id, result=task)
 
 
 def finished(simulator, *ids, script=()):
     return [outcome_of(task_in(simulator, task_id, *script)) for task_id in ids]
 
 
-FAILED = TaskOutcome(
+FAILED = ErrorOutcome(
     task_id="f",
     error=GenerationFailedError(task_id="f", status=TaskStatus.GENERATE_FAILED),
 )
@@ -1109,7 +1110,7 @@ async def test_an_exception_of_the_source_reaches_the_caller(saves, simulator, c
 @virtual_time
 async def test_a_programming_error_reaches_the_caller(client, tmp_path):
     """It is not turned into a failed download."""
-    source = Source([TaskOutcome(task_id="t", result="t")])
+    source = Source([ResultOutcome(task_id="t", result="t")])
     async with ImageSaver(client, tmp_path) as saver, save_outcomes(source, saver) as saves:
         await error_of(anext(saves), ConfigurationError)
 

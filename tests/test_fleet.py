@@ -19,9 +19,9 @@ from kontext_async import (
     ClientStateError,
     ConfigurationError,
     DurationModel,
+    ErrorOutcome,
     KontextClient,
     KontextError,
-    TaskOutcome,
 )
 from kontext_async.fleet import Fleet, FleetError
 from kontext_async.fleet.database import Database
@@ -384,11 +384,11 @@ async def test_a_worker_that_cannot_show_that_it_lives_ends(fleet, client):
 async def test_a_writer_that_ends_gives_up_what_is_not_written(fleet):
     """Nobody waits for it for ever; the tasks are waited for again later."""
     writer = OutcomeWriter(fleet._database)
-    first = writer.write(TaskOutcome(task_id="a", error=KontextError("x")))
+    first = writer.write(ErrorOutcome(task_id="a", error=KontextError("x")))
     writing = asyncio.create_task(writer.run())
     await writer.flush()
     assert first.result() is None
-    second = writer.write(TaskOutcome(task_id="b", error=KontextError("x")))
+    second = writer.write(ErrorOutcome(task_id="b", error=KontextError("x")))
     writing.cancel()
     await asyncio.wait({writing})
     assert second.cancelled()
@@ -400,7 +400,7 @@ async def test_a_second_outcome_of_a_task_changes_nothing(fleet):
     writer = OutcomeWriter(fleet._database)
     writing = asyncio.create_task(writer.run())
     for message in ("first", "second"):
-        await writer.write(TaskOutcome(task_id="a", error=KontextError(message)))
+        await writer.write(ErrorOutcome(task_id="a", error=KontextError(message)))
     writing.cancel()
     await asyncio.wait({writing})
     (entry,) = await collected(fleet)

@@ -27,6 +27,7 @@ CORE = {"errors", "models"}
 WAITING = CORE | {
     "fairness",
     "notices",
+    "outcomes",
     "pacing",
     "polling",
     "schedule",
@@ -43,13 +44,14 @@ ALLOWED = {
     "errors": {"models"},
     "fairness": set(),
     "notices": set(),
+    "outcomes": CORE,
     "wire": CORE,
     "schedule": CORE,
     "pacing": {"errors"},
     "streams": {"errors"},
-    "polling": CORE | {"notices", "schedule"},
+    "polling": CORE | {"notices", "outcomes", "schedule"},
     "transport": CORE | {"_version", "fairness", "notices", "pacing", "schedule", "wire"},
-    "batch": CORE | {"fairness", "polling", "streams", "transport", "wire"},
+    "batch": CORE | {"fairness", "outcomes", "polling", "streams", "transport", "wire"},
     "creation": CORE | {"pacing", "transport", "wire"},
     "client": WAITING | {"batch", "creation"},
     "callbacks": CORE | {"wire"},
@@ -64,7 +66,15 @@ ALLOWED = {
     "cli": {"", "_version", "callbacks", *CLIENT, "fleet", "results", "simulator"},
     "__main__": {"cli"},
 }
-PURE = ["errors.py", "models.py", "pacing/limits.py", "pacing/pauses.py", "schedule.py", "wire"]
+PURE = [
+    "errors.py",
+    "models.py",
+    "outcomes.py",
+    "pacing/limits.py",
+    "pacing/pauses.py",
+    "schedule.py",
+    "wire",
+]
 IMPURE = {"aiohttp", "asyncio", "random", "sqlite3", "time"}
 
 

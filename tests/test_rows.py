@@ -16,13 +16,14 @@ from kontext_async import (
     AuthenticationError,
     ClientStateError,
     CompletedTask,
+    ErrorOutcome,
     GenerationFailedError,
     MaintenanceError,
     RateLimitedError,
     ResponseFormatError,
+    ResultOutcome,
     ServerError,
     TaskNotFoundError,
-    TaskOutcome,
     TaskRecord,
     TaskStatus,
     TransportError,
@@ -81,7 +82,7 @@ def entry(task_id="task", record=None, error=None, *, created=0.0, image=(None, 
 @example(CompletedTask(task_id="a", param_json=HOSTILE, result_image_url=HOSTILE))
 def test_an_outcome_with_a_result_comes_back_equal(task):
     """With any texts, and to the microsecond."""
-    outcome = TaskOutcome(task_id=task.task_id, result=task)
+    outcome = ResultOutcome(task_id=task.task_id, result=task)
     image, again = recalled((task.task_id, "done", *texts(outcome), None, None, None, None))
     assert (image, again) == (None, outcome)
 
@@ -97,7 +98,7 @@ def test_a_failed_generation_comes_back_equal(record, has_record, code, message)
         error_message=message,
         record=record if has_record else None,
     )
-    outcome = TaskOutcome(task_id=record.task_id, error=error)
+    outcome = ErrorOutcome(task_id=record.task_id, error=error)
     row = (record.task_id, "failed", *texts(outcome), None, None, None, None)
     image, again = recalled(row)
     assert image is None
@@ -109,7 +110,7 @@ def test_a_failed_generation_comes_back_equal(record, has_record, code, message)
 def test_an_entry_has_the_last_record_of_a_wait_that_timed_out(record):
     """It shows the state of the task at the last good poll."""
     error = WaitTimeoutError(task_id=record.task_id, elapsed=1.0, polls=1, last_record=record)
-    text, _ = texts(TaskOutcome(task_id=record.task_id, error=error))
+    text, _ = texts(ErrorOutcome(task_id=record.task_id, error=error))
     assert entry(record.task_id, text).record == record
 
 
@@ -124,12 +125,12 @@ def test_an_entry_has_the_last_record_of_a_wait_that_timed_out(record):
 )
 def test_an_outcome_may_have_no_record(error):
     """Then the row has none."""
-    assert record_text(TaskOutcome(task_id="task", error=error)) is None
+    assert record_text(ErrorOutcome(task_id="task", error=error)) is None
 
 
 def test_an_image_is_recalled_with_its_outcome():
     """Its path, its checksum, its size and its kind."""
-    outcome = TaskOutcome(
+    outcome = ResultOutcome(
         task_id="a", result=CompletedTask(task_id="a", result_image_url="https://example.com/a")
     )
     image, _ = recalled(("a", "done", *texts(outcome), "a.png", "ab12", 7, "png"))

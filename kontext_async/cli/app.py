@@ -51,7 +51,8 @@ from kontext_async.cli.tally import BatchTally, Tally
 from kontext_async.cli.waiting import say_how_to_resume, wait_for_all
 from kontext_async.client import DEFAULT_BASE_URL
 from kontext_async.errors import KontextError
-from kontext_async.polling import DEFAULT_TIMEOUT, TaskOutcome
+from kontext_async.outcomes import ErrorOutcome
+from kontext_async.polling import DEFAULT_TIMEOUT
 
 app = typer.Typer(
     cls=Group,
@@ -119,7 +120,7 @@ def get(
             except KontextError as error:
                 if not is_one_terminal():
                     say(str(error))
-                line = outcome_line(TaskOutcome(task_id=known_id, error=error))
+                line = outcome_line(ErrorOutcome(task_id=known_id, error=error))
         write_result(line, as_json=as_json)
         return exit_code([line["outcome"]])
 

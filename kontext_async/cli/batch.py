@@ -22,7 +22,7 @@ from kontext_async.cli.tally import BatchTally
 from kontext_async.cli.waiting import ids_to_wait_for, say_what_is_left
 from kontext_async.client import KontextClient
 from kontext_async.errors import KontextError
-from kontext_async.polling import TaskOutcome
+from kontext_async.outcomes import TaskOutcome
 from kontext_async.results import ImageSaver, Ledger, LedgerEntry, write_report
 from kontext_async.streams import Stream
 

@@ -31,7 +31,7 @@ from kontext_async.cli.output import (
 from kontext_async.cli.requests import RequestTally, request_line, run_requests
 from kontext_async.cli.running import run
 from kontext_async.client import KontextClient
-from kontext_async.polling import TaskOutcome
+from kontext_async.outcomes import TaskOutcome
 from kontext_async.results import Ledger, RequestOutcome
 from kontext_async.simulator import (
     CREATION_STEPS,

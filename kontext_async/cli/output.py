@@ -24,7 +24,7 @@ from rich.text import Text
 from kontext_async.creation import SubmittedTask
 from kontext_async.errors import ApiError, GenerationFailedError, KontextError, WaitTimeoutError
 from kontext_async.models import CompletedTask, TaskRecord, TaskStatus
-from kontext_async.polling import TaskOutcome
+from kontext_async.outcomes import ResultOutcome, TaskOutcome
 
 if TYPE_CHECKING:
     from kontext_async.results import SavedImage
@@ -101,7 +101,7 @@ def record_line(record: TaskRecord) -> dict[str, Any]:
     """Return the fields for a task that was polled once; those that do not apply are None."""
     phase = record.status.phase
     if phase == "ready" and record.result_image_url is not None:
-        return outcome_line(TaskOutcome(task_id=record.task_id, result=CompletedTask.of(record)))
+        return outcome_line(ResultOutcome(task_id=record.task_id, result=CompletedTask.of(record)))
     return {
         **_line(record.task_id, record, record.status),
         "outcome": "success" if phase == "ready" else phase,

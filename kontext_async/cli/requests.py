@@ -36,8 +36,8 @@ from kontext_async.cli.running import exit_on_error, run
 from kontext_async.cli.tally import BatchTally
 from kontext_async.client import DEFAULT_CREATION_LIMIT, KontextClient
 from kontext_async.creation import SubmittedTask
+from kontext_async.outcomes import TaskOutcome
 from kontext_async.pacing import RateLimit
-from kontext_async.polling import TaskOutcome
 from kontext_async.results import (
     ImageSaver,
     KeyedRequest,

@@ -13,7 +13,8 @@ from rich.table import Column, Table
 
 from kontext_async.cli.output import Exit, Saved, classify, code_of, exit_code
 from kontext_async.errors import KontextError
-from kontext_async.polling import PollEvent, TaskOutcome
+from kontext_async.outcomes import TaskOutcome
+from kontext_async.polling import PollEvent
 
 _MIN_WINDOW = 10.0  # s; the rate is of this time, or of the last half if that is longer
 _OVERDUE = 1.5  # of the longest duration; less may be the time until the next poll

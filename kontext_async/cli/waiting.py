@@ -10,7 +10,7 @@ from kontext_async.cli.output import Exit, fail, say
 from kontext_async.cli.progress import Display
 from kontext_async.cli.tally import Tally
 from kontext_async.client import KontextClient
-from kontext_async.polling import TaskOutcome
+from kontext_async.outcomes import TaskOutcome
 
 _MAX_IDS_SHOWN = 20
 

@@ -12,7 +12,7 @@ import psycopg
 from kontext_async.errors import AuthenticationError
 from kontext_async.fleet.database import AWAY, CHANNEL, Database, reason
 from kontext_async.fleet.errors import FleetError
-from kontext_async.polling import TaskOutcome
+from kontext_async.outcomes import TaskOutcome
 from kontext_async.results.ledger.rows import error_text, record_text, state_of
 
 __all__ = ["OutcomeWriter", "TableJournal"]

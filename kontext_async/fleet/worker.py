@@ -19,7 +19,7 @@ from kontext_async.fleet.database import AWAY, QUEUE, Database, Row, reason
 from kontext_async.fleet.durations import SharedDurations
 from kontext_async.fleet.journal import OutcomeWriter, TableJournal
 from kontext_async.fleet.names import new_name
-from kontext_async.polling import TaskOutcome
+from kontext_async.outcomes import TaskOutcome
 from kontext_async.results.images import ImageSaver, SavedImage, save_outcomes
 from kontext_async.results.ledger.rows import RECALLED, error_text, recalled
 

@@ -6,7 +6,9 @@ from kontext_async.results.ledger import (
     KeyedRequest,
     Ledger,
     LedgerEntry,
+    RequestErrorOutcome,
     RequestOutcome,
+    RequestResultOutcome,
     SubmissionEntry,
 )
 from kontext_async.results.report import write_report
@@ -18,7 +20,9 @@ __all__ = [
     "Ledger",
     "LedgerEntry",
     "LedgerError",
+    "RequestErrorOutcome",
     "RequestOutcome",
+    "RequestResultOutcome",
     "ResultExpiredError",
     "SavedImage",
     "SubmissionEntry",

@@ -14,6 +14,7 @@ from kontext_async import (
     ApiError,
     CompletedTask,
     DurationModel,
+    ErrorOutcome,
     GenerationFailedError,
     Handling,
     ImageRequest,
@@ -23,6 +24,7 @@ from kontext_async import (
     PollEvent,
     PollState,
     RateLimit,
+    ResultOutcome,
     Stream,
     SubmittedTask,
     TaskOutcome,
@@ -50,6 +52,10 @@ async def create(client: KontextClient, ledger: Ledger) -> None:
     async for outcome in stream:
         assert_type(outcome.key, str)
         assert_type(outcome.request, ImageRequest)
+        if outcome.result is None:
+            assert_type(outcome.error, KontextError)
+        else:
+            assert_type(outcome.result, CompletedTask)
     receiver = CallbackReceiver(client, key=["old", "new"], on_token=ledger.add_candidate)
     assert_type(await receiver.receive({}, b"", token="token"), int)
     assert_type(verify_callback({}, b"", "key"), CallbackNotice)
@@ -121,6 +127,19 @@ async def batch(client: KontextClient) -> list[CompletedTask]:
             assert_type(outcome, TaskOutcome)
             assert_type(outcome.result, CompletedTask | None)
             assert_type(outcome.error, KontextError | None)
+            if outcome.error is None:
+                assert_type(outcome, ResultOutcome)
+                results.append(outcome.result)
+            else:
+                assert_type(outcome, ErrorOutcome)
+                assert_type(outcome.error, KontextError)
+            match outcome:
+                case ErrorOutcome(error=GenerationFailedError() as error):
+                    assert_type(error.error_code, int | None)
+                case ErrorOutcome(error=error):
+                    assert_type(error, KontextError)
+                case ResultOutcome(result=task):
+                    assert_type(task, CompletedTask)
             results.append(outcome.unwrap())
     in_order = await client.wait_for_results({"task1", "task2"}, timeout=60)
     assert_type(in_order, list[TaskOutcome])

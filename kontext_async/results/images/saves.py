@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeAlias, cast
 
 from kontext_async.errors import KontextError
 from kontext_async.models import CompletedTask
-from kontext_async.polling import TaskOutcome
+from kontext_async.outcomes import TaskOutcome
 from kontext_async.results.errors import DownloadError
 from kontext_async.results.images.files import SavedImage
 from kontext_async.streams import Stream

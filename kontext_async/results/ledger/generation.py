@@ -7,7 +7,7 @@ import contextlib
 import math
 import time
 from collections.abc import AsyncIterable, Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import attrs
 
@@ -22,7 +22,7 @@ from kontext_async.errors import (
     TransportError,
     WaitTimeoutError,
 )
-from kontext_async.polling import TaskOutcome
+from kontext_async.outcomes import ErrorOutcome, ResultOutcome, TaskOutcome
 from kontext_async.results.ledger.journal import LedgerJournal
 from kontext_async.results.ledger.submissions import (
     KeyedRequest,
@@ -32,7 +32,13 @@ from kontext_async.results.ledger.submissions import (
 )
 from kontext_async.wire import Action, ImageRequest, rule_of
 
-__all__ = ["GenerationOptions", "Generator", "RequestOutcome"]
+__all__ = [
+    "GenerationOptions",
+    "Generator",
+    "RequestErrorOutcome",
+    "RequestOutcome",
+    "RequestResultOutcome",
+]
 
 # Lost answers in a row, with no good one between, after which a batch creates no more: each may
 # have been paid for. Of 15 % lost by chance, ten in a row are one in 170 million.
@@ -52,14 +58,28 @@ _OUTCOMES = (
 
 
 @attrs.frozen(kw_only=True)
-class RequestOutcome(TaskOutcome):
-    """The end of one request of `Ledger.generate`.
+class RequestResultOutcome(ResultOutcome):
+    """The end of a request of `Ledger.generate` that became a completed task.
+
+    ``key`` names the request in the ledger.
+    """
+
+    key: str
+    request: ImageRequest
+
+
+@attrs.frozen(kw_only=True)
+class RequestErrorOutcome(ErrorOutcome):
+    """The end of a request of `Ledger.generate` that has no result.
 
     ``task_id`` is empty where no task is known. ``key`` names the request in the ledger.
     """
 
     key: str
     request: ImageRequest
+
+
+RequestOutcome: TypeAlias = RequestResultOutcome | RequestErrorOutcome
 
 
 @attrs.frozen(kw_only=True)
@@ -154,21 +174,13 @@ class Generator:
         try:
             task_id = await self._task_of(entry)
         except _OUTCOMES as error:
-            outcome = TaskOutcome(task_id="", error=error)
+            outcome: TaskOutcome = ErrorOutcome(task_id="", error=error)
         else:
             if task_id is None:  # planned, for another run
                 self._places.release()
                 return
             outcome = await self._wait(task_id)
-        self._ready.put_nowait(
-            RequestOutcome(
-                task_id=outcome.task_id,
-                result=outcome.result,
-                error=outcome.error,
-                key=key,
-                request=request,
-            )
-        )
+        self._ready.put_nowait(_outcome_of(key, request, outcome))
 
     async def _task_of(self, entry: SubmissionEntry) -> str | None:
         """Return the request's task; None if it is left for another run.
@@ -325,8 +337,15 @@ class Generator:
             result = await self._client.wait_for_result(
                 task_id, timeout=None if timeout == math.inf else timeout, **options.wait
             )
-            outcome = TaskOutcome(task_id=task_id, result=result)
+            outcome: TaskOutcome = ResultOutcome(task_id=task_id, result=result)
         except _OUTCOMES as error:
-            outcome = TaskOutcome(task_id=task_id, error=error)
+            outcome = ErrorOutcome(task_id=task_id, error=error)
         await self._journal.record(outcome)
         return outcome
+
+
+def _outcome_of(key: str, request: ImageRequest, outcome: TaskOutcome) -> RequestOutcome:
+    task_id = outcome.task_id
+    if outcome.error is not None:
+        return RequestErrorOutcome(task_id=task_id, error=outcome.error, key=key, request=request)
+    return RequestResultOutcome(task_id=task_id, result=outcome.result, key=key, request=request)

@@ -7,7 +7,7 @@ import functools
 import time
 from collections.abc import Collection
 
-from kontext_async.polling import TaskOutcome
+from kontext_async.outcomes import TaskOutcome
 from kontext_async.results.ledger.rows import (
     RECALLED,
     TaskState,

@@ -19,12 +19,12 @@ from kontext_async.client import KontextClient
 from kontext_async.creation import SubmittedTask
 from kontext_async.errors import ClientStateError, ConfigurationError, KontextError
 from kontext_async.models import CompletedTask
+from kontext_async.outcomes import ResultOutcome, TaskOutcome
 from kontext_async.polling import (
     DEFAULT_ERROR_GRACE,
     DEFAULT_NOT_FOUND_GRACE,
     DEFAULT_TIMEOUT,
     PollEvent,
-    TaskOutcome,
     check_count,
     check_plain_function,
     check_seconds,
@@ -279,7 +279,7 @@ class Ledger:
                 "on_event": on_event,
             },
         )
-        stream = Stream(
+        stream: Stream[RequestOutcome] = Stream(
             functools.partial(
                 Generator,
                 client,
@@ -454,6 +454,6 @@ class _RecordingSaver:
         if fresh.result_image_url == task.result_image_url:
             raise stale
         saved = await self._saver.save(fresh)
-        record = record_text(TaskOutcome(task_id=task.task_id, result=fresh))
+        record = record_text(ResultOutcome(task_id=task.task_id, result=fresh))
         self._store.post(_NEW_RECORD, (record, time.time(), task.task_id))
         return saved

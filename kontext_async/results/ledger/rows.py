@@ -20,7 +20,7 @@ from kontext_async.errors import (
     WaitTimeoutError,
 )
 from kontext_async.models import CompletedTask, TaskRecord, TaskStatus
-from kontext_async.polling import TaskOutcome
+from kontext_async.outcomes import ErrorOutcome, ResultOutcome, TaskOutcome
 from kontext_async.results.errors import LedgerError
 from kontext_async.results.ledger.converter import converter
 from kontext_async.results.ledger.store import Row
@@ -89,11 +89,11 @@ def state_of(error: KontextError | None) -> TaskState:
 def record_text(outcome: TaskOutcome) -> str | None:
     """Return the last record that an outcome knows of, as JSON."""
     match outcome:
-        case TaskOutcome(result=CompletedTask() as task):
+        case ResultOutcome(result=task):
             return _pack(task, TaskStatus.SUCCESS)
         case (
-            TaskOutcome(error=GenerationFailedError(record=TaskRecord() as record))
-            | TaskOutcome(error=WaitTimeoutError(last_record=TaskRecord() as record))
+            ErrorOutcome(error=GenerationFailedError(record=TaskRecord() as record))
+            | ErrorOutcome(error=WaitTimeoutError(last_record=TaskRecord() as record))
         ):
             code, message = _json(record.error_code), _json(record.error_message)
             more = f', "error_code": {code}, "error_message": {message}'
@@ -197,9 +197,9 @@ def recalled(row: Row) -> tuple[Row | None, TaskOutcome]:
     with readable(task_id):
         record = _record(task_id, text)
         if state == "failed":
-            return None, TaskOutcome(task_id=task_id, error=_failure(task_id, error, record))
+            return None, ErrorOutcome(task_id=task_id, error=_failure(task_id, error, record))
         result = CompletedTask.of(cast("TaskRecord", record))
-        return tuple(image) if image[0] else None, TaskOutcome(task_id=task_id, result=result)
+        return tuple(image) if image[0] else None, ResultOutcome(task_id=task_id, result=result)
 
 
 def _failure(task_id: str, error: str, record: TaskRecord | None) -> GenerationFailedError:
