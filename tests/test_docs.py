@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import contextlib
 import doctest
 import importlib
 import itertools
+import json
 import os
 import re
+import shlex
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import aiohttp
 import pytest
 from background import serving
+from command import COMMAND, environment
 from typer.testing import CliRunner
 from virtual_time import VirtualTimeLoop
 
@@ -47,13 +52,17 @@ BANNED = re.compile(
 )
 
 
-def snippets():
+def snippets(pages=PAGES):
     """Yield each Python block of each page, with the page's name and the block's line."""
-    for page in PAGES:
+    for page in pages:
         text = page.read_text(encoding="utf-8")
         for match in BLOCK.finditer(text):
             line = text.count("\n", 0, match.start()) + 1
             yield pytest.param(match[1], id=f"{page.name}:{line}")
+
+
+TUTORIAL = CHECKOUT / "docs" / "tutorial.md"
+ADDRESS = "http://127.0.0.1:8765"
 
 
 def is_for_fleet(code):
@@ -84,7 +93,8 @@ def user(simulator, monkeypatch, tmp_path):
 
 
 def programs(*, for_fleet):
-    codes = [s for s in snippets() if not is_for_pytest(s.values[0])]
+    pages = [page for page in PAGES if page != TUTORIAL]
+    codes = [s for s in snippets(pages) if not is_for_pytest(s.values[0])]
     return [s for s in codes if is_for_fleet(s.values[0]) is for_fleet]
 
 
@@ -124,6 +134,56 @@ def test_the_readmes_own_loop_fails_as_its_table_says(script, line, error, monke
     monkeypatch.setenv("APIKLEY_API_KEY", "key")
     with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
         runner.run(main())
+
+
+@contextlib.contextmanager
+def simulating(command):
+    """Run the tutorial's command that serves the simulator, on a free port; give its address."""
+    arguments = shlex.split(command.replace("8765", "0"))[1:]
+    with subprocess.Popen(
+        [*COMMAND, *arguments, "--duration=0"], stdout=subprocess.PIPE, env=environment()
+    ) as process:
+        try:
+            yield json.loads(process.stdout.readline())["baseUrl"]
+        finally:
+            process.terminate()
+
+
+def test_the_tutorial_runs_as_it_stands(tmp_path):
+    """Each program and command of the tutorial runs beside its simulator, without a key."""
+    page = TUTORIAL.read_text(encoding="utf-8")
+    _, serve, batch = CONSOLE.findall(page)
+    (tmp_path / "kontext").write_text(f'#!/bin/sh\nexec {shlex.join(COMMAND)} "$@"\n')
+    (tmp_path / "kontext").chmod(0o755)
+    shell = environment(PATH=f"{tmp_path}:{os.environ['PATH']}")
+    del shell["APIKLEY_API_KEY"]
+
+    def run(arguments):
+        return subprocess.run(
+            arguments, cwd=tmp_path, env=shell, capture_output=True, text=True, check=True
+        ).stdout
+
+    with simulating(serve) as address, ThreadPoolExecutor() as pool:
+        programs = [
+            [sys.executable, "-c", code.replace(ADDRESS, address)] for code in BLOCK.findall(page)
+        ]
+        done = pool.map(run, [*programs, ["sh", "-ec", batch.replace(ADDRESS, address)]])
+        created, submitted, polled, watched, several, saved, _ = done
+    assert created.startswith("image: http")
+    assert submitted.startswith("created: fluxkontext_")
+    assert polled.startswith("SUCCESS")
+    assert "s: SUCCESS" in watched
+    assert [line.split()[0] for line in several.splitlines()] == [
+        "task3",
+        "task4",
+        "task5",
+        "task33",
+    ]
+    assert "task33: GENERATE_FAILED" in several
+    assert "task33: GENERATE_FAILED" in saved
+    assert len(list((tmp_path / "pictures").glob("*.png"))) == 3
+    assert len(list((tmp_path / "batch").glob("*.jpg"))) == 3
+    assert (tmp_path / "batch" / "report.html").exists()
 
 
 @pytest.mark.parametrize("text", TEXT.findall("\n".join(p.read_text("utf-8") for p in PAGES)))
