@@ -427,6 +427,34 @@ async def test_the_short_pauses_of_a_limit_that_is_tried_are_not_logged(caplog):
     assert not caplog.records
 
 
+async def test_polls_that_fail_in_a_row_are_logged_once_and_when_they_end(caplog):
+    """For a single wait too, and from the third one on, if a second has passed."""
+    caplog.set_level("INFO", "kontext_async")
+    budget = make_budget()
+    for _ in range(5):
+        await request(budget, broken("task"))
+        await asyncio.sleep(1)
+    await request(budget)
+    await request(budget)
+    assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
+        ("WARNING", "failures: 3 polls in a row had no good answer: ServerError"),
+        ("INFO", "the failures ended after 5 s"),
+    ]
+
+
+@pytest.mark.parametrize(("bad", "seconds"), [(2, 1.0), (4, 0.2)])
+async def test_a_few_bad_polls_or_a_short_time_of_them_are_not_logged(bad, seconds, caplog):
+    """An API with some bad answers among good ones would fill the log."""
+    caplog.set_level("INFO", "kontext_async")
+    budget = make_budget()
+    for _ in range(3):
+        for _ in range(bad):
+            await request(budget, broken("task"))
+            await asyncio.sleep(seconds)
+        await request(budget)
+    assert not caplog.records
+
+
 async def test_an_outage_is_logged_too_and_what_becomes_of_it(caplog):
     caplog.set_level("INFO", "kontext_async")
     budget = make_budget()

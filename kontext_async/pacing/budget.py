@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
-import logging
 import math
 from collections import Counter, deque
 from collections.abc import Mapping
@@ -21,11 +20,10 @@ from kontext_async.errors import KontextError, RateLimitedError, TransportError
 from kontext_async.pacing.due import Due, DueQueue
 from kontext_async.pacing.limits import DiscoveredLimit, Limit, RateLimit, Reply, SlidingWindow
 from kontext_async.pacing.overload import Overload
-from kontext_async.pacing.pauses import Pause, PauseState
+from kontext_async.pacing.pauses import Pause
+from kontext_async.pacing.trouble import TroubleLog
 
 __all__ = ["ClientStats", "PlannedPoll", "RequestBudget"]
-
-_log = logging.getLogger("kontext_async")
 
 _Permit = asyncio.Future[float]  # done when the permit is acquired; its result is that time
 
@@ -43,7 +41,6 @@ _URGENT_WITHIN = 60.0  # s
 _PROBE_WAIT = 60.0  # s
 _PROBE_STRIDE = 0.382  # of the queue of first polls, between two probes: spreads them evenly
 
-_MIN_LOGGED_PAUSE = 1.0  # s
 _MAX_MOVED = 1000  # entries that one dispatch sorts by deadline, so that it ends soon
 _MAX_REPLANNED = 300  # entries that one dispatch plans again
 _REPLAN_SAMPLE = 10  # entries, of which one must have moved before all are planned again
@@ -116,8 +113,7 @@ class RequestBudget:
         self._limit: Limit = DiscoveredLimit() if rate_limit is None else rate_limit
         self._pause = Pause()
         self._overload = Overload()
-        self._paused_at = 0.0  # when the pause that is on, or was on last, was logged
-        self._pause_logged: str | None = None
+        self._trouble = TroubleLog(self._pause)
         # The queue; entries whose permit is done are dropped when they come to the front.
         self._waiting: list[_Waiting] = []  # a heap
         self._to_replan: list[_Waiting] = []  # a heap of those to be planned again
@@ -263,12 +259,10 @@ class RequestBudget:
         if cancelled:
             self._pause.probe_lost(sent=sent)
         else:
-            before = self._pause.state
             self._pause.observe(
                 error, now=now, sent=sent, first=first, failing=failing, refused=is_refused
             )
-            if self._pause.state is not before:
-                self._log_pause(before, error, now)
+            self._trouble.observe(error, now)
         if self._waiters:
             self._dispatch(loop, now)
 
@@ -284,28 +278,8 @@ class RequestBudget:
     def pause_for(self, error: KontextError) -> None:
         """Pause as for this error of a request that had no permit of this budget."""
         now = asyncio.get_running_loop().time()
-        before = self._pause.state
         self._pause.observe(error, now=now, sent=now)
-        if self._pause.state is not before:
-            self._log_pause(before, error, now)
-
-    def _log_pause(self, before: PauseState, error: KontextError | None, now: float) -> None:
-        """Log that a pause or an outage began or ended; no text of the service is in it."""
-        state = self._pause.state
-        if before.is_open:
-            self._paused_at = now
-        remaining = self._pause.remaining(now)
-        if state.is_open:
-            if self._pause_logged is not None:
-                _log.info("the %s ended after %.0f s", self._pause_logged, now - self._paused_at)
-            self._pause_logged = None
-            return
-        what = "outage" if state.is_outage else "pause"
-        # The short ones of a rate limit that is being tried are no news.
-        if what != self._pause_logged and remaining >= _MIN_LOGGED_PAUSE:
-            self._pause_logged = what
-            cause = type(error).__name__
-            _log.warning("%s: all polls wait, at first for %.0f s: %s", what, remaining, cause)
+        self._trouble.observe(error, now)
 
     def blocked_by(self, task_id: str, now: float) -> KontextError | None:
         """Return the error that keeps a request of this task back, None if nothing does.
