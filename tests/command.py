@@ -1,7 +1,8 @@
-"""The command in a process of its own."""
+"""The command in a process of its own, and a terminal for it in this one."""
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from pathlib import Path
@@ -16,3 +17,10 @@ def environment(**variables):
     inherited = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
     source = str(Path(kontext_async.__file__).parent.parent)
     return {**inherited, "PYTHONPATH": source, "APIKLEY_API_KEY": "key", **variables}
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self):
+        return True

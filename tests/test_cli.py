@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import json
 import math
 import re
@@ -15,6 +14,7 @@ from datetime import datetime, timedelta
 import pytest
 import typer
 from background import serving
+from command import Terminal
 from typer.testing import CliRunner
 
 from kontext_async import (
@@ -403,10 +403,11 @@ class TestKey:
         assert kontext("get", task_id, "--api-key-file", str(tmp_path / "key")).exit_code == 0
 
     def test_missing(self, kontext, monkeypatch):
-        """The message names both sources of a key."""
+        """The message names both sources of a key, and what needs none."""
         monkeypatch.delenv("APIKLEY_API_KEY")
         result = kontext("wait", "task1")
         assert result.exit_code == 2
+        assert "kontext demo" in result.stderr
         assert "APIKLEY_API_KEY" in result.stderr
         assert "--api-key-file" in result.stderr
 
@@ -656,13 +657,6 @@ class TestResuming:
         """An interrupt after the last outcome prints nothing."""
         waiting.say_how_to_resume(Tally([]), None, "")
         assert capsys.readouterr().err == ""
-
-
-class Terminal(io.StringIO):
-    """A stream that says it is a terminal."""
-
-    def isatty(self):
-        return True
 
 
 class TestProgress:

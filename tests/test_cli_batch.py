@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
 import pytest
 from background import serving
+from command import Terminal
 from typer.testing import CliRunner
+from yarl import URL
 
 from kontext_async import ErrorOutcome, TransportError
 from kontext_async.cli import app, batch, local
@@ -219,6 +222,7 @@ class TestFolder:
             "notSaved": 0,
         }
         assert "images saved" in result.stderr
+        assert "Count" in result.stderr
 
     def test_status_counts_images_that_are_missing(self, kontext, simulator):
         """A success without its file has exit code 4."""
@@ -308,13 +312,23 @@ class TestDemo:
         assert f"Images: {tmp_path / 'demo'}" in result.stderr
         assert "pip install 'kontext-async[images,report]'" in result.stderr
 
-    async def test_on_a_terminal_it_is_the_table(self, monkeypatch, capsys, tmp_path):
-        """On a terminal there are no JSON lines."""
+    async def test_on_a_terminal_it_is_a_table_with_links(self, monkeypatch, capsys, tmp_path):
+        """The links open the images and the report, and there are no JSON lines."""
+        screen = Terminal()
+        monkeypatch.setattr(sys, "stderr", screen)
         monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-        await local.demonstrate(tmp_path)
-        printed = capsys.readouterr()
-        assert printed.out == ""
-        assert local._LOST in printed.err
+        monkeypatch.setenv("TERM", "xterm-256color")
+        folder = tmp_path / "a folder"
+        folder.mkdir()
+        await local.demonstrate(folder)
+        assert capsys.readouterr().out == ""
+        said = screen.getvalue()
+        assert local._LOST in said
+        links = [URL(link) for link in re.findall(r"\x1b]8;[^;]*;(.+?)\x1b", said)]
+        linked = {Path(link.path) for link in links if link.scheme == "file"}
+        assert all(path.is_file() for path in linked)
+        assert {path.suffix for path in linked} == {".jpg", ".html"}
+        assert len(linked) == sum(failure is None for *_, failure in local._TASKS) + 1
 
 
 @pytest.mark.parametrize("finished", [0, 2])

@@ -148,6 +148,7 @@ def test_a_dry_run_counts_and_pays_for_nothing(kontext, simulator):
         "new": 2, "known": 1, "unknown": 1, "refused": 0, "abandoned": 0, "credits": 1_000_000
     }  # fmt: skip
     assert "credits" in said
+    assert "Count" in said
     assert len(simulator.created) == 2
     code, (line,), _ = kontext("generate", "a", "--into", "fresh", "--dry-run")
     assert line["new"] == 1

@@ -99,7 +99,7 @@ def test_people_have_a_table_of_workers(kontext, dsn, monkeypatch):
     monkeypatch.setattr("kontext_async.cli.fleet.sys", terminal)
     done = kontext("fleet", "status")
     assert done.stdout == ""
-    assert all(text in done.stderr for text in ("w1", "7", "2.5", "0 s ago"))
+    assert all(text in done.stderr for text in ("Count", "w1", "7", "2.5", "0 s ago"))
 
 
 def test_ids_come_from_standard_input_too(kontext):

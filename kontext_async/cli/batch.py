@@ -12,10 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-from rich.table import Table
+from rich.table import Column, Table
 
 from kontext_async.cli.input import distinct_ids
-from kontext_async.cli.output import Exit, Saved, error_console, exit_code, fail, say, write_line
+from kontext_async.cli.output import (
+    Exit,
+    Saved,
+    error_console,
+    exit_code,
+    fail,
+    say,
+    say_where,
+    write_line,
+)
 from kontext_async.cli.progress import Display, thumbnails_shown
 from kontext_async.cli.running import exit_on_error
 from kontext_async.cli.tally import BatchTally
@@ -154,7 +163,7 @@ def make_report(folder: Path) -> Exit:
     except OSError as error:
         say(f"kontext: cannot write the report into {folder}: {error.strerror}")
         return Exit.ERROR
-    say(f"Report: {path}", is_copied=True)
+    say_where("Report", path)
     return Exit.DONE
 
 
@@ -173,7 +182,7 @@ def show_status(folder: Path) -> Exit:
         states[entry.state] += 1
         if entry.state == "done":
             images["saved" if entry.saved_path else "notSaved"] += 1
-    table = Table("Tasks", "")
+    table = Table("Tasks", Column("Count", justify="right"))
     for name, count in (*states.items(), ("images saved", images["saved"])):
         table.add_row(name, f"{count:,}")
     error_console().print(table)

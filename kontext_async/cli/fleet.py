@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import attrs
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from kontext_async.cli.connection import connection
 from kontext_async.cli.help import Command, Group
@@ -122,12 +122,13 @@ def status(dsn: _DsnArgument) -> None:
 
 
 def _tables(state: FleetStatus) -> tuple[Table, Table]:
-    tasks = Table("Tasks", "")
+    tasks = Table("Tasks", Column("Count", justify="right"))
     for name, count in state.tasks.items():
-        tasks.add_row(name, str(count))
-    tasks.add_row("chunks queued", str(state.queued_chunks))
-    tasks.add_row("chunks running", str(state.running_chunks))
-    workers = Table("Worker", "Waits", "Requests/s", "Last sign of life")
+        tasks.add_row(name, f"{count:,}")
+    tasks.add_row("chunks queued", f"{state.queued_chunks:,}")
+    tasks.add_row("chunks running", f"{state.running_chunks:,}")
+    numbers = (Column(name, justify="right") for name in ("Waits", "Requests/s"))
+    workers = Table("Worker", *numbers, "Last sign of life")
     for worker in state.workers:
         ago = f"{worker.seconds_ago:.0f} s ago"
         workers.add_row(plain(worker.name), str(worker.waits), f"{worker.rate:.1f}", ago)

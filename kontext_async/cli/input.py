@@ -310,5 +310,6 @@ def read_key(path: Path | None) -> str:
     if path is not None:
         return _Decoder(str(path)).decode(_read(path), final=True)
     return os.environ.get("APIKLEY_API_KEY") or fail(
-        "no API key: set APIKLEY_API_KEY, or name a file that holds it with --api-key-file"
+        "no API key: set APIKLEY_API_KEY, or name a file that holds it with --api-key-file\n"
+        "To try it without a key: kontext demo, or kontext simulate for an API on this machine"
     )

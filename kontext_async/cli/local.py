@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import typer
 from rich.table import Column, Table
+from rich.text import Text
 
 from kontext_async.cli.batch import can_report, make_report
 from kontext_async.cli.listening import free_callbacks
@@ -23,9 +24,11 @@ from kontext_async.cli.output import (
     Saved,
     error_console,
     fail,
+    file_link,
     outcome_line,
     plain,
     say,
+    say_where,
     write_line,
 )
 from kontext_async.cli.requests import RequestTally, request_line, run_requests
@@ -161,7 +164,7 @@ async def demonstrate(folder: Path) -> Exit:
     )
     if can_report():
         return make_report(folder)
-    say(f"Images: {folder}")
+    say_where("Images", folder)
     say("For a page about them: pip install 'kontext-async[images,report]'")
     return Exit.DONE
 
@@ -174,14 +177,17 @@ def _create(request: StepRequest) -> Reply:
 
 
 def _table(outcomes: list[tuple[TaskOutcome, Saved]]) -> Table:
-    """Return a table that names the files: the simulator's addresses end with it."""
+    """Return a table that links the files: the simulator's addresses end with it."""
     prompts = [prompt for prompt, *_ in _TASKS]
     table = Table("Prompt", "Outcome", "Took", Column("Image or error", overflow="fold"))
     rows = [(o, saved) for o, saved in outcomes if isinstance(o, RequestOutcome)]
     for outcome, saved in sorted(rows, key=lambda row: prompts.index(row[0].request.prompt)):
         line = outcome_line(outcome, saved)
         took = "" if line["duration"] is None else f"{line['duration'].total_seconds():.0f} s"
-        file = line["file"] and Path(line["file"]).name
-        result = file or f"{line['errorCode']}: {line['message']}"
-        table.add_row(plain(outcome.request.prompt), line["outcome"], took, plain(result))
+        if line["file"]:
+            path = Path(line["file"])
+            result = file_link(path, path.name)
+        else:
+            result = Text(plain(f"{line['errorCode']}: {line['message']}"))
+        table.add_row(plain(outcome.request.prompt), line["outcome"], took, result)
     return table

@@ -219,12 +219,22 @@ def write_row(fields: Mapping[str, Any]) -> None:
 
 def _details(fields: Mapping[str, Any]) -> Iterator[Text]:
     """Yield a row's link and message, those that it has."""
-    if url := fields["file"] or fields["resultImageUrl"]:
-        link = Path(url).absolute().as_uri() if fields["file"] else url
-        yield Text(plain(url), style=Style(link=quote(link, safe=_URL_CHARACTERS)))
+    if fields["file"]:
+        yield file_link(Path(fields["file"]))
+    elif url := fields["resultImageUrl"]:
+        yield _link(url, url)
     if fields["message"]:
         code = "" if fields["errorCode"] is None else f"{fields['errorCode']}: "
         yield Text(plain(f"{code}{fields['message']}"))
+
+
+def file_link(path: Path, text: str | None = None) -> Text:
+    """Return a path, or another text, that opens the file where a terminal has links."""
+    return _link(str(path) if text is None else text, path.absolute().as_uri())
+
+
+def _link(text: str, url: str) -> Text:
+    return Text(plain(text), style=Style(link=quote(url, safe=_URL_CHARACTERS)))
 
 
 def _next_stop(column: int) -> int:
@@ -294,10 +304,15 @@ def error_console() -> Console:
 def say(text: str, *, is_copied: bool = False) -> None:
     """Print a message to standard error, broken between words where a terminal ends.
 
-    ``is_copied``: it holds a command or a path, and stays one line.
+    ``is_copied``: it holds a command, and stays one line.
     """
     console = error_console()
     console.print(plain(text), soft_wrap=is_copied or not console.is_terminal)
+
+
+def say_where(what: str, path: Path) -> None:
+    """Print a path to standard error, as a link and on one line."""
+    error_console().print(Text(f"{what}: ").append(file_link(path)), soft_wrap=True)
 
 
 def is_one_terminal() -> bool:

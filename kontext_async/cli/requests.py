@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import aiohttp
-from rich.table import Table
+from rich.table import Column, Table
 
 from kontext_async.cli.batch import (
     LEDGER,
@@ -180,7 +180,7 @@ async def _show_plan(keyed: dict[str, ImageRequest], folder: Path, options: Conn
     async with options.open() as (client, _):
         balance = await client.credits()
     line = {**{name: counts[name] for name in dict.fromkeys(_PLAN.values())}, "credits": balance}
-    table = Table("Requests", "")
+    table = Table("Requests", Column("Count", justify="right"))
     for name, count in line.items():
         table.add_row(name, f"{count:,.10g}")
     error_console().print(table)
