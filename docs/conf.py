@@ -27,7 +27,6 @@ exclude_patterns = ["_build"]
 html_theme = "furo"
 man_pages = [("cli", "kontext", "create image-generation tasks and wait for them", author, 1)]
 html_title = f"{project} {release}"
-myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 3
 
 autodoc_member_order = "bysource"

@@ -80,8 +80,10 @@ def draw_terminal(lines: list[Text]) -> None:
             console.print(Text("$ kontext demo", "bold"))
             for line in lines:
                 console.print(line, soft_wrap=True)
+            console.print()  # Rich cuts off what hangs below the last line
             svg = console.export_svg(title="kontext demo", theme=theme)
             svg = re.sub(r"@font-face \{.*?\}", "", svg, flags=re.DOTALL)  # from another site
+            svg = svg.replace("rgba(255,255,255,0.35)", "gray")  # a frame to see on white too
         (IMAGES / f"terminal-{name}.svg").write_text(svg, encoding="utf-8")
 
 
