@@ -1,4 +1,4 @@
-"""What the log says of a client's trouble: once when it begins, and once when it ends."""
+"""Log messages about a client's trouble: one when it begins, and one when it ends."""
 
 from __future__ import annotations
 
