@@ -235,9 +235,11 @@ def test_without_pillow_only_the_end_is_checked(no_pillow):
 # A partial image
 
 
+@pytest.mark.parametrize("has_pillow", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_image_gets_its_name_when_it_is_complete(kind, tmp_path):
+def test_an_image_gets_its_name_when_it_is_complete(kind, has_pillow, monkeypatch, tmp_path):
     """Until then it is in a hidden file in the same folder."""
+    monkeypatch.setattr(files, "_HAS_PILLOW", has_pillow)
     data = image(kind)
     partial = PartialImage(target(tmp_path), kind)
     assert names(tmp_path) == []
@@ -264,10 +266,17 @@ def test_discarding_a_partial_image_leaves_nothing(tmp_path):
     assert names(tmp_path) == []
 
 
-def test_a_broken_image_is_not_saved(tmp_path):
-    """A retry may bring a complete one, so the error is retryable."""
+@pytest.mark.parametrize("has_pillow", [False, True])
+@pytest.mark.parametrize("first", [0, 100, -100])
+def test_a_broken_image_is_not_saved(first, has_pillow, monkeypatch, tmp_path):
+    """A retry may bring a complete one, so the error is retryable. It comes in one piece or two."""
+    monkeypatch.setattr(files, "_HAS_PILLOW", has_pillow)
+    data = image("jpeg")[:-500]
+    partial = PartialImage(target(tmp_path), "jpeg")
+    if first:
+        partial.write(data[:first])
     with pytest.raises(DownloadError, match="the jpeg is broken") as caught:
-        saved(target(tmp_path), image("jpeg")[:-500], "jpeg")
+        finished(partial, data[first:])
     assert (caught.value.retryable, caught.value.http_status) == (True, 200)
     assert names(tmp_path) == []
 

@@ -45,11 +45,16 @@ class PartialFile:
 
     def write(self, data: bytes) -> None:
         if self._file is None:
-            self._file = open(self.temporary, "x+b", opener=self._open)  # noqa: SIM115
+            self._file = open(self.temporary, "xb", opener=self._open)  # noqa: SIM115
         self._file.write(data)
 
     def _open(self, path: str, flags: int) -> int:
         return os.open(path, flags, self._mode)
+
+    def read(self) -> BinaryIO:
+        """Open what has been written so far."""
+        self.file.flush()
+        return Path(self.temporary).open("rb")
 
     def sync(self) -> None:
         """Return when the contents are on disk."""

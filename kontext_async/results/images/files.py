@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import importlib.util
+import io
 import itertools
 import os
 import re
@@ -169,7 +170,9 @@ class PartialImage:
         """Write the last data, check the image, and rename it once it is on disk."""
         self.write(data)
         with self._target.translate_errors():
-            problem = decoding_problem(self._file.file, self._kind)
+            # In memory where possible: each read of a file hands Python's lock over.
+            with io.BytesIO(data) if len(data) == self._size else self._file.read() as file:
+                problem = decoding_problem(file, self._kind)
             if problem is not None:
                 raise DownloadError(problem, task_id=self._target.task_id, http_status=200)
             self._file.sync()
