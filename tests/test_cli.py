@@ -7,6 +7,7 @@ import json
 import math
 import re
 import runpy
+import shlex
 import signal
 import sys
 from datetime import datetime, timedelta
@@ -579,6 +580,8 @@ class TestWrongUsage:
             ("batch --into", "option '--into' requires an argument", "batch"),
             ("status --nope folder", "no such option: --nope", "status"),
             ("--nope", "no such option: --nope", ""),
+            ("wait --form a", "no such option: --form. Did you mean --from?", "wait"),
+            ("get a b", "too many arguments: b", "get"),
             ("wiat", "no such command 'wiat'. Did you mean 'wait'?", ""),
             ("fleet nope", "no such command 'nope'", "fleet"),
         ],
@@ -948,6 +951,25 @@ class TestHelp:
             for paragraph in (text or "").split("\n\n"):
                 assert not problems_of(paragraph), f"{parameter}: {paragraph}"
             assert "".join(text.split()) in "".join(page.split())
+
+    @pytest.mark.parametrize(
+        "command",
+        [*GROUP.commands.values(), *GROUP.commands["fleet"].commands.values()],
+        ids=lambda command: command.name,
+    )
+    def test_examples_can_be_run(self, command):
+        """Each example of a help page has arguments and options that the command takes."""
+        for example in (command.epilog or "").splitlines():
+            _, _, words = example.partition(f" {command.name} ")
+            command.make_context(command.name, shlex.split(words.partition(" > ")[0]))
+
+    def test_of_a_default_only_the_value_is_shown(self):
+        """Limits of numbers go without saying, and whole seconds are whole."""
+        page = CliRunner().invoke(app.app, ["simulate", "--help"]).output
+        assert "[default: 12]" in page
+        assert "[default: 0.3]" in page
+        assert "x>" not in page
+        assert "<=x" not in page
 
     @pytest.mark.parametrize(
         "text",

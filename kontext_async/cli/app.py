@@ -14,7 +14,7 @@ from kontext_async._version import __version__
 from kontext_async.cli.connection import connection
 from kontext_async.cli.creating import credits_left, edit, generate, resolve, unknown
 from kontext_async.cli.fleet import fleet_app, submit, worker
-from kontext_async.cli.help import Command, Group
+from kontext_async.cli.help import Group, add_commands
 from kontext_async.cli.input import distinct_ids
 from kontext_async.cli.options import (
     AllowHttp,
@@ -60,7 +60,11 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,  # plain tracebacks show no locals, which may hold the key
     rich_markup_mode=None,
-    help="Create Flux Kontext image-generation tasks, and wait for them.",
+    help=(
+        "Create Flux Kontext image-generation tasks, and wait for them.\n\n"
+        "The API key comes from the environment variable APIKLEY_API_KEY. To see the command at "
+        "work without one: kontext demo."
+    ),
     epilog=(
         "Exit codes: 0 all done; 1 a generation failed; 2 wrong usage; 3 a deadline passed; "
         "4 the API or the network failed, or the output could not be written; 130 interrupted by "
@@ -97,7 +101,6 @@ def _ids(given: Iterable[str], source: str | None) -> list[str]:
     return distinct_ids(given, source)
 
 
-@app.command(cls=Command)
 def get(
     task_id: Annotated[str, typer.Argument(metavar="ID", help="Task id.")],
     *,
@@ -127,7 +130,6 @@ def get(
     run(poll())
 
 
-@app.command(cls=Command)
 def wait(
     task_ids: Annotated[
         list[str] | None, typer.Argument(metavar="ID", help="Task ids.", show_default=False)
@@ -183,7 +185,6 @@ def wait(
     run(wait_for_tasks(), on_interrupt=lambda: say_how_to_resume(tally, source, again))
 
 
-@app.command(cls=Command)
 def batch(
     *,
     into: Into,
@@ -257,7 +258,6 @@ def batch(
     run(save_tasks(), on_interrupt=lambda: say_how_to_continue(tally, into, again))
 
 
-@app.command(cls=Command)
 def report(folder: Folder) -> None:
     """Write report.html, a page about a batch, into its folder."""
     from kontext_async.cli.batch import make_report, require_report  # noqa: PLC0415  # see `batch`
@@ -266,7 +266,6 @@ def report(folder: Folder) -> None:
     raise typer.Exit(make_report(folder))
 
 
-@app.command(cls=Command)
 def status(folder: Folder) -> None:
     """Count a batch's tasks by state, also while it runs."""
     from kontext_async.cli.batch import show_status  # noqa: PLC0415  # see `batch`
@@ -281,7 +280,6 @@ def _simulated_limit(text: str) -> Any:
     return read_limit(text)
 
 
-@app.command(cls=Command)
 def simulate(
     *,
     port: Annotated[
@@ -360,7 +358,6 @@ def simulate(
     )
 
 
-@app.command(cls=Command)
 def demo() -> None:
     """Save the images of a dozen simulated tasks, without a key."""
     from kontext_async.cli.batch import make_folder  # noqa: PLC0415  # see `batch`
@@ -371,11 +368,25 @@ def demo() -> None:
     run(demonstrate(folder))
 
 
-app.command(cls=Command)(generate)
-app.command(cls=Command)(edit)
-app.command(cls=Command)(unknown)
-app.command(cls=Command)(resolve)
-app.command("credits", cls=Command)(credits_left)
-app.command(cls=Command)(submit)
-app.command(cls=Command)(worker)
-app.add_typer(fleet_app, name="fleet")
+add_commands(
+    app,
+    {
+        "Tasks": {
+            "generate": generate,
+            "edit": edit,
+            "wait": wait,
+            "batch": batch,
+            "get": get,
+            "credits": credits_left,
+        },
+        "Folders of results": {
+            "status": status,
+            "report": report,
+            "unknown": unknown,
+            "resolve": resolve,
+        },
+        "Without a key": {"demo": demo, "simulate": simulate},
+        "Many machines": {"submit": submit, "worker": worker},
+    },
+)
+app.add_typer(fleet_app, name="fleet", rich_help_panel="Many machines")

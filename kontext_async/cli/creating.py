@@ -46,9 +46,14 @@ PromptSource = Annotated[
         "are skipped.",
     ),
 ]
-Model = Annotated[str | None, typer.Option(metavar="NAME", help="Model of all requests.")]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="Model of all requests: flux-kontext-pro or flux-kontext-max."
+    ),
+]
 AspectRatio = Annotated[
-    str | None, typer.Option(metavar="W:H", help="Aspect ratio of all requests.")
+    str | None, typer.Option(metavar="W:H", help="Aspect ratio of all requests, such as 16:9.")
 ]
 OutputFormat = Annotated[
     str | None, typer.Option(metavar="FORMAT", help="Format of all images: jpeg or png.")

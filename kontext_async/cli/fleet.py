@@ -15,7 +15,7 @@ import typer
 from rich.table import Column, Table
 
 from kontext_async.cli.connection import connection
-from kontext_async.cli.help import Command, Group
+from kontext_async.cli.help import Group, add_commands
 from kontext_async.cli.input import Problem, distinct_ids, fail_on, ids_from_stdin
 from kontext_async.cli.options import (
     AllowHttp,
@@ -78,7 +78,6 @@ def _fleet(dsn: str) -> Fleet:
     return Fleet(dsn)
 
 
-@fleet_app.command(cls=Command)
 def init(dsn: _DsnArgument) -> None:
     """Create the tables of a fleet that are missing."""
 
@@ -90,7 +89,6 @@ def init(dsn: _DsnArgument) -> None:
     run(create())
 
 
-@fleet_app.command(cls=Command)
 def status(dsn: _DsnArgument) -> None:
     """Count tasks by state, and list the workers."""
 
@@ -143,7 +141,6 @@ def _read_age(text: str) -> float:
     return int(age[1]) * _UNITS[age[2]]
 
 
-@fleet_app.command(cls=Command)
 def prune(
     dsn: _DsnArgument,
     *,
@@ -166,6 +163,9 @@ def prune(
         return Exit.DONE
 
     run(delete())
+
+
+add_commands(fleet_app, {"Commands": {"init": init, "status": status, "prune": prune}})
 
 
 def submit(

@@ -41,7 +41,8 @@ KeyFile = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="File with the API key; the default is the environment variable APIKLEY_API_KEY.",
+        help="File with the API key. Without it the key comes from the environment variable "
+        "APIKLEY_API_KEY.",
     ),
 ]
 Source = Annotated[
@@ -65,8 +66,8 @@ Proxy = Annotated[
     str | None,
     typer.Option(
         metavar="URL",
-        help="HTTP proxy for the API and the images. The default is the environment's: "
-        "HTTPS_PROXY, HTTP_PROXY and NO_PROXY.",
+        help="HTTP proxy for the API and the images. Without it the environment variables "
+        "HTTPS_PROXY, HTTP_PROXY and NO_PROXY count.",
     ),
 ]
 AllowPrivate = Annotated[
@@ -118,7 +119,7 @@ NoMemory = Annotated[
         help="Neither use the task durations that earlier runs have learned, nor save this run's.",
     ),
 ]
-Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of a batch.")]
+Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder that --into named.")]
 Into = Annotated[
     Path, typer.Option(metavar="FOLDER", help="Folder for the results; it is made if missing.")
 ]
