@@ -21,6 +21,7 @@ import pytest
 from background import serving
 from command import COMMAND, environment
 
+from kontext_async.cli import main
 from kontext_async.results import Ledger
 from kontext_async.simulator import Failure
 
@@ -359,3 +360,39 @@ def test_a_terminal_gets_a_line_for_people(start, simulator):
     assert f";{url}" in written["--quiet"]
     assert f"  1 s  {flagged}" in written["--quiet"]
     assert "400: flagged" in written["--quiet"]
+
+
+def test_zsh_completes_at_the_first_tab(tmp_path, monkeypatch, capfd):
+    """The first Tab loads the installed file, which then completes; installed again, too."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
+    monkeypatch.setattr(sys, "argv", ["kontext", "--install-completion", "zsh"])
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            main()
+    assert (tmp_path / ".zfunc" / "_kontext").read_text().count("loadautofunc") == 1
+    if shutil.which("zsh") is None:
+        pytest.skip("no zsh")
+    command = tmp_path / "kontext"
+    command.write_text(f'#!/bin/sh\nexec {shlex.join(COMMAND)} "$@"\n')
+    command.chmod(0o755)
+    capfd.readouterr()
+    # What zsh does at the first Tab, with functions that show what can be inserted.
+    script = """
+        fpath=(~/.zfunc $fpath); autoload -Uz _kontext
+        compdef() { }; _arguments() { print -r -- "$@" }
+        words=(kontext wai); CURRENT=2; _kontext
+    """
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    subprocess.run(["zsh", "-fc", script], env=environment(PATH=path), check=True)
+    assert '"wait"' in capfd.readouterr().out
+
+
+def test_completion_of_other_shells_is_left_alone(tmp_path, monkeypatch):
+    """Only zsh loads its file at a Tab."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
+    monkeypatch.setattr(sys, "argv", ["kontext", "--install-completion", "fish"])
+    with pytest.raises(SystemExit):
+        main()
+    assert not (tmp_path / ".zfunc").exists()

@@ -11,6 +11,7 @@ def main() -> None:
     """Run the command line in ``sys.argv`` and exit."""
     try:
         from kontext_async.cli.app import app  # noqa: PLC0415 - needs the extra
+        from kontext_async.cli.completion import complete_at_first_tab  # noqa: PLC0415
         from kontext_async.cli.output import drop_lost_messages  # noqa: PLC0415
         from kontext_async.cli.running import leave_at_once  # noqa: PLC0415
     except ModuleNotFoundError as error:
@@ -20,6 +21,8 @@ def main() -> None:
     try:
         app(prog_name="kontext")
     except SystemExit as end:
+        if "--install-completion" in sys.argv:
+            complete_at_first_tab()
         drop_lost_messages()
         leave_at_once(end.code)
         raise
