@@ -374,13 +374,20 @@ class TestRows:
             "                https://example.com/a.png",
         ]
         message = "The prompt was flagged as violating the content policies."
-        lines = rows(60, self.row(resultImageUrl=self.URL, errorCode=400, message=message))
+        failed = {"outcome": "failed", "errorCode": 400, "message": message}
+        lines = rows(60, self.row(resultImageUrl=self.URL, **failed))
         assert lines == [
-            f"success   12 s  {self.ID}",
+            f"failed    12 s  {self.ID}",
             f"  {self.URL}",
             "                400: The prompt was flagged as violating the",
             "                content policies.",
         ]
+
+    def test_a_message_does_not_repeat_the_id_or_the_code(self, rows):
+        """An error's own message has both, for where it stands alone."""
+        error = ApiError("no such record", code=422, http_status=200, task_id="task9")
+        line = outcome_line(ErrorOutcome(task_id="task9", error=error))
+        assert rows(80, line) == ["error           task9   code 422 (HTTP 200): no such record"]
 
     def test_messages_break_between_words(self, monkeypatch):
         """A command to copy stays whole."""
@@ -707,6 +714,18 @@ class TestProgress:
         assert "0 of 1, 0 done, 0 failed, 0 in flight" in first_frame.partition("\r")[0]
         assert "0 of 1, 0 done, 0 failed, 1 in flight" in said
         assert f"\x1b[2K<{task_id}>\n" in said
+
+    @pytest.mark.virtual_time
+    async def test_a_terminal_with_a_log_has_no_bar(self, near, monkeypatch):
+        """The bar would cut through the log's lines."""
+        simulator, client = near
+        screen = Terminal()
+        monkeypatch.setattr(sys, "stderr", screen)
+        monkeypatch.setattr(progress, "is_logging_polls", lambda: True)
+        tally = Tally([simulator.add_task(duration=20.0, outcome="success")])
+        await waiting.wait_for_all(client, tally, lambda o: None, timeout=60.0)
+        assert "0 of 1, 0 done, 0 failed, 1 in flight\n" in screen.getvalue()
+        assert ANSI not in screen.getvalue()
 
     @pytest.mark.virtual_time
     async def test_a_terminal_with_the_results_has_an_error_once(self, near, monkeypatch):

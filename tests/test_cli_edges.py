@@ -145,6 +145,17 @@ def test_polls_are_logged_on_request(has_stderr, monkeypatch):
     assert not has_stderr or stream.getvalue().endswith("DEBUG a poll\n")
 
 
+def test_without_a_log_the_librarys_warnings_are_not_printed(monkeypatch, capsys):
+    """Python would print them in the middle of the progress, which has the trouble anyway."""
+    log = logging.getLogger("kontext_async")
+    monkeypatch.setattr(log, "handlers", [])
+    monkeypatch.setattr(log, "propagate", False)
+    output.log_polls(wanted=False)
+    log.warning("an outage")
+    assert capsys.readouterr().err == ""
+    assert not output.is_logging_polls()
+
+
 async def test_a_proxy_gives_client_and_images_a_session(monkeypatch):
     """Without one, each has its own."""
     monkeypatch.setenv("APIKLEY_API_KEY", "key")

@@ -224,8 +224,10 @@ def _details(fields: Mapping[str, Any]) -> Iterator[Text]:
     elif url := fields["resultImageUrl"]:
         yield _link(url, url)
     if fields["message"]:
-        code = "" if fields["errorCode"] is None else f"{fields['errorCode']}: "
-        yield Text(plain(f"{code}{fields['message']}"))
+        # Other messages name the code, and all name the task, which is in the row.
+        code = f"{fields['errorCode']}: " if fields["outcome"] == "failed" else ""
+        message = fields["message"].replace(f"task {fields['taskId']}: ", "")
+        yield Text(plain(f"{code}{message}"))
 
 
 def file_link(path: Path, text: str | None = None) -> Text:
@@ -321,9 +323,17 @@ def is_one_terminal() -> bool:
 
 
 def log_polls(wanted: bool) -> None:  # noqa: FBT001 - a command's option as it comes
-    """Log each poll to standard error, if wanted."""
+    """Log each poll to standard error, if wanted; the progress names trouble anyway."""
     if wanted:
         log_events(logging.DEBUG)
+    else:
+        log = logging.getLogger("kontext_async")
+        log.handlers = log.handlers or [logging.NullHandler()]
+
+
+def is_logging_polls() -> bool:
+    """Return True if each poll is logged to standard error."""
+    return logging.getLogger("kontext_async").isEnabledFor(logging.DEBUG)
 
 
 def log_events(level: int) -> None:

@@ -10,7 +10,14 @@ from collections.abc import Callable, Generator, Iterable
 
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
-from kontext_async.cli.output import code_of, error_console, is_one_terminal, message_of, plain
+from kontext_async.cli.output import (
+    code_of,
+    error_console,
+    is_logging_polls,
+    is_one_terminal,
+    message_of,
+    plain,
+)
 from kontext_async.cli.tally import Part, Tally
 from kontext_async.client import KontextClient
 from kontext_async.errors import KontextError
@@ -36,7 +43,12 @@ class Display:
         self._client = client
         self._console = error_console()
         self._has_results = is_one_terminal()
-        self._is_live = self._console.is_terminal and not self._console.is_dumb_terminal
+        # A bar that is drawn again would cut through the lines of a log.
+        self._is_live = (
+            self._console.is_terminal
+            and not self._console.is_dumb_terminal
+            and not is_logging_polls()
+        )
         self._loop = asyncio.get_running_loop()
         self._bar = Progress(
             SpinnerColumn(),
