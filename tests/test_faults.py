@@ -149,7 +149,9 @@ async def test_a_list_of_results_remembers_all_ids(simulator, client, monkeypatc
 # Broken tasks and outages
 
 
-@pytest.mark.parametrize(("broken", "first"), [(5, True), (20, True), (20, False), (60, True)])
+@pytest.mark.parametrize(
+    ("broken", "first"), [(5, True), (20, True), (20, False), (60, True), (100, False)]
+)
 async def test_broken_tasks_do_not_starve_healthy_ones(simulator, client, broken, first):
     """With all defaults; the healthy ones take 12 s undisturbed, the broken ones their grace."""
     healthy = [simulator.add_task(duration=12) for _ in range(100)]
