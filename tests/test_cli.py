@@ -259,8 +259,13 @@ class TestWait:
         assert "line 11" not in result.stderr
         assert "5 more lines hold no id" in result.stderr
 
-    def test_no_ids_is_wrong_usage(self, kontext):
+    def test_no_ids_is_wrong_usage(self, kontext, tmp_path):
         """A call without ids, or with an empty file, ends with exit code 2."""
+        assert "give them as arguments" in kontext("wait").stderr
+        (tmp_path / "empty").write_text("# none\n")
+        result = kontext("wait", "--from", str(tmp_path / "empty"))
+        assert result.exit_code == 2
+        assert f"no task ids in {tmp_path / 'empty'}" in result.stderr
         assert kontext("wait").exit_code == 2
         assert kontext("wait", "--from", "-", input="# none\n").exit_code == 2
 
@@ -714,6 +719,19 @@ class TestProgress:
         assert "0 of 1, 0 done, 0 failed, 0 in flight" in first_frame.partition("\r")[0]
         assert "0 of 1, 0 done, 0 failed, 1 in flight" in said
         assert f"\x1b[2K<{task_id}>\n" in said
+
+    async def test_wrong_usage_is_said_without_the_bar(self, near, monkeypatch):
+        """The message does not continue the bar's line."""
+        _, client = near
+        screen = Terminal()
+        monkeypatch.setenv("TERM", "xterm-256color")
+        monkeypatch.setattr(sys, "stderr", screen)
+        display = progress.Display(Tally(), client)
+        with display.shown(), pytest.raises(typer.Exit):
+            display.fail("no task ids on standard input")
+        before, _, after = screen.getvalue().partition("kontext: no task ids on standard input\n")
+        assert before.endswith("\x1b[2K")
+        assert "in flight" not in after
 
     @pytest.mark.virtual_time
     async def test_a_terminal_with_a_log_has_no_bar(self, near, monkeypatch):

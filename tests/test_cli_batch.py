@@ -149,17 +149,24 @@ class TestBatch:
         assert not Path("out").exists()
 
     def test_without_ids_and_without_a_ledger_there_is_nothing_to_do(self, kontext):
-        """The message names the folder."""
+        """The message names the option for ids, and the folder."""
         result = kontext("batch", "--into", "out")
         assert result.exit_code == 2
-        assert "out holds no results" in result.stderr
+        assert "with --from; out holds no batch to continue" in result.stderr
 
     def test_a_folder_that_cannot_be_made_is_wrong_usage(self, kontext, tmp_path):
         """There is a file in the folder's place."""
         (tmp_path / "out").write_text("")
         result = kontext("batch", "--from", "-", "--into", "out", input="task-1")
         assert result.exit_code == 2
-        assert "cannot use the folder out: " in result.stderr
+        assert "cannot use the folder out: it is a file" in result.stderr
+
+    def test_a_folder_that_the_system_refuses_is_wrong_usage(self, kontext, tmp_path):
+        """The message has the system's reason."""
+        (tmp_path / "file").write_text("")
+        result = kontext("batch", "--from", "-", "--into", "file/out", input="task-1")
+        assert result.exit_code == 2
+        assert "cannot use the folder file/out: Not a directory" in result.stderr
 
     @pytest.mark.parametrize("source", [(), ("--from", "-")])
     def test_a_file_that_is_not_a_ledger_is_left_as_it_is(self, kontext, tmp_path, source):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -113,7 +114,9 @@ def test_the_whole_input_is_checked_before_anything_is_paid_for(kontext, simulat
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("generate", "--into", "p"), "no prompts"),
+        (("generate", "--into", "p"), "no prompts: give them as arguments"),
+        (("generate", "--into", "p", "--from", "-"), "no prompts in standard input"),
+        (("generate", "--into", "p", "--from", os.devnull), f"no prompts in {os.devnull}"),
         (("generate", "a", "--into", "p", "--model", "flux"), "model must be one of"),
         (("edit", "day.png", "a", "--into", "p"), "input_image must be"),
         (("edit", "https://example.com/a", " ", "--into", "p"), "prompt must be"),
@@ -184,7 +187,7 @@ def test_an_uncertain_prompt_is_listed_and_decided(kontext, simulator):
     assert line == {"key": keys[0], "state": "submitted", "taskId": task_id["a"]}
     code, (line,), _ = kontext("resolve", "p", keys[1], "--abandon", address=False)
     assert line["state"] == "abandoned"
-    assert kontext("unknown", "p", address=False)[:2] == (0, [])
+    assert kontext("unknown", "p", address=False) == (0, [], "No request is uncertain.\n")
     code, lines, _ = kontext("generate", "a", "--into", "p")
     assert (code, lines[-1]["taskId"]) == (0, task_id["a"])
     assert len(simulator.created) == 2
@@ -196,7 +199,7 @@ def test_an_uncertain_prompt_is_listed_and_decided(kontext, simulator):
         (("resolve", "p", "key", "--abandon"), 2, "there is no kontext.sqlite3 in it"),
         (("resolve", "p", "key"), 2, "give either --task-id or --abandon"),
         (("resolve", "p", "key", "--abandon", "--task-id", "t"), 2, "give either"),
-        (("unknown", "p"), 0, ""),
+        (("unknown", "p"), 2, "p holds no results"),
     ],
 )
 def test_what_cannot_be_decided_is_said(kontext, arguments, code, says):

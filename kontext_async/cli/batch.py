@@ -39,10 +39,15 @@ LEDGER = "kontext.sqlite3"
 _STATES = ("waiting", "done", "failed", "unfinished", "error")
 
 
+def require_ledger(folder: Path) -> None:
+    """Exit if a folder has no ledger."""
+    if not (folder / LEDGER).exists():
+        fail(f"{folder} holds no results: there is no {LEDGER} in it")
+
+
 def read_ledger(folder: Path) -> Iterator[LedgerEntry]:
     """Iterate over a folder's ledger; exit if there is none, or if it cannot be read."""
-    if not (folder / LEDGER).exists():
-        fail(f"{folder} holds no results of `kontext batch`: there is no {LEDGER} in it")
+    require_ledger(folder)
     with exit_on_error():
         yield from Ledger.read(folder / LEDGER)
 
@@ -56,6 +61,8 @@ def batch_ids(source: str | None, folder: Path) -> list[str]:
         return []
     if source is not None:
         return distinct_ids([], source)
+    if not (folder / LEDGER).exists():
+        fail(f"no task ids: give them in a file with --from; {folder} holds no batch to continue")
     return [entry.task_id for entry in read_ledger(folder)]
 
 
@@ -63,6 +70,8 @@ def make_folder(folder: Path) -> None:
     """Make the folder if it is missing; exit if that fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        fail(f"cannot use the folder {folder}: it is a file")
     except OSError as error:
         fail(f"cannot use the folder {folder}: {error.strerror}")
 

@@ -223,7 +223,11 @@ def distinct_ids(given: Iterable[str], source: str | None) -> list[str]:
         items += parser.feed(decoder.decode(_read(Path(source)), final=True), final=True)
     fail_on([str(item) for item in items if isinstance(item, Problem)])
     if not items:
-        fail("no task ids: give them as arguments, or in a file with --from")
+        fail(
+            f"no task ids in {source}"
+            if source is not None
+            else "no task ids: give them as arguments, or in a file with --from"
+        )
     return list(dict.fromkeys(item for item in items if isinstance(item, str)))
 
 

@@ -7,12 +7,14 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable
+from typing import NoReturn
 
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
 from kontext_async.cli.output import (
     code_of,
     error_console,
+    fail,
     is_logging_polls,
     is_one_terminal,
     message_of,
@@ -153,6 +155,11 @@ class Display:
         """Print a place of the input that holds no id."""
         if self._tally.unreadable <= _MAX_KINDS_SHOWN:
             self._say(f"kontext: {text}")
+
+    def fail(self, problem: str) -> NoReturn:
+        """Exit because of wrong usage, without the bar."""
+        self._bar.stop()
+        fail(problem)
 
     def show_error(self, error: KontextError) -> None:
         """Print the first error of each kind; the others are counted at the end.

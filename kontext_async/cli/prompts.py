@@ -32,7 +32,12 @@ def read_requests(
             problems.append(f"{place}: {error}")
     fail_on(problems)
     if not found:
-        fail("no prompts: give them as arguments, or in a file with --from")
+        place = "standard input" if source == "-" else source
+        fail(
+            f"no prompts in {place}"
+            if place is not None
+            else "no prompts: give them as arguments, or in a file with --from"
+        )
     return found
 
 

@@ -15,6 +15,7 @@ from kontext_async.cli.batch import (
     LEDGER,
     make_folder,
     make_report,
+    require_ledger,
     require_report,
     save_all,
 )
@@ -217,6 +218,7 @@ def _say_how_to_continue(tally: RequestTally, folder: Path) -> None:
 
 def list_unknown(folder: Path) -> Exit:
     """Write the requests that may have been paid for, and say how to decide them."""
+    require_ledger(folder)
     found = [entry for entry in _submissions(folder) if entry.state in {"unknown", "sending"}]
     for entry in found:
         write_line(
@@ -227,7 +229,9 @@ def list_unknown(folder: Path) -> Exit:
                 "message": entry.error_message,
             }
         )
-    if found:
+    if not found:
+        say("No request is uncertain.")
+    else:
         say("Look for each in the provider's web log of tasks, by its prompt and time. Then:")
         say(f"  kontext resolve {shlex.quote(str(folder))} KEY --task-id ID", is_copied=True)
         say(f"  kontext resolve {shlex.quote(str(folder))} KEY --abandon", is_copied=True)
@@ -236,8 +240,7 @@ def list_unknown(folder: Path) -> Exit:
 
 async def resolve_request(folder: Path, key: str, task_id: str | None) -> Exit:
     """Bind an uncertain request to a task, or give it up."""
-    if not (folder / LEDGER).exists():
-        fail(f"{folder} holds no results: there is no {LEDGER} in it")
+    require_ledger(folder)
     async with Ledger(folder / LEDGER) as ledger:
         entry = await ledger.resolve(key, task_id)
     write_line({"key": entry.key, "state": entry.state, "taskId": entry.task_id})

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import AsyncGenerator, Awaitable, Callable
 
 from kontext_async.cli.input import Problem, ids_from_stdin
-from kontext_async.cli.output import Exit, fail, say
+from kontext_async.cli.output import Exit, say
 from kontext_async.cli.progress import Display
 from kontext_async.cli.tally import Tally
 from kontext_async.client import KontextClient
@@ -69,7 +69,7 @@ async def ids_to_wait_for(
             yield task_id
     tally.is_complete = True
     if not (tally.total or tally.unreadable):
-        fail("no task ids on standard input")
+        display.fail("no task ids on standard input")
 
 
 def say_what_is_left(tally: Tally) -> None:
