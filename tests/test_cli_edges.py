@@ -31,6 +31,8 @@ from kontext_async.cli.requests import RequestTally
 from kontext_async.cli.tally import BatchTally, Part, Tally
 from kontext_async.client import DEFAULT_BASE_URL
 from kontext_async.polling import PollEvent
+from kontext_async.results import Ledger, SubmissionEntry
+from kontext_async.wire import ImageRequest
 
 
 def code_of(main, on_interrupt=lambda: None):
@@ -127,6 +129,37 @@ def test_standard_output_tells_a_reader_that_left_from_a_full_disk(monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
     with pytest.raises(OutputError, match="it is closed"):
         output.write_line({})
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (BrokenPipeError(), 141, ""),
+        (OSError(28, "Full"), 4, "kontext: cannot write to standard output: Full\n"),
+    ],
+)
+@pytest.mark.parametrize("words", ["--help", "--version", "wait --help", "status .", "unknown ."])
+async def test_every_command_has_the_codes_of_an_output_that_cannot_be_written(
+    words, error, code, message, monkeypatch, capsys, tmp_path
+):
+    """Help, the version, and what reads a ledger as well as what waits."""
+    monkeypatch.chdir(tmp_path)
+    async with Ledger("kontext.sqlite3") as ledger:
+        await ledger.add(["task1"])
+    entry = SubmissionEntry(
+        key="boat",
+        request=ImageRequest(prompt="a boat"),
+        state="unknown",
+        token="token",
+        created_at=datetime.now(UTC),
+        updated_at=datetime.now(UTC),
+    )
+    monkeypatch.setattr(Ledger, "read_submissions", lambda _: [entry])
+    monkeypatch.setattr(sys, "stdout", Broken(error))
+    with pytest.raises(SystemExit) as caught:
+        app.app(words.split(), prog_name="kontext")
+    assert caught.value.code == code
+    assert capsys.readouterr().err.rpartition("┘\n")[2] == message
 
 
 @pytest.mark.parametrize("has_stderr", [True, False])

@@ -46,7 +46,7 @@ from kontext_async.cli.output import (
     say,
     write_result,
 )
-from kontext_async.cli.running import run
+from kontext_async.cli.running import exit_on_output_error, run
 from kontext_async.cli.tally import BatchTally, Tally
 from kontext_async.cli.waiting import say_how_to_resume, wait_for_all
 from kontext_async.client import DEFAULT_BASE_URL
@@ -270,7 +270,8 @@ def status(folder: Folder) -> None:
     """Count a batch's tasks by state, also while it runs."""
     from kontext_async.cli.batch import show_status  # noqa: PLC0415  # see `batch`
 
-    raise typer.Exit(show_status(folder))
+    with exit_on_output_error():
+        raise typer.Exit(show_status(folder))
 
 
 def _simulated_limit(text: str) -> Any:

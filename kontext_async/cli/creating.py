@@ -27,7 +27,7 @@ from kontext_async.cli.options import (
     read_rate,
 )
 from kontext_async.cli.output import Exit, fail, log_polls, write_line
-from kontext_async.cli.running import exit_on_error, run
+from kontext_async.cli.running import exit_on_error, exit_on_output_error, run
 from kontext_async.client import DEFAULT_BASE_URL
 from kontext_async.pacing import RateLimit
 from kontext_async.polling import DEFAULT_TIMEOUT
@@ -226,7 +226,8 @@ def unknown(folder: Folder) -> None:
     """List the requests that may have been paid for."""
     from kontext_async.cli.requests import list_unknown  # noqa: PLC0415  # see `generate`
 
-    raise typer.Exit(list_unknown(folder))
+    with exit_on_output_error():
+        raise typer.Exit(list_unknown(folder))
 
 
 def resolve(

@@ -32,27 +32,33 @@ def exit_on_error() -> Generator[None]:
         raise typer.Exit(Exit.USAGE if is_usage else Exit.ERROR) from error
 
 
+@contextmanager
+def exit_on_output_error() -> Generator[None]:
+    """Exit with its code where standard output cannot be written."""
+    try:
+        yield
+    except BrokenPipeError:
+        silence(sys.stdout)
+        raise typer.Exit(Exit.BROKEN_PIPE) from None
+    except OutputError as error:
+        silence(sys.stdout)
+        say(f"kontext: cannot write to standard output: {error}")
+        raise typer.Exit(Exit.ERROR) from error
+
+
 def run(
     main: Coroutine[Any, Any, Exit], on_interrupt: Callable[[], None] = lambda: None
 ) -> NoReturn:
     """Run a command and exit with its code; call ``on_interrupt`` after Ctrl-C or SIGTERM."""
-    try:
-        with exit_on_error(), asyncio.Runner() as runner:
-            try:
-                code = runner.run(_until_sigterm(main))
-            except KeyboardInterrupt:
-                code = Exit.INTERRUPTED
-            if code in _STOPPED:
-                on_interrupt()
-                # The threads of name resolution cannot be interrupted; closing would await them.
-                runner.get_loop().set_default_executor(ThreadPoolExecutor(1))
-    except BrokenPipeError:
-        silence(sys.stdout)
-        code = Exit.BROKEN_PIPE
-    except OutputError as error:
-        silence(sys.stdout)
-        say(f"kontext: cannot write to standard output: {error}")
-        code = Exit.ERROR
+    with exit_on_output_error(), exit_on_error(), asyncio.Runner() as runner:
+        try:
+            code = runner.run(_until_sigterm(main))
+        except KeyboardInterrupt:
+            code = Exit.INTERRUPTED
+        if code in _STOPPED:
+            on_interrupt()
+            # The threads of name resolution cannot be interrupted; closing would await them.
+            runner.get_loop().set_default_executor(ThreadPoolExecutor(1))
     raise typer.Exit(code)
 
 
