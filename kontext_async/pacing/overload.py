@@ -56,6 +56,12 @@ class Overload:
         It says so with 429, and with 503 and the time to wait. A bare 503 is judged by what else
         is answered. ``failing``: the poll of the same task before it failed too.
         """
+        if error is None and not failing:
+            self._answered_at = now
+            self._share -= self._share * _SHARE_SMOOTHING
+            self._other_share -= self._other_share * _SHARE_SMOOTHING
+            self._is_down = False
+            return False
         is_503 = isinstance(error, ApiError) and error.code == 503 and error.retry_after is None
         is_answered = error is None or (isinstance(error, ApiError) and error.code < 500)
         asks_for_time = error is not None and error.handling is Handling.BACK_OFF

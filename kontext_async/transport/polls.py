@@ -189,7 +189,8 @@ class Transport:
         self.budget.release(sent)
         self._has_good_answer = True
         self._key_refusals.clear()
-        _log.debug("task %s: %s", task_id, answer[0].status.name)
+        if _log.isEnabledFor(logging.DEBUG):  # a member's name is slow to look up
+            _log.debug("task %s: %s", task_id, answer[0].status.name)
         return answer
 
     def _reconsider(self, error: ApiError, task_id: str) -> None:
