@@ -514,6 +514,12 @@ def test_a_rare_tail_does_not_flatten_the_chart():
     assert [second for _, second in chart.ticks] == [0, 8, 16, 24, 32]
 
 
+def test_whole_seconds_have_no_gaps_between_their_bars():
+    """The service's times are whole seconds, so that a bar is at least one wide."""
+    assert [bar.start for bar in histogram([2, 3, 4, 5, 6]).bars] == [2, 3, 4, 5, 6]
+    assert [bar.start for bar in histogram([2.5, 3]).bars] == [2.5, 3]
+
+
 def test_no_durations_no_chart():
     """Before the first task has finished there is no chart."""
     assert histogram([]) is None

@@ -17,6 +17,7 @@ from browser import CHROMIUM, Browser
 from pngs import plain_png
 from report_samples import entry, failed, record, saved
 
+from kontext_async.cli.input import distinct_ids
 from kontext_async.results.report.page import write_report
 
 # The package's script alone is used; nothing of it is imported.
@@ -204,7 +205,7 @@ async def test_ids_are_copied(page, tmp_path):
 
 
 async def test_the_tasks_shown_are_saved_as_a_table(page, tmp_path):
-    """The file has a row for each task shown, and no cell that a spreadsheet would run."""
+    """A row for each task shown; no cell runs in a spreadsheet, and the command reads the ids."""
     entries = [
         saved(tmp_path, "a.png", task_id="fox", prompt='=HYPERLINK("evil"), really'),
         failed("flagged", message="Not\nallowed"),
@@ -215,8 +216,10 @@ async def test_the_tasks_shown_are_saved_as_a_table(page, tmp_path):
     await page.run("document.getElementById('export').click()")
     assert await page.run("link.download") == "tasks.csv"
     text = await page.run("saved.text()")
+    (tmp_path / "tasks.csv").write_text(text, newline="")
+    assert distinct_ids([], str(tmp_path / "tasks.csv")) == ["fox", "flagged"]
     header, fox, flagged = csv.reader(io.StringIO(text, newline=""))
-    assert header == ["task", "state", "prompt", "model", "seconds", "file", "error"]
+    assert header == ["id", "state", "prompt", "model", "seconds", "file", "error"]
     assert fox == ["fox", "done", '\'=HYPERLINK("evil"), really', "", "12.5", "a.png", ""]
     assert flagged == ["flagged", "failed", "", "", "", "", "400 Not\nallowed"]
 

@@ -49,11 +49,13 @@ def histogram(durations: Sequence[float]) -> Histogram | None:
     """Return the chart of some durations (s), or None if there are none."""
     if not durations:
         return None
-    ordered = sorted(durations)
+    ordered = sorted(map(float, durations))
     longest = ordered[-1]
     p95 = ordered[math.ceil(0.95 * len(ordered)) - 1]
     top = min(longest, _TAIL_FACTOR * p95)
-    step = _nice(top)
+    # Records have whole seconds: narrower bars would leave gaps.
+    finest = max(top / _MOST_BARS, 1.0 if all(map(float.is_integer, ordered)) else 1 / _MOST_BARS)
+    step = _nice(finest)
     body = math.floor(top / step) + 1  # bars before the tail's
     has_tail = longest >= body * step
     return Histogram(
@@ -67,9 +69,8 @@ def histogram(durations: Sequence[float]) -> Histogram | None:
     )
 
 
-def _nice(top: float) -> float:
-    """Return the finest step of 1, 2 or 5 times 10ⁿ s that needs at most `_MOST_BARS` bars."""
-    finest = max(top, 1.0) / _MOST_BARS
+def _nice(finest: float) -> float:
+    """Return the first step of 1, 2 or 5 times 10ⁿ s that is not finer."""
     power = 10.0 ** math.floor(math.log10(finest))
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= finest)
 

@@ -71,7 +71,8 @@
     partOf(card, ".error"),
   ];
   const save = () => {
-    const rows = [["task", "state", "prompt", "model", "seconds", "file", "error"], ...shownCards().map(rowOf)];
+    // `kontext wait --from` finds the ids by the first column's name.
+    const rows = [["id", "state", "prompt", "model", "seconds", "file", "error"], ...shownCards().map(rowOf)];
     const text = rows.map((row) => row.map(cell).join(",")).join("\r\n");
     const link = document.createElement("a");
     link.href = URL.createObjectURL(new Blob(["\ufeff", text, "\r\n"], { type: "text/csv" }));
