@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 import textwrap
@@ -52,7 +53,7 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def typing(session: nox.Session) -> None:
-    """Check the package, the examples and a user's sample, from outside as a user would."""
+    """Check the package, a user's sample, the examples and the pages' programs, as a user would."""
     session.install(
         "-e", ".[test]", "django-stubs>=5.2", "mypy>=2.4,<3", "pyright[nodejs]>=1.1.414"
     )
@@ -61,11 +62,18 @@ def typing(session: nox.Session) -> None:
     # A notebook's cells await at the top level: checked as the body of one coroutine.
     notebook = json.loads(Path("docs/examples/notebook.ipynb").read_text(encoding="utf-8"))
     cells = ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
-    program = Path(session.create_tmp()) / "notebook.py"
-    body = textwrap.indent("\n".join(cells), "    ")
-    program.write_text(f"async def notebook() -> None:\n{body}\n", encoding="utf-8")
-    session.run("mypy", str(program))
-    session.run("pyright", str(program))
+    programs = ["async def notebook() -> None:\n" + textwrap.indent("\n".join(cells), "    ")]
+    for page in (Path("README.md"), *Path("docs").rglob("*.md")):
+        blocks = re.findall(
+            r"^```python\n(.*?)^```$", page.read_text("utf-8"), re.DOTALL | re.MULTILINE
+        )
+        programs += [block for block in blocks if "kontext_async" in block]
+    folder = Path(session.create_tmp())
+    files = [folder / f"program{number}.py" for number in range(len(programs))]
+    for file, program in zip(files, programs, strict=True):
+        file.write_text(f"# pyright: strict\n{program}\n", encoding="utf-8")
+    session.run("mypy", *map(str, files))
+    session.run("pyright", *map(str, files))
 
 
 @nox.session

@@ -233,7 +233,7 @@ class GenerationFailedError(KontextError):
         record: TaskRecord | None = None,
     ) -> None:
         super().__init__(error_message)
-        self.task_id = task_id
+        self.task_id: str = task_id  # pyright: ignore[reportIncompatibleVariableOverride]
         self.status = status
         self.error_code = error_code
         self.error_message = error_message
@@ -353,7 +353,7 @@ class WaitTimeoutError(KontextError, TimeoutError):
         last_error: KontextError | None = None,
     ) -> None:
         super().__init__(task_id)
-        self.task_id = task_id
+        self.task_id: str = task_id  # pyright: ignore[reportIncompatibleVariableOverride]
         self.elapsed = elapsed
         self.polls = polls
         self.last_record = last_record

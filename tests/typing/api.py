@@ -102,9 +102,11 @@ async def wait(client: KontextClient) -> timedelta | None:
     except GenerationFailedError as error:
         assert_type(error.error_code, int | None)
         assert_type(error.handling, Handling)
+        assert_type(error.task_id, str)
         assert_type(error.for_task("task12346"), GenerationFailedError)
         raise
     except WaitTimeoutError as error:
+        assert_type(error.task_id, str)
         assert_type(error.last_record, TaskRecord | None)
         raise
     except ApiError as error:
