@@ -238,6 +238,14 @@ def test_the_readme_has_the_two_commands():
     assert sum(bool(re.match("python -m pip install .*python -m pytest", x)) for x in lines) == 1
 
 
+def test_the_readmes_links_lead_to_pages():
+    """Each link of the README to a file of the project names one that exists."""
+    text = (CHECKOUT / "README.md").read_text(encoding="utf-8")
+    links = re.findall(r"\]\((?!https:)(.*?)\)|(?:src|srcset)=\"(.*?)\"", text)
+    assert len(links) > 10
+    assert [link for link in map("".join, links) if not (CHECKOUT / link).is_file()] == []
+
+
 def test_every_error_has_a_row():
     """The errors page explains each class that can be raised."""
     text = (CHECKOUT / "docs" / "errors.md").read_text(encoding="utf-8")
