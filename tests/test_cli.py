@@ -343,14 +343,14 @@ class TestRows:
     def rows(self, monkeypatch):
         """Write rows to a terminal of this width, and return its lines."""
 
-        def rows(width, *lines):
+        def rows(width, *lines, prompt=None):
             screen = Terminal()
             monkeypatch.setattr(sys, "stdout", screen)
             monkeypatch.setenv("TERM", "xterm")
             monkeypatch.setenv("NO_COLOR", "1")
             monkeypatch.setenv("COLUMNS", str(width))
             for line in lines:
-                write_result(line)
+                write_result(line, prompt=prompt)
             text = re.sub(r"\x1b]8;.*?\x1b\\", "", screen.getvalue())
             return [line.rstrip() for line in text.splitlines()]
 
@@ -386,6 +386,18 @@ class TestRows:
             f"  {self.URL}",
             "                400: The prompt was flagged as violating the",
             "                content policies.",
+        ]
+
+    def test_a_prompt_stands_in_place_of_the_id(self, rows):
+        """It has one line; the id is beside it, or in the name of the file."""
+        file = {"file": f"p/{self.ID}.png"}
+        assert rows(80, self.row(**file), prompt="a boat\n at night") == [
+            "success   12 s  a boat at night",
+            f"                p/{self.ID}.png",
+        ]
+        assert rows(60, self.row(outcome="submitted"), prompt="a boat " * 9) == [
+            "submitted 12 s  a boat a boat a boat a boat a boat a boat a…",
+            f"                {self.ID}",
         ]
 
     def test_a_message_does_not_repeat_the_id_or_the_code(self, rows):

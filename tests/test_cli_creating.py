@@ -7,10 +7,11 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 
 import pytest
 from background import serving
-from command import COMMAND, environment
+from command import COMMAND, Terminal, environment
 from typer.testing import CliRunner
 
 from kontext_async.cli import requests
@@ -51,6 +52,20 @@ def test_a_prompt_becomes_an_image(kontext, simulator, tmp_path):
     assert (tmp_path / done["file"]).exists()
     assert done["key"].endswith("#1")
     assert "lighthouse" not in json.dumps([submitted, done])
+
+
+def test_a_terminal_has_the_prompt_of_each_task(simulator, tmp_path, monkeypatch):
+    """When it is created, and when its image is saved."""
+    screen = Terminal()
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, screen)
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setenv("APIKLEY_API_KEY", "key")
+    words = ("generate", "a boat", "--into", str(tmp_path), "--base-url", simulator.base_url)
+    with pytest.raises(SystemExit):
+        app(words)
+    lines = [line.split() for line in screen.getvalue().splitlines()]
+    assert [words[0] for words in lines if "boat" in words] == ["submitted", "success"]
 
 
 def test_a_file_of_prompts_is_paid_for_once(kontext, simulator, tmp_path):

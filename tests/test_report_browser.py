@@ -431,6 +431,18 @@ async def test_nothing_is_wider_than_the_window(width, page, tmp_path):
     assert await page.run("document.documentElement.scrollWidth") <= width
 
 
+@pytest.mark.parametrize(("width", "is_low"), [(360, True), (1440, False)])
+async def test_on_a_telephone_a_task_without_an_image_takes_little_room(
+    width, is_low, page, tmp_path
+):
+    """There it is the only one in its row."""
+    size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
+    await page.call("Emulation.setDeviceMetricsOverride", **size)
+    await page.open(write_report(tmp_path, [failed()]))
+    height = await page.run("document.querySelector('.picture').offsetHeight")
+    assert (height < 60) is is_low
+
+
 TAKEN = "performance.timing.loadEventEnd - performance.timing.navigationStart"
 
 

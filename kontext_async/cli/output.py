@@ -188,18 +188,26 @@ def _translate_errors() -> Generator[TextIO]:
         raise OutputError(error.strerror) from error
 
 
-def write_row(fields: Mapping[str, Any]) -> None:
+def write_row(fields: Mapping[str, Any], prompt: str | None = None) -> None:
     """Write the same for people to a terminal, with a clickable link.
 
-    What does not fit beside the task's id follows below it.
+    The row begins with the prompt, if there is one, or with the task's id. What does not fit
+    beside it follows below.
     """
     outcome, duration = fields["outcome"], fields["duration"]
     took = "" if duration is None else f"{duration.total_seconds():.0f} s"
     console = Console(markup=False, highlight=False, emoji=False)
     row = Text().append(f"{outcome:<9}", style=_STYLES.get(outcome, ""))
-    row.append(f"{took:>5}  {plain(fields['taskId'] or fields['key'])}")
+    name = Text(plain(fields["taskId"] or fields["key"]))
+    parts = list(_details(fields))
+    if prompt is not None:
+        if not fields["file"]:  # whose name has the id
+            parts.insert(0, name)
+        name = Text(plain(" ".join(prompt.split())))
+        name.truncate(max(console.width - _INDENT, _INDENT), overflow="ellipsis")
+    row.append(f"{took:>5}  ").append(name)
     end = row.cell_len
-    for part in _details(fields):
+    for part in parts:
         start = _next_stop(end)
         if start + part.cell_len <= console.width:
             row.append(" " * (start - end)).append(part)
@@ -244,10 +252,17 @@ def _next_stop(column: int) -> int:
     return -(-(column + 2) // 8) * 8
 
 
-def write_result(fields: Mapping[str, Any], *, as_json: bool = False) -> None:
-    """Write a task's result to standard output: for people on a terminal, otherwise as JSON."""
-    is_for_people = not as_json and sys.stdout is not None and sys.stdout.isatty()
-    (write_row if is_for_people else write_line)(fields)
+def write_result(
+    fields: Mapping[str, Any], *, as_json: bool = False, prompt: str | None = None
+) -> None:
+    """Write a task's result to standard output: for people on a terminal, otherwise as JSON.
+
+    JSON has the request's key in place of the prompt.
+    """
+    if not as_json and sys.stdout is not None and sys.stdout.isatty():
+        write_row(fields, prompt)
+    else:
+        write_line(fields)
 
 
 def _time_to_json(time: datetime | timedelta) -> str | float:

@@ -73,6 +73,10 @@ def request_line(outcome: TaskOutcome, saved: Saved) -> dict[str, Any]:
     return {**line, "key": outcome.key} if isinstance(outcome, RequestOutcome) else line
 
 
+def _prompt_of(outcome: TaskOutcome) -> str | None:
+    return outcome.request.prompt if isinstance(outcome, RequestOutcome) else None
+
+
 def create_tasks(
     items: Sequence[KeyedRequest],
     into: Path,
@@ -107,9 +111,11 @@ def create_tasks(
                 into,
                 tally=tally,
                 handle=lambda outcome, saved: write_result(
-                    request_line(outcome, saved), as_json=as_json
+                    request_line(outcome, saved), as_json=as_json, prompt=_prompt_of(outcome)
                 ),
-                on_submitted=lambda task: write_result(submitted_line(task), as_json=as_json),
+                on_submitted=lambda task: write_result(
+                    submitted_line(task), as_json=as_json, prompt=task.request.prompt
+                ),
                 callbacks=callbacks,
                 session=session,
                 **keywords,
