@@ -9,6 +9,7 @@ import importlib
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -244,6 +245,15 @@ async def test_the_notebook_runs(capsys):
                 await running
     assert names["done"].task_id == "task12345"
     assert "task-flagged: GENERATE_FAILED (error 400): flagged" in capsys.readouterr().out
+
+
+def test_the_notebooks_page_has_its_cells():
+    """The page shows each cell with code, as the notebook has it."""
+    page = (EXAMPLES.parent / "how-to" / "notebooks.md").read_text(encoding="utf-8")
+    cells = json.loads((EXAMPLES / "notebook.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    shown = re.findall(r"^```\{code-block\} python\n(.*?)\n```$", page, re.DOTALL | re.MULTILINE)
+    assert shown == code
 
 
 @pytest.mark.parametrize("folder", ["pytest_strict", "pytest_auto", "pytest_anyio"])
