@@ -20,6 +20,7 @@ from rich.text import Text
 from kontext_async.cli.batch import can_report, make_report
 from kontext_async.cli.listening import free_callbacks
 from kontext_async.cli.output import (
+    STYLES,
     Exit,
     Saved,
     error_console,
@@ -179,15 +180,18 @@ def _create(request: StepRequest) -> Reply:
 def _table(outcomes: list[tuple[TaskOutcome, Saved]]) -> Table:
     """Return a table that links the files: the simulator's addresses end with it."""
     prompts = [prompt for prompt, *_ in _TASKS]
-    table = Table("Prompt", "Outcome", "Took", Column("Image or error", overflow="fold"))
+    prompt, result = (Column(name, overflow="fold") for name in ("Prompt", "Image or error"))
+    table = Table(prompt, "Outcome", "Took", result)
     rows = [(o, saved) for o, saved in outcomes if isinstance(o, RequestOutcome)]
     for outcome, saved in sorted(rows, key=lambda row: prompts.index(row[0].request.prompt)):
         line = outcome_line(outcome, saved)
         took = "" if line["duration"] is None else f"{line['duration'].total_seconds():.0f} s"
         if line["file"]:
             path = Path(line["file"])
-            result = file_link(path, path.name)
+            cell = file_link(path, path.name)
+            cell.no_wrap, cell.overflow = True, "ellipsis"
         else:
-            result = Text(plain(f"{line['errorCode']}: {line['message']}"))
-        table.add_row(plain(outcome.request.prompt), line["outcome"], took, result)
+            cell = Text(plain(f"{line['errorCode']}: {line['message']}"))
+        how = Text(line["outcome"], style=STYLES[line["outcome"]])
+        table.add_row(plain(outcome.request.prompt), how, took, cell)
     return table

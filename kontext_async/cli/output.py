@@ -36,7 +36,7 @@ Saved: TypeAlias = "SavedImage | KontextError | None"
 _DEFAULT_WIDTH = 200
 
 
-_STYLES = {"success": "green", "failed": "red", "error": "red", "timeout": "yellow"}
+STYLES = {"success": "green", "failed": "red", "error": "red", "timeout": "yellow"}
 _INDENT = 16  # columns of an outcome and its duration: at 60 an id of the service fits
 _LINK_INDENT = 2  # of a link that has no room after the other
 # Characters of a URL that stay as they are in a terminal's link.
@@ -197,7 +197,7 @@ def write_row(fields: Mapping[str, Any], prompt: str | None = None) -> None:
     outcome, duration = fields["outcome"], fields["duration"]
     took = "" if duration is None else f"{duration.total_seconds():.0f} s"
     console = Console(markup=False, highlight=False, emoji=False)
-    row = Text().append(f"{outcome:<9}", style=_STYLES.get(outcome, ""))
+    row = Text().append(f"{outcome:<9}", style=STYLES.get(outcome, ""))
     name = Text(plain(fields["taskId"] or fields["key"]))
     parts = list(_details(fields))
     if prompt is not None:
