@@ -148,10 +148,10 @@ def test_a_thread_with_a_loop_serves_many_threads():
 
 def test_flask_redirects_to_the_image(simulator, monkeypatch):
     """The view answers with the image's address, or says why there is none."""
-    thread = example("thread_with_loop").ImageThread(KontextClient())
     flask_app = example("flask_app")
-    with thread as images:
-        browser = flask_app.create_app(images).test_client()
+    app = flask_app.create_app()
+    with app.extensions["images"]:
+        browser = app.test_client()
         assert browser.get("/images/task12345").location.startswith(simulator.base_url)
         assert browser.get("/images/task-flagged").json == {"status": "GenerationFailedError"}
         monkeypatch.setattr(flask_app, "LIMIT", 0.2)

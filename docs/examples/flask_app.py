@@ -5,15 +5,16 @@ from __future__ import annotations
 from flask import Flask, Response, jsonify, redirect
 from werkzeug.wrappers import Response as Redirect
 
-from kontext_async import KontextError, WaitTimeoutError
+from kontext_async import KontextClient, KontextError, WaitTimeoutError
 from thread_with_loop import ImageThread
 
 LIMIT = 25.0  # seconds; less than the usual limit of a reverse proxy
 
 
-def create_app(images: ImageThread) -> Flask:
-    """Return the app; a process has one `ImageThread`, made after the server has forked."""
+def create_app() -> Flask:
+    """Return the app with a thread for waits; each process calls this after the fork."""
     app = Flask(__name__)
+    app.extensions["images"] = images = ImageThread(KontextClient())
 
     @app.get("/images/<task_id>")
     def image(task_id: str) -> Redirect | tuple[Response, int]:
