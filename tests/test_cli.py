@@ -1001,6 +1001,15 @@ class TestHelp:
                 assert not problems_of(paragraph), f"{parameter}: {paragraph}"
             assert "".join(text.split()) in "".join(page.split())
 
+    @pytest.mark.parametrize("words", [[], ["wait"], ["fleet"], ["fleet", "status"]])
+    def test_the_word_help_shows_the_same_page(self, words):
+        """Before the name of a command, as the option does behind it."""
+        pages = [
+            CliRunner().invoke(app.app, line, prog_name="kontext").stdout
+            for line in (["help", *words], [*words, "--help"])
+        ]
+        assert pages[0] == pages[1] != ""
+
     @pytest.mark.parametrize(
         "command",
         [*GROUP.commands.values(), *GROUP.commands["fleet"].commands.values()],

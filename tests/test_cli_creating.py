@@ -68,6 +68,23 @@ def test_a_terminal_has_the_prompt_of_each_task(simulator, tmp_path, monkeypatch
     assert [words[0] for words in lines if "boat" in words] == ["submitted", "success"]
 
 
+def test_a_terminal_has_words_and_a_table_for_people(kontext, simulator, tmp_path, monkeypatch):
+    """The balance, and the requests that may have been paid for."""
+    simulator._generate_script = iter([lambda r: (r.default_reply(), _closed())[1]])
+    kontext("generate", "a boat\n at night", "--into", "p")
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setenv("APIKLEY_API_KEY", "key")
+    monkeypatch.setenv("COLUMNS", "120")
+    for words in ("credits", "--base-url", simulator.base_url), ("unknown", "p"):
+        with pytest.raises(SystemExit):
+            app(words)
+    said = screen.getvalue()
+    assert said.startswith("1,000,000 credits\n")
+    assert "a boat at night" in said
+    assert "{" not in said
+
+
 def test_a_file_of_prompts_is_paid_for_once(kontext, simulator, tmp_path):
     """As text or as objects, with options for all; the results can be read as ids."""
     prompts = tmp_path / "prompts.jsonl"

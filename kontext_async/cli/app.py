@@ -66,6 +66,7 @@ app = typer.Typer(
         "work without one: kontext demo."
     ),
     epilog=(
+        "More about a command: kontext COMMAND -h.\n\n"
         "Exit codes: 0 all done; 1 a generation failed; 2 wrong usage; 3 a deadline passed; "
         "4 the API or the network failed, or the output could not be written; 130 interrupted by "
         "Ctrl-C; 141 the reader of the output closed it; 143 ended by SIGTERM. Where tasks end "

@@ -26,7 +26,14 @@ from kontext_async.cli.options import (
     Verbose,
     read_rate,
 )
-from kontext_async.cli.output import Exit, fail, log_polls, write_line
+from kontext_async.cli.output import (
+    Exit,
+    fail,
+    is_for_people,
+    log_polls,
+    write_for_people,
+    write_line,
+)
 from kontext_async.cli.running import exit_on_error, exit_on_output_error, run
 from kontext_async.client import DEFAULT_BASE_URL
 from kontext_async.pacing import RateLimit
@@ -266,7 +273,11 @@ def credits_left(
 
     async def ask() -> Exit:
         async with options.open() as (client, _):
-            write_line({"credits": await client.credits()})
+            balance = await client.credits()
+        if is_for_people():
+            write_for_people(f"{balance:,.10g} credits")
+        else:
+            write_line({"credits": balance})
         return Exit.DONE
 
     run(ask())

@@ -156,9 +156,14 @@ class Group(TyperGroup):
                 formatter.write_dl(rows)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Read the options before the command's name; without any words, show the help page."""
+        """Read the options before the command's name; without any words, show the help page.
+
+        ``help`` before the name of a command is ``--help`` behind it.
+        """
         if not args:
             return super().parse_args(ctx, args)
+        if args[0] == "help":
+            args = [*args[1:], "--help"]
         with _checking(ctx):
             return super().parse_args(ctx, args)
 

@@ -19,6 +19,7 @@ from urllib.parse import quote
 import typer
 from rich.console import Console
 from rich.style import Style
+from rich.table import Table
 from rich.text import Text
 
 from kontext_async.creation import SubmittedTask
@@ -203,7 +204,7 @@ def write_row(fields: Mapping[str, Any], prompt: str | None = None) -> None:
     if prompt is not None:
         if not fields["file"]:  # whose name has the id
             parts.insert(0, name)
-        name = Text(plain(" ".join(prompt.split())))
+        name = Text(one_line(prompt))
         name.truncate(max(console.width - _INDENT, _INDENT), overflow="ellipsis")
     row.append(f"{took:>5}  ").append(name)
     end = row.cell_len
@@ -259,10 +260,21 @@ def write_result(
 
     JSON has the request's key in place of the prompt.
     """
-    if not as_json and sys.stdout is not None and sys.stdout.isatty():
+    if not as_json and is_for_people():
         write_row(fields, prompt)
     else:
         write_line(fields)
+
+
+def is_for_people() -> bool:
+    """Return True if standard output is a terminal."""
+    return sys.stdout is not None and sys.stdout.isatty()
+
+
+def write_for_people(shown: str | Table) -> None:
+    """Write text or a table to a terminal that is standard output."""
+    with _translate_errors():
+        Console(markup=False, highlight=False, emoji=False).print(shown)
 
 
 def _time_to_json(time: datetime | timedelta) -> str | float:
@@ -272,6 +284,11 @@ def _time_to_json(time: datetime | timedelta) -> str | float:
 def plain(text: str) -> str:
     """Replace what a terminal would interpret in text from outside."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def one_line(text: str) -> str:
+    """Return text from outside in one line, which a terminal would not interpret."""
+    return plain(" ".join(text.split()))
 
 
 class _Forgiving:

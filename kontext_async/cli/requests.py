@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,9 +26,12 @@ from kontext_async.cli.output import (
     Saved,
     error_console,
     fail,
+    is_for_people,
+    one_line,
     outcome_line,
     say,
     submitted_line,
+    write_for_people,
     write_line,
     write_result,
 )
@@ -222,19 +225,31 @@ def _say_how_to_continue(tally: RequestTally, folder: Path) -> None:
     _say_what_is_uncertain(folder)
 
 
+def _table(found: Iterable[SubmissionEntry]) -> Table:
+    table = Table(Column("Key", overflow="fold"), "Prompt", "Sent, UTC", "Error")
+    for entry in found:
+        sent = f"{entry.updated_at:%Y-%m-%d %H:%M:%S}"
+        texts = (entry.key, entry.request.prompt, sent, entry.error_message)
+        table.add_row(*map(one_line, texts))
+    return table
+
+
 def list_unknown(folder: Path) -> Exit:
     """Write the requests that may have been paid for, and say how to decide them."""
     require_ledger(folder)
     found = [entry for entry in _submissions(folder) if entry.state in {"unknown", "sending"}]
-    for entry in found:
-        write_line(
-            {
-                "key": entry.key,
-                "prompt": entry.request.prompt,
-                "sentAt": entry.updated_at,
-                "message": entry.error_message,
-            }
-        )
+    if found and is_for_people():
+        write_for_people(_table(found))
+    else:
+        for entry in found:
+            write_line(
+                {
+                    "key": entry.key,
+                    "prompt": entry.request.prompt,
+                    "sentAt": entry.updated_at,
+                    "message": entry.error_message,
+                }
+            )
     if not found:
         say("No request is uncertain.")
     else:
