@@ -136,17 +136,20 @@ def _check_limit(name: str, limit: RateLimit | SlidingWindow | None) -> None:
 class KontextClient:
     """A client of the Flux Kontext API: it creates image-generation tasks and waits for them.
 
-    ``api_key``: None reads the environment variable ``APIKLEY_API_KEY``; surrounding white space
-    is stripped. ``base_url``: https; http only to a loopback host, or with ``allow_http``.
-    ``session``: your own is used with its connector, proxy, tracing and middlewares, and never
-    closed; None makes one. ``request_timeout``: seconds for one request, its body included.
-    ``max_concurrency``: the most requests in flight. ``rate_limit``: None discovers it; that
-    of `kontext_async.fleet.Fleet.shared_limit` is shared with other processes.
-    ``durations``: the model of task durations to use and feed; None starts from a general guess.
-    ``callback_url``: the address that the service calls when a task ends; ``{token}`` in it is
-    replaced by a random text for each task. A wait for a new task then begins to poll when the
-    task calls back, or is likely to have ended. ``creation_limit``: the rate limit of new tasks;
-    None discovers it.
+    - ``api_key``: None reads the environment variable ``APIKLEY_API_KEY``; surrounding white space
+      is stripped.
+    - ``base_url``: https; http only to a loopback host, or with ``allow_http``.
+    - ``session``: your own is used with its connector, proxy, tracing and middlewares, and never
+      closed; None makes one.
+    - ``request_timeout``: seconds for one request, its body included.
+    - ``max_concurrency``: the most requests in flight.
+    - ``rate_limit``: None discovers it; that of `kontext_async.fleet.Fleet.shared_limit` is shared
+      with other processes.
+    - ``durations``: the model of task durations to use and feed; None starts from a general guess.
+    - ``callback_url``: the address that the service calls when a task ends; ``{token}`` in it is
+      replaced by a random text for each task. A wait for a new task then begins to poll when the
+      task calls back, or is likely to have ended.
+    - ``creation_limit``: the rate limit of new tasks; None discovers it.
 
     A client belongs to the event loop of its first use. Closing it, with ``async with`` or
     `aclose`, ends its pending waits with `ClientStateError`.
@@ -264,18 +267,21 @@ class KontextClient:
     ) -> SubmittedTask:
         """Create a task, and pay for it at most once.
 
-        A request that certainly created nothing is sent again, for at most ``submit_grace``
-        seconds (None is no limit, 0 raises at once): one that was not sent, or was refused with
-        429 or 455. Everything else is raised, and never sent again. The page *Never paying twice*
-        has each case.
+        A request that was not sent, or was refused with 429 or 455, is sent again for at most
+        ``submit_grace`` seconds (None is no limit, 0 raises at once). Everything else is raised,
+        and never sent again. The page *Never paying twice* has each case.
 
-        ``token``: replaces ``{token}`` in the client's ``callback_url``; None makes one.
-        ``before_sending``: awaited when the connection stands, just before the first byte. If it
-        raises, nothing is sent, and the caller gets the exception.
+        - ``token``: replaces ``{token}`` in the client's ``callback_url``; None makes one.
+        - ``before_sending``: awaited when the connection stands, just before the first byte. If it
+          raises, nothing is sent, and the caller gets the exception.
 
-        Raises `SubmissionUnknownError` if the task may have been created, `TransportError` if
-        nothing was sent, `ApiError` if the service refused it, `ConfigurationError` for a bad
-        argument, and `ClientStateError` once the client is closed.
+        It raises:
+
+        - `SubmissionUnknownError` if the task may have been created,
+        - `TransportError` if nothing was sent,
+        - `ApiError` if the service refused it,
+        - `ConfigurationError` for a bad argument,
+        - `ClientStateError` once the client is closed.
         """
         if not isinstance(request, ImageRequest):
             raise ConfigurationError(
@@ -375,18 +381,24 @@ class KontextClient:
     ) -> CompletedTask:
         """Wait until a task succeeds.
 
-        ``timeout``: seconds from the call to the hard deadline; None is no limit, 0 polls once.
-        ``wait``: any tenacity wait strategy; None is the learned schedule (`wait_learned`).
-        ``error_grace``: seconds for which this wait's polls may keep failing (server errors,
-        network, unreadable answers) before the last error is raised. Pauses that the service asks
-        for do not count, those of an outage do. None is until the deadline, 0 raises at once.
-        ``not_found_grace``: the same for a task that the API does not know (yet).
-        ``on_event``: called with a `PollEvent` after each poll; its exceptions end the wait.
+        - ``timeout``: seconds from the call to the hard deadline; None is no limit, 0 polls once.
+        - ``wait``: any tenacity wait strategy; None is the learned schedule (`wait_learned`).
+        - ``error_grace``: seconds for which this wait's polls may keep failing (server errors,
+          network, unreadable answers) before the last error is raised. Pauses that the service
+          asks for do not count, those of an outage do. None is until the deadline, 0 raises at
+          once.
+        - ``not_found_grace``: the same for a task that the API does not know (yet).
+        - ``on_event``: called with a `PollEvent` after each poll; its exceptions end the wait.
 
-        Raises `GenerationFailedError` if the task failed, `WaitTimeoutError` at the deadline (not
-        a failure: wait again), `AuthenticationError` and other `ApiError` that are not retryable,
-        `TransportError` or `ResponseFormatError` after the grace, `ConfigurationError` for a bad
-        argument, and `ClientStateError` once the client is closed.
+        It raises:
+
+        - `GenerationFailedError` if the task failed,
+        - `WaitTimeoutError` at the deadline: not a failure, wait again,
+        - `AuthenticationError`, or another `ApiError` that is not retryable, at once,
+        - `TaskNotFoundError` after ``not_found_grace``,
+        - `ServerError`, `TransportError` or `ResponseFormatError` after ``error_grace``,
+        - `ConfigurationError` for a bad argument,
+        - `ClientStateError` once the client is closed.
         """
         task_id = wire.check_task_id(task_id)
         policy = self._policy(timeout, wait, error_grace, not_found_grace, on_event)
@@ -415,11 +427,14 @@ class KontextClient:
         Each distinct id is polled by one wait and has one outcome. Use the stream as an async
         context manager, so that leaving early ends the waits that are left.
 
-        ``task_ids``: any iterable or async iterable of ids, read only as fast as there is room.
-        ``max_in_flight``: the most tasks waited for plus outcomes not yet taken.
-        ``batch_timeout``: seconds for the whole batch; what is left then ends with
-        `WaitTimeoutError`. ``timeout`` counts from a task's own first poll. ``journal``: a
-        durable memory of outcomes, see `Journal`. The rest is as in `wait_for_result`.
+        - ``task_ids``: any iterable or async iterable of ids, read only as fast as there is room.
+        - ``max_in_flight``: the most tasks waited for plus outcomes not yet taken.
+        - ``batch_timeout``: seconds for the whole batch; what is left then ends with
+          `WaitTimeoutError`.
+        - ``timeout``: as in `wait_for_result`, but from a task's own first poll.
+        - ``journal``: a durable memory of outcomes, see `Journal`.
+
+        The rest is as in `wait_for_result`.
 
         A task's error is its own outcome; an `AuthenticationError` is that of all that remain,
         without further requests. Exceptions of the source, of ``on_event``, of ``wait`` and of

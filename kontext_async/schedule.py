@@ -249,7 +249,7 @@ class DurationModel:
         """Learn what another model has learned, such as that of another process.
 
         Each bin has the ratio of both models together, and the evidence of the better informed
-        one: models that have learned from the same tasks may be merged any number of times.
+        one. So models that have learned from the same tasks may be merged any number of times.
         """
         other._settle()
         self._settle()
@@ -444,10 +444,10 @@ class wait_learned(wait_base):  # noqa: N801  # tenacity's way of naming strateg
     """Wait until the age at which ``model`` expects a poll to be worth its request.
 
     ``jitter`` is a strategy whose value multiplies the delay, so that tasks begun together are not
-    polled together. After a failed poll, which may have missed the task's
-    end, the delay is at most an exponential backoff: 1 s, growing by 1.4 up to 8 s, multiplied by
-    the value of ``spread``. At ages about which the model knows little, a few of many tasks are
-    scouts, polled earlier: those for which the value of ``scout``, from 0 to 1, is smallest.
+    polled together. A failed poll may have missed the task's end, so after it the delay is at most
+    an exponential backoff: 1 s, growing by 1.4 up to 8 s, multiplied by the value of ``spread``.
+    At ages about which the model knows little, a few of many tasks are scouts, and polled earlier.
+    They are those for which the value of ``scout``, from 0 to 1, is smallest.
     """
 
     def __init__(

@@ -241,9 +241,9 @@ class Ledger:
         `KontextClient.as_completed`.
 
         An uncertain request has a `SubmissionUnknownError` as its outcome in every run, until it
-        is decided by hand (`resolve`). A refusal that would meet every request (a refused key, no
-        credits), a dead network, and ten lost answers in a row end the creation of tasks, and are
-        the outcome of the requests that are left; the batch goes on waiting.
+        is decided by hand (`resolve`). Three things end the creation of tasks: a refusal that would
+        meet every request (a refused key, no credits), a dead network, and ten lost answers in a
+        row. They are the outcome of the requests that are left; the batch goes on waiting.
 
         Raises `ConfigurationError` for a bad argument, from the iteration also for a key that has
         two requests, and `LedgerError` if something cannot be recorded.
