@@ -31,6 +31,7 @@ myst_heading_anchors = 3
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
+python_maximum_signature_line_length = 88
 default_role = "py:obj"
 # No inventories of other projects: the documentation builds without a network.
 nitpick_ignore_regex = [
