@@ -26,9 +26,10 @@ class PollState(RetryCallState):
 
     It has all attributes of tenacity's own state, with times by the event loop's clock, and:
 
-    ``age``: seconds since the task was created. ``record``: the last poll's record, None if that
-    poll failed. ``error``: its error, None if it did not. ``failures``: polls in a row that have
-    failed, up to and including the last one.
+    - ``age``: seconds since the task was created.
+    - ``record``: the last poll's record, None if that poll failed.
+    - ``error``: its error, None if it did not.
+    - ``failures``: polls in a row that have failed, up to and including the last one.
     """
 
     def __init__(self, start_time: float) -> None:

@@ -159,9 +159,10 @@ class Fleet:
         the worker waits. Cancelled, it puts back what does not end within 5 seconds, or within two
         heartbeats if those are shorter.
 
-        ``saver``: saves the images of this worker's tasks too. ``max_chunks``: the most chunks at
-        a time. ``heartbeat``: seconds between two signs of life; give all workers the same.
-        ``until_done``: return when no chunk is left in the queue or with a worker.
+        - ``saver``: saves the images of this worker's tasks too.
+        - ``max_chunks``: the most chunks at a time.
+        - ``heartbeat``: seconds between two signs of life; give all workers the same.
+        - ``until_done``: return when no chunk is left in the queue or with a worker.
 
         Raises `AuthenticationError` if the API refuses the key; the tasks are put back.
         """

@@ -27,8 +27,9 @@ _WORKERS = """
 class WorkerStatus:
     """A worker, as it described itself at its last sign of life.
 
-    ``waits``: the tasks it waits for. ``rate``: its requests per second since the sign before.
-    ``seen_at``: the last sign of life, by the database's clock, and ``seconds_ago`` its age.
+    - ``waits``: the tasks it waits for.
+    - ``rate``: its requests per second since the sign before.
+    - ``seen_at``: the last sign of life, by the database's clock, and ``seconds_ago`` its age.
     """
 
     name: str

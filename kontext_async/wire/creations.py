@@ -142,9 +142,12 @@ def _as_dict(value: Any) -> dict[str, Any]:
 class ImageRequest:
     """The parameters of an image to generate, or to edit if there is an ``input_image``.
 
-    ``prompt``: in English unless ``enable_translation``. ``input_image``: a public http(s) URL.
-    ``aspect_ratio``: an edit without one keeps the ratio of its input. ``safety_tolerance``: 0 to
-    6, for an edit 0 to 2. ``extra``: fields that this class does not know, sent as they are.
+    - ``prompt``: in English unless ``enable_translation``.
+    - ``input_image``: a public http(s) URL.
+    - ``aspect_ratio``: an edit without one keeps the ratio of its input.
+    - ``safety_tolerance``: 0 to 6, for an edit 0 to 2.
+    - ``extra``: fields that this class does not know, sent as they are.
+
     What is None is not sent, and the API's default applies.
 
     Prompt, input and extra are private, and not in ``repr``. Raises `ConfigurationError` for a

@@ -207,14 +207,18 @@ class ImageSaver:
     Requests carry neither the API key nor cookies. They use https and public addresses only,
     except at the API's own origin.
 
-    ``overwrite``: replace an existing file; if False, that is a `DownloadError`.
-    ``max_bytes``: of one image. ``allow_private``: also allow hosts at private, link-local and
-    loopback addresses. ``use_origin``: if ``result_image_url`` fails, try ``origin_image_url``,
-    which expires after 10 minutes. ``timeout``: seconds for a URL, all attempts included; None
-    for no limit. ``max_concurrency``: images saved at a time. ``session``: your own is used with
-    its proxy, certificates and resolver, and never closed; None makes one. Only the saver's own
-    session checks the address it connects to: with yours, names that resolve to private addresses
-    are not refused, and a proxy connects to what it likes.
+    - ``overwrite``: replace an existing file; if False, that is a `DownloadError`.
+    - ``max_bytes``: of one image.
+    - ``allow_private``: also allow hosts at private, link-local and loopback addresses.
+    - ``use_origin``: if ``result_image_url`` fails, try ``origin_image_url``, which expires after
+      10 minutes.
+    - ``timeout``: seconds for a URL, all attempts included; None for no limit.
+    - ``max_concurrency``: images saved at a time.
+    - ``session``: your own is used with its proxy, certificates and resolver, and never closed;
+      None makes one.
+
+    Only the saver's own session checks the address it connects to. With yours, names that resolve
+    to private addresses are not refused, and a proxy connects to any address.
 
     Raises `ConfigurationError` for an invalid argument.
     """

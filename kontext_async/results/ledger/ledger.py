@@ -229,16 +229,19 @@ class Ledger:
         A request whose task is in the ledger is not sent again, however the run before ended. So
         the same requests can be given again, moved or added to, and each is paid for once.
 
-        ``requests``: any iterable of `ImageRequest`, or of pairs of a key of your own and an
-        `ImageRequest`. Without a key the parameters name it, with a number for equal ones.
-        ``max_running``: the most tasks under way plus outcomes not yet taken. ``max_new``: the
-        most tasks to create in this run; the other requests are kept for another run and have no
-        outcome. ``retry_failed``: send refused requests again, and poll failed tasks again.
-        ``callback_grace``: seconds for which a request whose answer was lost waits for its
-        callback, if the client's ``callback_url`` has a ``{token}`` (see `add_candidate`).
-        ``on_submitted``: called with each `SubmittedTask`. ``batch_timeout``: seconds after which
-        no task is created, and what is left ends with `WaitTimeoutError`. The rest is as in
-        `KontextClient.as_completed`.
+        - ``requests``: any iterable of `ImageRequest`, or of pairs of a key of your own and an
+          `ImageRequest`. Without a key the parameters name it, with a number for equal ones.
+        - ``max_running``: the most tasks under way plus outcomes not yet taken.
+        - ``max_new``: the most tasks to create in this run; the other requests are kept for
+          another run and have no outcome.
+        - ``retry_failed``: send refused requests again, and poll failed tasks again.
+        - ``callback_grace``: seconds for which a request whose answer was lost waits for its
+          callback, if the client's ``callback_url`` has a ``{token}`` (see `add_candidate`).
+        - ``on_submitted``: called with each `SubmittedTask`.
+        - ``batch_timeout``: seconds after which no task is created, and what is left ends with
+          `WaitTimeoutError`.
+
+        The rest is as in `KontextClient.as_completed`.
 
         An uncertain request has a `SubmissionUnknownError` as its outcome in every run, until it
         is decided by hand (`resolve`). Three things end the creation of tasks: a refusal that would
