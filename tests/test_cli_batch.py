@@ -240,14 +240,15 @@ class TestFolder:
         assert json.loads(result.stdout)["notSaved"] == 1
 
     def test_status_on_a_terminal_is_the_table(self, kontext, simulator, monkeypatch, capsys):
-        """On a terminal there is no JSON line."""
+        """On a terminal there is no JSON line, and standard error is not needed."""
         _, text = add(simulator)
         kontext("batch", "--from", "-", "--into", "out", input=text)
         monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
         assert batch.show_status(Path("out")) == 0
         printed = capsys.readouterr()
-        assert printed.out == ""
-        assert "done" in printed.err
+        assert printed.err == ""
+        assert "done" in printed.out
+        assert "{" not in printed.out
 
     @pytest.mark.parametrize("command", ["status", "report"])
     def test_a_folder_without_a_ledger_is_wrong_usage(self, kontext, tmp_path, command):

@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import psycopg
 import pytest
@@ -95,11 +94,11 @@ def test_people_have_a_table_of_workers(kontext, dsn, monkeypatch):
         connection.execute("INSERT INTO kontext_workers (name, waits, rate) VALUES ('w1', 7, 2.5)")
     (worker,) = state(kontext)["workers"]
     assert (worker["name"], worker["waits"], worker["rate"]) == ("w1", 7, 2.5)
-    terminal = SimpleNamespace(stdout=SimpleNamespace(isatty=lambda: True))
-    monkeypatch.setattr("kontext_async.cli.fleet.sys", terminal)
+    monkeypatch.setattr("kontext_async.cli.output.is_for_people", lambda: True)
     done = kontext("fleet", "status")
-    assert done.stdout == ""
-    assert all(text in done.stderr for text in ("Count", "w1", "7", "2.5", "0 s ago"))
+    assert done.stderr == ""
+    assert "{" not in done.stdout
+    assert all(text in done.stdout for text in ("Count", "w1", "7", "2.5", "0 s ago"))
 
 
 def test_ids_come_from_standard_input_too(kontext):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import shlex
-import sys
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterator
 from contextlib import aclosing
@@ -18,12 +17,11 @@ from kontext_async.cli.input import distinct_ids
 from kontext_async.cli.output import (
     Exit,
     Saved,
-    error_console,
     exit_code,
     fail,
     say,
     say_where,
-    write_line,
+    write_summary,
 )
 from kontext_async.cli.progress import Display, thumbnails_shown
 from kontext_async.cli.running import exit_on_error
@@ -194,7 +192,5 @@ def show_status(folder: Path) -> Exit:
     table = Table("Tasks", Column("Count", justify="right"))
     for name, count in (*states.items(), ("images saved", images["saved"])):
         table.add_row(name, f"{count:,}")
-    error_console().print(table)
-    if not sys.stdout.isatty():
-        write_line({**states, **images})
+    write_summary(table, {**states, **images})
     return exit_code(states + images)  # a sum of counters has no zeros

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import sys
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import attrs
 import typer
+from rich.console import Group as RenderGroup
 from rich.table import Column, Table
 
 from kontext_async.cli.connection import connection
@@ -29,12 +29,11 @@ from kontext_async.cli.options import (
 )
 from kontext_async.cli.output import (
     Exit,
-    error_console,
     fail,
     log_events,
     plain,
     say,
-    write_line,
+    write_summary,
 )
 from kontext_async.cli.running import run
 from kontext_async.client import DEFAULT_BASE_URL
@@ -95,42 +94,40 @@ def status(dsn: _DsnArgument) -> None:
     async def show() -> Exit:
         async with _fleet(dsn) as fleet:
             state = await fleet.status()
-        for table in _tables(state):
-            error_console().print(table)
-        if not sys.stdout.isatty():
-            write_line(
-                {
-                    **state.tasks,
-                    "queuedChunks": state.queued_chunks,
-                    "runningChunks": state.running_chunks,
-                    "workers": [
-                        {
-                            "name": worker.name,
-                            "waits": worker.waits,
-                            "rate": worker.rate,
-                            "seenAt": worker.seen_at,
-                        }
-                        for worker in state.workers
-                    ],
-                }
-            )
+        write_summary(
+            _tables(state),
+            {
+                **state.tasks,
+                "queuedChunks": state.queued_chunks,
+                "runningChunks": state.running_chunks,
+                "workers": [
+                    {
+                        "name": worker.name,
+                        "waits": worker.waits,
+                        "rate": worker.rate,
+                        "seenAt": worker.seen_at,
+                    }
+                    for worker in state.workers
+                ],
+            },
+        )
         return Exit.DONE
 
     run(show())
 
 
-def _tables(state: FleetStatus) -> tuple[Table, Table]:
+def _tables(state: FleetStatus) -> RenderGroup:
     tasks = Table("Tasks", Column("Count", justify="right"))
     for name, count in state.tasks.items():
         tasks.add_row(name, f"{count:,}")
     tasks.add_row("chunks queued", f"{state.queued_chunks:,}")
     tasks.add_row("chunks running", f"{state.running_chunks:,}")
     numbers = (Column(name, justify="right") for name in ("Waits", "Requests/s"))
-    workers = Table("Worker", *numbers, "Last sign of life")
+    workers = Table(Column("Worker", overflow="fold"), *numbers, "Last sign of life")
     for worker in state.workers:
         ago = f"{worker.seconds_ago:.0f} s ago"
-        workers.add_row(plain(worker.name), str(worker.waits), f"{worker.rate:.1f}", ago)
-    return tasks, workers
+        workers.add_row(plain(worker.name), f"{worker.waits:,}", f"{worker.rate:.1f}", ago)
+    return RenderGroup(tasks, workers)
 
 
 def _read_age(text: str) -> float:

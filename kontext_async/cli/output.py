@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, TextIO, TypeAlias, cast
 from urllib.parse import quote
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.style import Style
-from rich.table import Table
 from rich.text import Text
 
 from kontext_async.creation import SubmittedTask
@@ -271,10 +270,19 @@ def is_for_people() -> bool:
     return sys.stdout is not None and sys.stdout.isatty()
 
 
-def write_for_people(shown: str | Table) -> None:
-    """Write text or a table to a terminal that is standard output."""
+def write_for_people(shown: RenderableType) -> None:
+    """Write text or tables to a terminal that is standard output."""
     with _translate_errors():
         Console(markup=False, highlight=False, emoji=False).print(shown)
+
+
+def write_summary(tables: RenderableType, fields: Mapping[str, Any]) -> None:
+    """Write tables to a terminal; elsewhere a JSON object, and the tables to standard error."""
+    if is_for_people():
+        write_for_people(tables)
+    else:
+        error_console().print(tables)
+        write_line(fields)
 
 
 def _time_to_json(time: datetime | timedelta) -> str | float:
