@@ -9,7 +9,6 @@ import io
 import os
 import stat
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path
@@ -29,6 +28,7 @@ from kontext_async.results.images.files import (
     decoding_problem,
     file_stem,
     find_image,
+    finish_images,
     image_kind,
     open_folder,
     sweep_folder,
@@ -50,10 +50,18 @@ def target(folder, name="t", **options):
 
 def finished(partial, data=b""):
     """Finish an image; if that fails, discard it as a saver does."""
+    [ended] = ended_together([(partial, data)])
+    if isinstance(ended, DownloadError):
+        raise ended
+    return ended
+
+
+def ended_together(images):
     try:
-        return partial.finish(data)
+        return finish_images(images)
     finally:
-        partial.discard()
+        for partial, _ in images:
+            partial.discard()
 
 
 def saved(at, data, kind="png"):
@@ -442,28 +450,15 @@ def test_the_name_of_an_image_is_on_disk_too(monkeypatch, tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no sync of a folder")
-def test_images_that_wait_for_a_sync_share_the_next(monkeypatch, tmp_path):
-    """While one sync runs, seven images are renamed and ask for theirs."""
-    fsync, began, seen = os.fsync, threading.Event(), []
-
-    def slow(fd):
-        if stat.S_ISDIR(os.fstat(fd).st_mode):
-            seen.append(len([*tmp_path.glob("*.png")]))
-            began.set()
-            while repr(files._syncs[str(tmp_path)]._asked) != "count(9)":
-                time.sleep(0.001)
-        fsync(fd)
-
-    monkeypatch.setattr(os, "fsync", slow)
-
-    def save(name):
-        assert name == "t0" or began.wait(10)
-        saved(target(tmp_path, name), image())
-
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(save, [f"t{n}" for n in range(8)]))
-    assert seen[:2] == [1, 8]
-    assert len(seen) <= 3  # a thread may be interrupted between its number and noting it
+def test_images_finished_together_share_a_sync(monkeypatch, tmp_path):
+    """One that is broken keeps the others from nothing."""
+    seen = syncs_of_folders(monkeypatch)
+    data = [image(), image()[:-500], image()]
+    partials = [PartialImage(target(tmp_path, f"t{n}"), "png") for n in range(3)]
+    first, broken, last = ended_together([*zip(partials, data, strict=True)])
+    assert [first.path.name, last.path.name] == ["t0.png", "t2.png"] == names(tmp_path)
+    assert "the png is broken" in str(broken)
+    assert [len({"t0.png", "t2.png"}.intersection(at_sync)) for at_sync in seen] == [2]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no sync of a folder")
@@ -477,9 +472,16 @@ def test_a_folder_that_cannot_be_synced_is_no_error(error, monkeypatch, tmp_path
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no sync of a folder")
 def test_a_disk_that_fails_at_the_sync_of_a_folder_is_an_error(monkeypatch, tmp_path):
-    """The image may be gone after a power cut."""
+    """All its images may be gone after a power cut. One that failed before keeps its own error."""
     syncs_of_folders(monkeypatch, errno.EIO)
-    assert "Input/output error" in refusal_of(saved, target(tmp_path), image())
+    ids = ["a", "b", "c"]
+    partials = [PartialImage(target(tmp_path, n, task_id=n), "png") for n in ids]
+    data = [image(), image()[:-500], image()]
+    errors = ended_together([*zip(partials, data, strict=True)])
+    assert [error.task_id for error in errors] == ids
+    assert [error.retryable for error in errors] == [False, True, False]
+    assert "Input/output error" in str(errors[0])
+    assert isinstance(errors[0].__cause__, OSError)
 
 
 def test_windows_syncs_no_folder(monkeypatch, tmp_path):

@@ -9,14 +9,12 @@ import errno
 import hashlib
 import importlib.util
 import io
-import itertools
 import os
 import re
 import struct
 import threading
 import zlib
-from collections import defaultdict
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -34,6 +32,7 @@ __all__ = [
     "decoding_problem",
     "file_stem",
     "find_image",
+    "finish_images",
     "image_kind",
     "open_folder",
     "sweep_folder",
@@ -95,14 +94,18 @@ def image_kind(head: bytes) -> str | None:
     return "webp" if head[:4] == b"RIFF" and head[8:12] == b"WEBP" else None
 
 
+def _file_error(exc: OSError, folder: str, task_id: str | None) -> DownloadError:
+    error = DownloadError(f"in {folder}: {exc.strerror or exc}", task_id=task_id, retryable=False)
+    error.__cause__ = exc
+    return error
+
+
 @contextmanager
 def _translate_errors(folder: str, task_id: str | None) -> Generator[None]:
     try:
         yield
     except OSError as exc:
-        raise DownloadError(
-            f"in {folder}: {exc.strerror or exc}", task_id=task_id, retryable=False
-        ) from exc
+        raise _file_error(exc, folder, task_id) from exc
 
 
 def open_folder(folder: str) -> set[str]:
@@ -145,6 +148,10 @@ class Target:
             retryable=False,
         )
 
+    def error(self, exc: OSError) -> DownloadError:
+        """Return the error to raise for one of the file system."""
+        return _file_error(exc, self.folder, self.task_id)
+
     def translate_errors(self) -> AbstractContextManager[None]:
         """Raise errors of the file system as `DownloadError`."""
         return _translate_errors(self.folder, self.task_id)
@@ -154,30 +161,37 @@ class PartialImage:
     """An image in a temporary file beside its target, until it is complete."""
 
     def __init__(self, target: Target, kind: str) -> None:
-        self._target = target
+        self.target = target
         self._kind = kind
         self._file = PartialFile(target.path(kind))
         self._digest = hashlib.sha256()
         self._size = 0
 
     def write(self, data: bytes) -> None:
-        with self._target.translate_errors():
+        with self.target.translate_errors():
             self._file.write(data)
         self._digest.update(data)
         self._size += len(data)
 
+    @property
+    def takes_long(self) -> bool:
+        """True if its finish does: it is decoded, or is more than the data that comes last."""
+        return _HAS_PILLOW or self._size > 0
+
     def finish(self, data: bytes) -> SavedImage:
-        """Write the last data, check the image, and rename it once it is on disk."""
+        """Write the last data, check the image, and rename it once it is on disk.
+
+        Its name is not on disk until the folder is synced.
+        """
         self.write(data)
-        with self._target.translate_errors():
+        with self.target.translate_errors():
             # In memory where possible: each read of a file hands Python's lock over.
             with io.BytesIO(data) if len(data) == self._size else self._file.read() as file:
                 problem = decoding_problem(file, self._kind)
             if problem is not None:
-                raise DownloadError(problem, task_id=self._target.task_id, http_status=200)
+                raise DownloadError(problem, task_id=self.target.task_id, http_status=200)
             self._file.sync()
             self._rename()
-            _sync_folder(self._target.folder)
         return SavedImage(
             path=Path(self._file.path),
             size=self._size,
@@ -192,8 +206,8 @@ class PartialImage:
     def _rename(self) -> None:
         path = self._file.path
         with _RENAMING:  # so that of two savers in this process one gets the error
-            if not self._target.overwrite and os.path.lexists(path):
-                raise self._target.exists_error(os.path.basename(path))  # noqa: PTH119  # as above
+            if not self.target.overwrite and os.path.lexists(path):
+                raise self.target.exists_error(os.path.basename(path))  # noqa: PTH119  # as above
             self._file.rename()
 
 
@@ -201,47 +215,47 @@ class PartialImage:
 _CANNOT_SYNC = (errno.EACCES, errno.EINVAL, errno.ENOTSUP)
 
 
-class _FolderSync:
-    """One folder's syncs: threads that wait for one while it runs share the next."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._asked = itertools.count(1)
-        self._last_asked = 0
-        self._synced = 0
-
-    def sync(self, folder: str) -> None:
-        number = self._last_asked = next(self._asked)
-        with self._lock:
-            if self._synced >= number:
-                return
-            synced = self._last_asked
-            try:
-                _fsync(folder or os.curdir)
-            except OSError as exc:
-                if exc.errno not in _CANNOT_SYNC:
-                    raise
-            self._synced = synced
-
-
-def _fsync(folder: str) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-_syncs: defaultdict[str, _FolderSync] = defaultdict(_FolderSync)
-
-
 def _sync_folder(folder: str) -> None:
     """Return when the names in a folder are on disk, so that a power cut loses no image.
 
     Windows has no such call.
     """
-    if os.name != "nt":
-        _syncs[folder].sync(folder)
+    if os.name == "nt":
+        return
+    try:
+        descriptor = os.open(folder or os.curdir, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as exc:
+        if exc.errno not in _CANNOT_SYNC:
+            raise
+
+
+def finish_images(
+    images: Sequence[tuple[PartialImage, bytes]],
+) -> list[SavedImage | DownloadError]:
+    """Finish images of one folder, each with its last data.
+
+    Return each as it is saved, or the error that kept it from being saved.
+    """
+    ended: list[SavedImage | DownloadError] = []
+    for image, data in images:
+        try:
+            ended.append(image.finish(data))
+        except DownloadError as error:
+            ended.append(error)
+    if all(isinstance(image, DownloadError) for image in ended):
+        return ended
+    try:
+        _sync_folder(images[0][0].target.folder)
+    except OSError as exc:
+        ended = [
+            saved if isinstance(saved, DownloadError) else image.target.error(exc)
+            for (image, _), saved in zip(images, ended, strict=True)
+        ]
+    return ended
 
 
 def decoding_problem(file: BinaryIO, kind: str) -> str | None:

@@ -31,6 +31,7 @@ from kontext_async.results.images.files import (
     open_folder,
     sweep_folder,
 )
+from kontext_async.results.images.finishing import Finisher
 from kontext_async.results.threads import run_in_thread
 
 __all__ = ["ImageSaver", "download"]
@@ -58,8 +59,9 @@ _TIMEOUT = 120.0  # s
 class _Body:
     """The body of a response as it arrives: the latest pieces in memory, the rest in a file."""
 
-    def __init__(self, target: Target, max_bytes: int) -> None:
+    def __init__(self, target: Target, finisher: Finisher, max_bytes: int) -> None:
         self._target = target
+        self._finisher = finisher
         self._max_bytes = max_bytes
         self._size = 0
         self._taken = 0  # bytes that have left the memory
@@ -78,7 +80,7 @@ class _Body:
 
     async def save(self) -> SavedImage:
         block = self._take_block()
-        saved = await run_in_thread(self._begun(block).finish, block)
+        saved = await self._finisher.finish(self._begun(block), block)
         self._image = None
         return saved
 
@@ -119,6 +121,7 @@ class _Download:
     """The download of one image, from any URL."""
 
     fetcher: Fetcher
+    finisher: Finisher
     target: Target
     max_bytes: int
     timeout: float | None
@@ -146,7 +149,7 @@ class _Download:
             await asyncio.sleep(delay)
 
     async def _try(self, url: str, expires_at: datetime | None, deadline: float) -> SavedImage:
-        body = _Body(self.target, self.max_bytes)
+        body = _Body(self.target, self.finisher, self.max_bytes)
         task_id = self.target.task_id
         scope = asyncio.timeout_at(None if deadline == math.inf else deadline)
         try:
@@ -253,6 +256,7 @@ class ImageSaver:
         self._permits = asyncio.Semaphore(max_concurrency)
         self._names: set[str] = set()  # files known to exist
         self._fetcher: Fetcher | None = None  # while this is open
+        self._finisher = Finisher()
         self._saves: set[asyncio.Timeout] = set()
         self._no_saves = asyncio.Event()
         self._no_saves.set()
@@ -292,7 +296,7 @@ class ImageSaver:
         target = self._target(task.task_id, name)
         if not self._overwrite and (there := self._names.intersection(target.names())):
             raise target.exists_error(there.pop())
-        run = _Download(self._fetcher, target, self._max_bytes, self._timeout)
+        run = _Download(self._fetcher, self._finisher, target, self._max_bytes, self._timeout)
         with self._under_way() as scope:
             async with scope, self._permits:
                 saved = await self._save(task, run)

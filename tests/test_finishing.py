@@ -1,0 +1,186 @@
+"""Finishing images in threads: which of them share one, and what each save is given."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+from pngs import plain_png
+
+from kontext_async.results import DownloadError
+from kontext_async.results.images import files, finishing
+from kontext_async.results.images.files import PartialImage, Target
+from kontext_async.results.images.finishing import Finisher
+
+DATA = plain_png(1, 1, b"abc")
+GROUP = finishing._GROUP
+
+
+@pytest.fixture(autouse=True)
+def _no_pillow(monkeypatch):
+    """An image that is decoded has a thread of its own."""
+    monkeypatch.setattr(files, "_HAS_PILLOW", False)
+
+
+class Gate:
+    """The groups that were begun, which end once the gate is open."""
+
+    def __init__(self):
+        self.groups = []
+        self.open = threading.Event()
+        self._begun = threading.Semaphore(0)
+
+    def finish_images(self, images):
+        self.groups.append([image.target.name for image, _ in images])
+        self._begun.release()
+        self.open.wait(10)
+        return files.finish_images(images)
+
+    async def begun(self, count):
+        """Wait for this many more groups; return all of them, in any order."""
+        for _ in range(count):
+            assert await asyncio.to_thread(self._begun.acquire, timeout=10)
+        return sorted(self.groups)
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    gate = Gate()
+    monkeypatch.setattr(finishing, "finish_images", gate.finish_images)
+    yield gate
+    gate.open.set()
+
+
+class Saving:
+    """Saves in a folder, each in a task of its own."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.finisher = Finisher()
+
+    def image(self, name):
+        return PartialImage(Target(task_id=name, folder=str(self.folder), name=name), "png")
+
+    async def start(self, *images, data=DATA):
+        """Start saves; return their tasks when all of them wait."""
+        tasks = [
+            asyncio.create_task(self.finisher.finish(self.image(image), data))
+            if isinstance(image, str)
+            else asyncio.create_task(self.finisher.finish(image, data))
+            for image in images
+        ]
+        await asyncio.sleep(0)
+        return tasks
+
+
+@pytest.fixture
+def saving(tmp_path):
+    return Saving(tmp_path)
+
+
+def names(saved):
+    return [image.path.name for image in saved]
+
+
+async def test_an_image_does_not_wait_where_no_other_is_finished(saving, gate):
+    """One alone is a group."""
+    gate.open.set()
+    for name in ("a", "b"):
+        [task] = await saving.start(name)
+        assert (await task).path.read_bytes() == DATA
+    assert gate.groups == [["a"], ["b"]]
+
+
+async def test_images_that_wait_for_a_thread_share_the_next(saving, gate):
+    """They are as few as are left to wait, or a new group begins beside the one under way."""
+    first = await saving.start("a")
+    waiting = [f"b{n}" for n in range(GROUP - 1)]
+    tasks = await saving.start(*waiting)
+    assert saving.finisher._running == 1
+    gate.open.set()
+    assert names(await asyncio.gather(*first, *tasks)) == ["a.png", *(f"{n}.png" for n in waiting)]
+    assert gate.groups == [["a"], waiting]
+
+
+async def test_enough_images_do_not_wait_for_a_thread(saving, gate):
+    """On a slow disk one group would hold up all others."""
+    tasks = await saving.start("a", *(f"b{n}" for n in range(2 * GROUP)), "c")
+    assert sorted(map(len, await gate.begun(3))) == [1, GROUP, GROUP]
+    gate.open.set()
+    await asyncio.gather(*tasks)
+    assert gate.groups[3:] == [["c"]]
+
+
+async def test_an_image_that_takes_long_is_alone(saving, gate):
+    """It waits for no group, and none waits for it."""
+    long = saving.image("long")
+    long.write(DATA[:20])
+    tasks = await saving.start("a", "b")
+    tasks += await saving.start(long, data=DATA[20:])
+    assert await gate.begun(2) == [["a"], ["long"]]
+    gate.open.set()
+    assert names(await asyncio.gather(*tasks)) == ["a.png", "b.png", "long.png"]
+
+
+async def test_an_image_that_is_decoded_is_alone(saving, gate, monkeypatch):
+    """Decoding several in one thread would leave other cores idle."""
+    monkeypatch.setattr(files, "_HAS_PILLOW", True)
+    tasks = await saving.start("a", "b", "c")
+    assert await gate.begun(3) == [["a"], ["b"], ["c"]]
+    gate.open.set()
+    await asyncio.gather(*tasks)
+
+
+@pytest.mark.parametrize("first", [0, 20], ids=["short", "long"])
+async def test_an_error_is_that_of_its_own_image(saving, first):
+    """Those that were finished with it are saved."""
+    broken = saving.image("broken")
+    if first:
+        broken.write(DATA[:first])
+    good = await saving.start("a")
+    bad = await saving.start(broken, data=DATA[first:-1])
+    good += await saving.start("b", "c")
+    with pytest.raises(DownloadError, match=r"task broken: .* its end is missing"):
+        await bad[0]
+    assert names(await asyncio.gather(*good)) == ["a.png", "b.png", "c.png"]
+    broken.discard()
+
+
+async def test_a_defect_reaches_all_saves_of_a_group(saving, gate, monkeypatch):
+    """The next group is finished all the same."""
+    broken = saving.image("b0")
+    monkeypatch.setattr(broken, "finish", lambda _: 1 / 0)
+    [first] = await saving.start("a")
+    tasks = await saving.start(broken, *(f"b{n}" for n in range(1, GROUP)), "c")
+    gate.open.set()
+    for task in tasks[:-1]:
+        with pytest.raises(ZeroDivisionError):
+            await task
+    assert names(await asyncio.gather(first, tasks[-1])) == ["a.png", "c.png"]
+
+
+async def test_work_that_is_cancelled_itself_ends_the_saves(saving, monkeypatch):
+    """As a pool of threads does that is shut down."""
+    loop = asyncio.get_running_loop()
+    work = loop.create_future()
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "run_in_executor", lambda *_: work)
+        tasks = await saving.start("a", "b")
+    work.cancel()
+    await asyncio.wait(tasks[:1])
+    assert tasks[0].cancelled()
+    assert (await tasks[1]).path.name == "b.png"
+
+
+async def test_a_cancellation_is_raised_when_the_image_is_finished(saving, gate):
+    """Also of one that still waits for its group: no thread writes afterwards."""
+    tasks = await saving.start("a", "b")
+    for task in tasks:
+        task.cancel()
+    await asyncio.sleep(0)
+    assert not any(task.done() for task in tasks)
+    gate.open.set()
+    await asyncio.wait(tasks)
+    assert all(task.cancelled() for task in tasks)
+    assert sorted(path.name for path in saving.folder.iterdir()) == ["a.png", "b.png"]
