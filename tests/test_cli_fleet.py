@@ -15,6 +15,7 @@ from background import serving
 from command import COMMAND, environment
 from typer.testing import CliRunner
 
+from kontext_async.cli import output
 from kontext_async.cli.app import app
 
 KEY = "secret-key"
@@ -94,7 +95,7 @@ def test_people_have_a_table_of_workers(kontext, dsn, monkeypatch):
         connection.execute("INSERT INTO kontext_workers (name, waits, rate) VALUES ('w1', 7, 2.5)")
     (worker,) = state(kontext)["workers"]
     assert (worker["name"], worker["waits"], worker["rate"]) == ("w1", 7, 2.5)
-    monkeypatch.setattr("kontext_async.cli.output.is_for_people", lambda: True)
+    monkeypatch.setattr(output, "is_for_people", lambda: True)
     done = kontext("fleet", "status")
     assert done.stderr == ""
     assert "{" not in done.stdout

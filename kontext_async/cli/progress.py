@@ -54,7 +54,8 @@ class Display:
         self._loop = asyncio.get_running_loop()
         self._bar = Progress(
             SpinnerColumn(),
-            BarColumn(bar_width=_BAR_WIDTH),
+            # Green, as red is for failures, and dim, which is seen on light and on dark.
+            BarColumn(_BAR_WIDTH, style="dim", complete_style="green"),
             TextColumn("{task.description}", markup=False),
             console=self._console,
             auto_refresh=False,  # a timer of the loop redraws it: a thread would delay Ctrl-C
