@@ -55,6 +55,20 @@ async def test_the_answer_to_head_is_that_to_get_without_the_body(simulator, pat
         assert len(await reader.readexactly(int(heads[1][1]["Content-Length"]))) > 0
 
 
+async def test_a_client_that_hangs_up_at_once_leaves_no_word_in_the_log(simulator, caplog):
+    """As a command does that is ended by Ctrl-C."""
+    for _ in range(20):
+        async with connected(simulator) as (_, writer):
+            writer.write(f"GET /images/t.png HTTP/1.1\r\nHost: x\r\n{KEY}\r\n\r\n".encode())
+            writer.transport.abort()
+    async with connected(simulator) as (reader, writer):
+        writer.write(b"HEAD /images/t.png HTTP/1.1\r\nHost: x\r\n\r\n")
+        status, _ = await head_of(reader)
+    assert status == "HTTP/1.1 200 OK"
+    assert len(simulator.requests) > 1
+    assert not caplog.records
+
+
 @pytest.mark.virtual_time
 async def test_a_fault_of_the_connection_meets_head_as_well(simulator):
     simulator.add_task("u", duration=0, image_script=["closed"])

@@ -249,6 +249,8 @@ class Simulator:
             logged.status, logged.code = reply.status, reply.code
             deliver = head_only if request.method == "HEAD" and reply.status else reply.delivery
             reusable = await deliver(self._connection(request), reply)
+        except ConnectionResetError:  # the client has hung up
+            reusable = False
         finally:
             self._running.discard(request.task)
         return self._sent if reusable and request.keep_alive else self._sent_last
