@@ -11,7 +11,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from kontext_async.cli.output import OutputError, fail
+from kontext_async.cli.output import fail, translate_output_errors
 from kontext_async.cli.running import exit_on_output_error
 
 __all__ = ["Command", "Group", "add_commands"]
@@ -79,7 +79,7 @@ def add_commands(
 def _checking(ctx: Any) -> Generator[None]:
     """Exit with a message where words of the command line are wrong, or help cannot be written."""
     try:
-        with exit_on_output_error(), _translate_errors():
+        with exit_on_output_error(), translate_output_errors():
             yield
     except typer.TyperException as error:
         problem = error.format_message().removesuffix(".")
@@ -89,17 +89,6 @@ def _checking(ctx: Any) -> Generator[None]:
         if variable and problem.startswith("Missing"):
             problem += f": give it, or set {variable}"
         fail(f"{problem[0].lower()}{problem[1:]}\nFor help: {ctx.command_path} -h")
-
-
-@contextmanager
-def _translate_errors() -> Generator[None]:
-    """Raise `OutputError` where a help page or the version cannot be written."""
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise OutputError(error.strerror) from error
 
 
 class Command(TyperCommand):

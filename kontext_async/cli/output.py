@@ -169,19 +169,25 @@ class OutputError(Exception):
 
 def write_line(fields: Mapping[str, Any]) -> None:
     """Write a JSON object to standard output at once; its escapes are safe for a terminal."""
-    with _translate_errors() as stdout:
+    with _open_output() as stdout:
         stdout.write(json.dumps(fields, default=_time_to_json) + "\n")
         stdout.flush()
 
 
 @contextmanager
-def _translate_errors() -> Generator[TextIO]:
-    """Raise `OutputError` where writing to standard output fails, as on a full disk."""
-    stdout: TextIO | None = sys.stdout  # None if the command was started without one
-    if stdout is None:
+def _open_output() -> Generator[TextIO]:
+    """Give standard output to write to; raise `OutputError` where that fails."""
+    if sys.stdout is None:  # the command was started without one
         raise OutputError("it is closed")
+    with translate_output_errors():
+        yield sys.stdout
+
+
+@contextmanager
+def translate_output_errors() -> Generator[None]:
+    """Raise `OutputError` where writing to standard output fails, as on a full disk."""
     try:
-        yield stdout
+        yield
     except BrokenPipeError:
         raise
     except OSError as error:
@@ -221,7 +227,7 @@ def write_row(fields: Mapping[str, Any], prompt: str | None = None) -> None:
         for line in lines:
             row.append("\n" + " " * indent).append(line)
         end = indent + lines[-1].cell_len
-    with _translate_errors():
+    with _open_output():
         console.print(row, soft_wrap=True)
 
 
@@ -272,7 +278,7 @@ def is_for_people() -> bool:
 
 def write_for_people(shown: RenderableType) -> None:
     """Write text or tables to a terminal that is standard output."""
-    with _translate_errors():
+    with _open_output():
         Console(markup=False, highlight=False, emoji=False).print(shown)
 
 

@@ -56,7 +56,7 @@ class Overload:
         It says so with 429, and with 503 and the time to wait. A bare 503 is judged by what else
         is answered. ``failing``: the poll of the same task before it failed too.
         """
-        if error is None and not failing:
+        if error is None and not failing:  # nearly every poll: the rest of this in short
             self._answered_at = now
             self._share -= self._share * _SHARE_SMOOTHING
             self._other_share -= self._other_share * _SHARE_SMOOTHING
