@@ -24,7 +24,6 @@ from kontext_async.cli.listening import Callbacks, receiving
 from kontext_async.cli.output import (
     Exit,
     Saved,
-    error_console,
     fail,
     is_for_people,
     one_line,
@@ -34,6 +33,7 @@ from kontext_async.cli.output import (
     write_for_people,
     write_line,
     write_result,
+    write_summary,
 )
 from kontext_async.cli.progress import Display
 from kontext_async.cli.running import exit_on_error, run
@@ -193,8 +193,7 @@ async def _show_plan(keyed: dict[str, ImageRequest], folder: Path, options: Conn
     table = Table("Requests", Column("Count", justify="right"))
     for name, count in line.items():
         table.add_row(name, f"{count:,.10g}")
-    error_console().print(table)
-    write_line(line)
+    write_summary(table, line)
     return Exit.DONE
 
 
