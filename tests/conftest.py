@@ -118,7 +118,7 @@ _numbers = itertools.count()
 
 @pytest.fixture(params=["pooled", "session"])
 def fetcher(request, monkeypatch):
-    """Run a test with either way in which a client without a session of the user's may poll."""
+    """Run a test with either way in which a client without a session of the user's may ask."""
     if request.param == "session":
         monkeypatch.setitem(pooled._NEEDED, (aiohttp.TCPConnector, "not_in_this_aiohttp"), ())
     return request.param

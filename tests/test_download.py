@@ -45,6 +45,7 @@ from kontext_async.results.images import files
 from kontext_async.simulator import IMAGE_STEPS, Simulator, steps
 from kontext_async.simulator.images import make_image
 
+pytestmark = pytest.mark.usefixtures("fetcher")
 virtual_time = pytest.mark.virtual_time
 KEY = "marker-0123456789-key"
 MIB = 1024 * 1024
@@ -740,9 +741,8 @@ async def test_a_cancellation_ends_a_pause(simulator, client, tmp_path):
 )
 def test_an_invalid_argument_is_refused(options, tmp_path):
     """This is before the folder is created; the error names the argument."""
-    folder = options.pop("folder", tmp_path)
-    with pytest.raises(ConfigurationError, match=next(iter(options), "folder")):
-        ImageSaver(KontextClient(KEY), folder, **options)
+    with pytest.raises(ConfigurationError, match=next(iter(options))):
+        ImageSaver(KontextClient(KEY), **{"folder": tmp_path, **options})
 
 
 async def test_what_cannot_be_saved_is_refused(client, tmp_path):

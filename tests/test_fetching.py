@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import pickle
 import socket
 import ssl
@@ -12,7 +13,11 @@ import traceback
 import aiohttp
 import pytest
 import trustme
+from aioresponses import aioresponses
+from hypothesis import given
+from hypothesis import strategies as st
 from raw_server import http, raw_server
+from virtual_time import VirtualTimeLoop
 
 from kontext_async import __version__
 from kontext_async.results import DownloadError, ResultExpiredError
@@ -23,7 +28,9 @@ from kontext_async.results.images.fetching import (
     is_host_trouble,
     is_public,
 )
+from kontext_async.transport import pooled
 
+pytestmark = pytest.mark.usefixtures("fetcher")
 virtual_time = pytest.mark.virtual_time
 NOWHERE = "https://api.invalid"
 
@@ -38,8 +45,8 @@ async def fetching(base_url=NOWHERE, *, allow_private=False):
 
 
 async def body_of(fetcher, url):
-    async with await fetcher.get(url, "t") as response:
-        return response.status, await response.read()
+    with await fetcher.get(url, "t") as response:
+        return response.status, await response.content.read()
 
 
 async def error_of(fetcher, url):
@@ -389,6 +396,80 @@ async def test_cookies_are_not_stored():
     assert "cookie" not in "".join(server.heads).lower()
 
 
+# Over the connector alone, or by the session
+
+
+async def test_both_ways_send_the_same_request(monkeypatch):
+    """Byte by byte."""
+    async with raw_server(http(b"image")) as server:
+        for lacks in ({}, {(aiohttp.TCPConnector, "not_in_this_aiohttp"): ()}):
+            monkeypatch.setattr(pooled, "_NEEDED", {**pooled._NEEDED, **lacks})
+            async with fetching(server.base_url) as fetcher:
+                await body_of(fetcher, server.base_url + "/%2F?a=b%20c#d")
+    assert len(server.heads) == 2
+    assert server.heads[0] == server.heads[1]
+
+
+@given(st.text())
+def test_a_url_adds_nothing_to_a_request_but_itself(text):
+    """No other line or header, whatever a stranger puts into it."""
+
+    async def main():
+        async with raw_server(http(b"image")) as server, fetching(server.base_url) as fetcher:
+            with contextlib.suppress(DownloadError):
+                await body_of(fetcher, f"{server.base_url}/{text}")
+            for head in server.heads:
+                lines = head.split("\r\n")
+                method, target, version = lines[0].split(" ")
+                assert (method, version, len(lines)) == ("GET", "HTTP/1.1", 7)
+                assert target.isascii()
+                assert target.isprintable()
+
+    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+        runner.run(main())
+
+
+async def test_a_tool_that_answers_for_every_session_answers_for_images():
+    """From the moment it begins until it ends."""
+    async with raw_server(http(b"image")) as server, fetching(server.base_url) as fetcher:
+        url = server.base_url + "/x"
+        assert await body_of(fetcher, url) == (200, b"image")
+        with aioresponses() as replies:
+            replies.get(url, body=b"another")
+            assert await body_of(fetcher, url) == (200, b"another")
+        assert await body_of(fetcher, url) == (200, b"image")
+        assert len(server.heads) == 2
+
+
+async def test_a_tool_that_traces_every_session_sees_the_requests(monkeypatch):
+    """As instrumentations do: they add a trace to each session that is made."""
+    seen = []
+    trace = aiohttp.TraceConfig()
+
+    async def note(session, context, params):
+        seen.append(params.url.path)
+
+    trace.on_request_end.append(note)
+    init = aiohttp.ClientSession.__init__
+    traced = functools.partialmethod(init, trace_configs=[trace])
+    monkeypatch.setattr(aiohttp.ClientSession, "__init__", traced)
+    async with raw_server(http(b"image")) as server, fetching(server.base_url) as fetcher:
+        await body_of(fetcher, server.base_url + "/x")
+    assert seen == ["/x"]
+
+
+@pytest.mark.parametrize(("is_read", "connections"), [(True, 1), (False, 2)])
+async def test_a_connection_is_used_again_if_its_body_was_read(is_read, connections):
+    """The rest of a body would be taken for the next response."""
+    async with raw_server(http(b"x" * 2**22)) as server, fetching(server.base_url) as fetcher:
+        for _ in range(2):
+            with await fetcher.get(server.base_url + "/x", "t") as response:
+                if is_read:
+                    await response.content.read()
+            assert not fetcher._any_address.connector._acquired
+        assert server.connections == connections
+
+
 # What fails
 
 
@@ -435,13 +516,20 @@ async def test_a_silent_host_times_out(answer):
 @virtual_time
 @pytest.mark.parametrize(
     "answer",
-    [[None], [b"garbage\r\n\r\n"], [b"HTTP/1.1 200 OK\r\n", None], http(b"", "X: " + "x" * 9000)],
+    [[None], [b"garbage\r\n\r\n"], [b"HTTP/1.1 200 OK\r\n", None], http(b"", "X: " + "x" * 70_000)],
     ids=["closed", "garbage", "half a head", "endless header"],
 )
 async def test_an_invalid_response_is_a_download_error(answer):
     """All of aiohttp's errors become a DownloadError."""
     async with raw_server(answer) as server, fetching(server.base_url) as fetcher:
         assert (await error_of(fetcher, server.base_url + "/x")).retryable
+
+
+async def test_a_long_header_is_accepted():
+    """Signed locations and policies of browsers may be longer than aiohttp's default of 8 KiB."""
+    answer = http(b"image", "X: " + "x" * 60_000)
+    async with raw_server(answer) as server, fetching(server.base_url) as fetcher:
+        assert await body_of(fetcher, server.base_url + "/x") == (200, b"image")
 
 
 def test_a_failure_names_its_exception():
@@ -508,6 +596,6 @@ async def test_a_defect_of_its_own_session_is_not_hidden(monkeypatch):
         async def broken(*args, **options):
             raise LookupError("a defect")
 
-        monkeypatch.setattr(fetcher._public_only, "_request", broken)
+        monkeypatch.setattr(fetcher._public_only.connector, "connect", broken)
         with pytest.raises(LookupError, match="a defect"):
             await fetcher.get("https://images.example/a.png", "t")

@@ -9,11 +9,16 @@ from kontext_async.transport.failures import (
     safe_cause,
 )
 from kontext_async.transport.polls import Transport
-from kontext_async.transport.session import request_headers
+from kontext_async.transport.pooled import PooledRequests, are_requests_replaced, can_fetch
+from kontext_async.transport.session import MAX_HEADER, request_headers
 
 __all__ = [
+    "MAX_HEADER",
     "UNTRUSTED_SERVER",
+    "PooledRequests",
     "Transport",
+    "are_requests_replaced",
+    "can_fetch",
     "check_for_second_login",
     "describe_failure",
     "request_headers",

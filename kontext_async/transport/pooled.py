@@ -1,11 +1,11 @@
 """Requests by a session's connector alone: a third of the CPU time of ``session.get``.
 
-The connector's pool, DNS, TLS and response parser are aiohttp's. The request's bytes are ours,
-made once, except for the task id. aiohttp's public documentation does not cover all of this. So
-`_NEEDED` names what is used of it, and `can_fetch` tells if this aiohttp has it: a connector's
-``connect`` takes a `ClientRequest`, traces and a `ClientTimeout` and returns a connection, which
-has ``transport``, ``protocol``, ``release`` and ``close``; its protocol is a `ResponseHandler`,
-whose ``read`` gives a message's head and a `StreamReader`, after ``set_response_params``.
+The connector's pool, DNS, TLS and response parser are aiohttp's. The request's bytes are ours.
+aiohttp's public documentation does not cover all of this. So `_NEEDED` names what is used of it,
+and `can_fetch` tells if this aiohttp has it: a connector's ``connect`` takes a `ClientRequest`,
+traces and a `ClientTimeout` and returns a connection, which has ``transport``, ``protocol``,
+``release`` and ``close``; its protocol is a `ResponseHandler`, whose ``read`` gives a message's
+head and a `StreamReader`, after ``set_response_params`` and ``start_timeout``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Mapping
-from typing import Final
+from typing import Final, NamedTuple
 from urllib.parse import quote
 
 import aiohttp
@@ -27,7 +27,7 @@ from yarl import URL
 from kontext_async.transport.answers import Fetcher, RawAnswer, read_body
 from kontext_async.transport.session import CONNECT_TIMEOUT, MAX_HEADER
 
-__all__ = ["PooledFetcher", "can_fetch"]
+__all__ = ["PooledAnswer", "PooledFetcher", "PooledRequests", "are_requests_replaced", "can_fetch"]
 
 # What is used of aiohttp, each with the parameters that it is given.
 _NEEDED: Final[Mapping[tuple[type, str], tuple[str, ...]]] = {
@@ -40,9 +40,12 @@ _NEEDED: Final[Mapping[tuple[type, str], tuple[str, ...]]] = {
     (Connection, "close"): (),
     (ResponseHandler, "set_response_params"): (
         "read_until_eof",
+        "read_timeout",
+        "read_bufsize",
         "max_line_size",
         "max_field_size",
     ),
+    (ResponseHandler, "start_timeout"): (),
     (ResponseHandler, "read"): (),
     (StreamReader, "readany"): (),
     (StreamReader, "at_eof"): (),
@@ -74,6 +77,101 @@ def _takes(member: object, *parameters: str) -> bool:
     return set(parameters) <= set(inspect.signature(member).parameters)
 
 
+def are_requests_replaced() -> bool:
+    """Return True while a tool sees or answers the requests of every session."""
+    return _session_methods() != _OWN_METHODS
+
+
+class PooledAnswer(NamedTuple):
+    """The head of an answer, its unread body, and the connection, which is to be released."""
+
+    connection: Connection
+    head: RawResponseMessage
+    content: StreamReader
+
+
+class PooledRequests:
+    """GET requests to the origin of ``url``, by the connector of a session.
+
+    ``read_bufsize``: bytes of a body that wait to be read, at which the connection is paused.
+    """
+
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        url: URL,
+        headers: Mapping[str, str],
+        *,
+        timeout: aiohttp.ClientTimeout,
+        read_bufsize: int = 2**16,
+    ) -> None:
+        assert session.connector is not None, "the session is open"
+        self._connector = session.connector
+        self._timeout = timeout
+        self._read_bufsize = read_bufsize
+        self._url = url
+        # The connector reads the host and its options from it; it is never sent itself.
+        self._request = aiohttp.ClientRequest(
+            "GET", url, headers=headers, loop=asyncio.get_running_loop(), session=session
+        )
+        self._after_target = " HTTP/1.1\r\n{}\r\n\r\n".format(
+            "\r\n".join(f"{name}: {value}" for name, value in self._request.headers.items())
+        )
+
+    async def get(self, target: str) -> PooledAnswer:
+        """Send a request for a path and query, percent-encoded so that they hold no space."""
+        try:
+            return await self._get(target)
+        except aiohttp.ClientConnectorError:
+            raise
+        except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError):
+            # The server may have closed an idle connection. A GET may be sent twice (RFC 9110,
+            # 9.2.2), and ``session.get`` does so in the same cases.
+            return await self._get(target)
+
+    async def _get(self, target: str) -> PooledAnswer:
+        try:
+            connection = await self._connector.connect(self._request, [], self._timeout)
+        except TimeoutError as exc:
+            raise aiohttp.ConnectionTimeoutError(f"no connection to {self._url.host}") from exc
+        try:
+            protocol = self._send(target, connection)
+            head, content = await protocol.read()
+            while 100 <= head.code <= 199 and head.code != 101:
+                head, content = await protocol.read()
+        except HttpProcessingError as exc:
+            connection.close()
+            raise aiohttp.ClientResponseError(
+                aiohttp.RequestInfo(self._url, "GET", _NO_HEADERS),
+                (),
+                status=exc.code,
+                message=exc.message,
+            ) from exc
+        except BaseException:
+            connection.close()
+            raise
+        return PooledAnswer(connection, head, content)
+
+    def _send(self, target: str, connection: Connection) -> ResponseHandler:
+        """Send a request, and return what reads its answer."""
+        transport, protocol = connection.transport, connection.protocol
+        if transport is None or protocol is None or transport.is_closing():
+            raise aiohttp.ServerDisconnectedError
+        protocol.set_response_params(
+            read_until_eof=True,
+            read_timeout=self._timeout.sock_read,
+            read_bufsize=self._read_bufsize,
+            max_line_size=MAX_HEADER,
+            max_field_size=MAX_HEADER,
+        )
+        transport.write(f"GET {target}{self._after_target}".encode())
+        protocol.start_timeout()
+        return protocol
+
+
+_NO_HEADERS: Final = CIMultiDictProxy(CIMultiDict[str]())
+
+
 class PooledFetcher:
     """Fetches by the connector of a session; by ``fallback`` while a tool replaces its methods."""
 
@@ -84,30 +182,16 @@ class PooledFetcher:
         headers: CIMultiDict[str],
         fallback: Fetcher,
     ) -> None:
-        assert session.connector is not None, "the session is open"
-        self._connector = session.connector
+        self._requests = PooledRequests(session, endpoint, headers, timeout=CONNECT_TIMEOUT)
+        self._before_id = f"{endpoint.raw_path}?taskId="
         self._fallback = fallback
-        self._url = endpoint
-        # The connector reads the host and its options from it; it is never sent itself.
-        self._request = aiohttp.ClientRequest(
-            "GET", endpoint, headers=headers, loop=asyncio.get_running_loop(), session=session
-        )
-        self._before_id = f"GET {endpoint.raw_path}?taskId="
-        self._after_id = " HTTP/1.1\r\n{}\r\n\r\n".format(
-            "\r\n".join(f"{name}: {value}" for name, value in self._request.headers.items())
-        )
 
     async def fetch(self, task_id: str) -> RawAnswer:
-        if _session_methods() != _OWN_METHODS:
+        if are_requests_replaced():
             return await self._fallback.fetch(task_id)
-        try:
-            connection, head, content = await self._ask(task_id)
-        except aiohttp.ClientConnectorError:
-            raise
-        except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError):
-            # The server may have closed an idle connection. A GET may be sent twice (RFC 9110,
-            # 9.2.2), and ``session.get`` does so in the same cases.
-            connection, head, content = await self._ask(task_id)
+        # Percent-encoded, an id holds nothing that could end the line.
+        target = f"{self._before_id}{quote(task_id, safe='')}"
+        connection, head, content = await self._requests.get(target)
         try:
             body = await read_body(content)
         except BaseException:
@@ -115,43 +199,3 @@ class PooledFetcher:
             raise
         connection.release()  # which closes one with more to read
         return RawAnswer(head.code, head.headers, body)
-
-    async def _ask(self, task_id: str) -> tuple[Connection, RawResponseMessage, StreamReader]:
-        """Send a request; return its connection, and the answer's head and unread body."""
-        try:
-            connection = await self._connector.connect(self._request, [], CONNECT_TIMEOUT)
-        except TimeoutError as exc:
-            raise aiohttp.ConnectionTimeoutError(f"no connection to {self._url.host}") from exc
-        try:
-            head, content = await self._exchange(connection, task_id)
-        except BaseException:
-            connection.close()
-            raise
-        return connection, head, content
-
-    async def _exchange(
-        self, connection: Connection, task_id: str
-    ) -> tuple[RawResponseMessage, StreamReader]:
-        transport, protocol = connection.transport, connection.protocol
-        if transport is None or protocol is None or transport.is_closing():
-            raise aiohttp.ServerDisconnectedError
-        protocol.set_response_params(
-            read_until_eof=True, max_line_size=MAX_HEADER, max_field_size=MAX_HEADER
-        )
-        # Percent-encoded, an id holds nothing that could end the line.
-        transport.write(f"{self._before_id}{quote(task_id, safe='')}{self._after_id}".encode())
-        try:
-            head, content = await protocol.read()
-            while 100 <= head.code <= 199 and head.code != 101:
-                head, content = await protocol.read()
-        except HttpProcessingError as exc:
-            raise aiohttp.ClientResponseError(
-                aiohttp.RequestInfo(self._url, "GET", _NO_HEADERS),
-                (),
-                status=exc.code,
-                message=exc.message,
-            ) from exc
-        return head, content
-
-
-_NO_HEADERS: Final = CIMultiDictProxy(CIMultiDict[str]())

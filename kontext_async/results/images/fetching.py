@@ -7,20 +7,32 @@ import ipaddress
 import re
 import socket
 import time
+from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 from urllib.parse import quote, urljoin
 
 import aiohttp
+import attrs
+from multidict import CIMultiDictProxy
 from yarl import URL
 
 from kontext_async._version import __version__
 from kontext_async.client import is_loopback
 from kontext_async.results.errors import DownloadError
-from kontext_async.transport import UNTRUSTED_SERVER, describe_failure, safe_cause
+from kontext_async.transport import (
+    MAX_HEADER,
+    UNTRUSTED_SERVER,
+    PooledRequests,
+    are_requests_replaced,
+    can_fetch,
+    describe_failure,
+    safe_cause,
+)
 from kontext_async.wire import retry_after
 
-__all__ = ["Fetcher", "failure", "is_host_trouble", "is_public", "refusal"]
+__all__ = ["Fetcher", "Response", "failure", "is_host_trouble", "is_public", "refusal"]
 
 _MAX_REDIRECTS = 5
 _REDIRECTS = (301, 302, 303, 307, 308)
@@ -39,6 +51,7 @@ _HEADERS = {
 }
 # Seconds; the whole download has its own deadline.
 _TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=30)
+_READ_BUFSIZE = 2**18  # bytes: the size of asyncio's own reads
 
 
 def is_public(address: str) -> bool:
@@ -129,6 +142,33 @@ def _written_address(host: str) -> str | None:
     return None
 
 
+@attrs.frozen
+class Response:
+    """An image host's answer, its body unread. Its block releases the connection at the end."""
+
+    host: str
+    status: int
+    headers: CIMultiDictProxy[str]
+    content: aiohttp.StreamReader
+    _release: Callable[[], object]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._release()
+
+    @property
+    def content_length(self) -> int:
+        """Bytes of the body as they are sent; 0 if that is not announced."""
+        return int(self.headers.get("Content-Length", 0))
+
+
 class Fetcher:
     """Sends requests for images, and follows redirects.
 
@@ -143,6 +183,7 @@ class Fetcher:
         self._api = URL(base_url).origin()
         self._allow_private = allow_private
         self._own: list[aiohttp.ClientSession] = []
+        self._pooled: list[aiohttp.ClientSession] = []  # of these, those with nothing to add
         if session is not None:
             self._any_address = self._public_only = session
             return
@@ -152,6 +193,7 @@ class Fetcher:
         if not allow_private:
             self._public_only = _new_session(socket_factory=_public_socket)
             self._own.append(self._public_only)
+        self._pooled = [own for own in self._own if can_fetch(own)]
 
     async def aclose(self) -> None:
         """Close all connections of the saver's own."""
@@ -159,12 +201,12 @@ class Fetcher:
             for session in self._own:
                 stack.push_async_callback(session.close)
 
-    async def get(self, text: str, task_id: str) -> aiohttp.ClientResponse:
-        """Return the response after all redirects, its body unread. Raises `DownloadError`."""
+    async def get(self, text: str, task_id: str) -> Response:
+        """Return the response after all redirects. Raises `DownloadError`."""
         url = _url(text, task_id)
         redirects = 0
         while (response := await self._get(url, task_id)).status in _REDIRECTS:
-            async with response:
+            with response:
                 location = response.headers.get("Location", "")
             if redirects == _MAX_REDIRECTS:
                 raise _refused(f"more than {_MAX_REDIRECTS} redirects", task_id, response.status)
@@ -172,17 +214,12 @@ class Fetcher:
             url = _url(location, task_id, base=str(url))
         return response
 
-    async def _get(self, url: URL, task_id: str) -> aiohttp.ClientResponse:
+    async def _get(self, url: URL, task_id: str) -> Response:
         session = self._session(url, task_id)
         try:
-            return await session.get(
-                url,
-                allow_redirects=False,
-                raise_for_status=False,
-                headers=_HEADERS,
-                timeout=_TIMEOUT,
-                read_bufsize=2**18,  # the size of asyncio's own reads
-            )
+            if session in self._pooled and not are_requests_replaced():
+                return await _get_pooled(session, url)
+            return await _get_by_session(session, url)
         except (aiohttp.ClientError, OSError) as exc:
             error, cause = failure(exc, task_id), safe_cause(exc)
         except Exception as exc:
@@ -207,6 +244,28 @@ class Fetcher:
         return self._public_only
 
 
+async def _get_pooled(session: aiohttp.ClientSession, url: URL) -> Response:
+    requests = PooledRequests(session, url, _HEADERS, timeout=_TIMEOUT, read_bufsize=_READ_BUFSIZE)
+    connection, head, content = await requests.get(url.raw_path_qs)
+    return Response(str(url.host), head.code, head.headers, content, connection.release)
+
+
+async def _get_by_session(session: aiohttp.ClientSession, url: URL) -> Response:
+    response = await session.get(
+        url,
+        allow_redirects=False,
+        raise_for_status=False,
+        headers=_HEADERS,
+        timeout=_TIMEOUT,
+        read_bufsize=_READ_BUFSIZE,
+        max_line_size=MAX_HEADER,
+        max_field_size=MAX_HEADER,
+    )
+    return Response(
+        str(url.host), response.status, response.headers, response.content, response.release
+    )
+
+
 def _check_written_address(host: str, task_id: str) -> None:
     address = _written_address(host)
     if address is not None and not is_public(address):
@@ -228,7 +287,7 @@ def failure(exc: Exception, task_id: str) -> DownloadError:
     return DownloadError(said, task_id=task_id, retryable=not isinstance(exc, _FINAL))
 
 
-def refusal(response: aiohttp.ClientResponse, task_id: str) -> DownloadError:
+def refusal(response: Response, task_id: str) -> DownloadError:
     """Return the error of a response without an image."""
     status = response.status
     return DownloadError(

@@ -20,7 +20,13 @@ from kontext_async.errors import ClientStateError, ConfigurationError
 from kontext_async.models import CompletedTask
 from kontext_async.polling import check_count, check_seconds
 from kontext_async.results.errors import DownloadError, ResultExpiredError
-from kontext_async.results.images.fetching import Fetcher, failure, is_host_trouble, refusal
+from kontext_async.results.images.fetching import (
+    Fetcher,
+    Response,
+    failure,
+    is_host_trouble,
+    refusal,
+)
 from kontext_async.results.images.files import (
     PartialImage,
     SavedImage,
@@ -68,8 +74,8 @@ class _Body:
         self._pieces: list[bytes] = []
         self._image: PartialImage | None = None
 
-    async def receive(self, response: aiohttp.ClientResponse) -> None:
-        self._check_size(response.content_length or 0)
+    async def receive(self, response: Response) -> None:
+        self._check_size(response.content_length)
         while piece := await response.content.readany():
             self._size += len(piece)
             self._check_size(self._size)
@@ -153,16 +159,17 @@ class _Download:
         task_id = self.target.task_id
         scope = asyncio.timeout_at(None if deadline == math.inf else deadline)
         try:
-            async with scope, await self.fetcher.get(url, task_id) as response:
-                self._check_status(response, expires_at)
-                await body.receive(response)
+            async with scope:
+                with await self.fetcher.get(url, task_id) as response:
+                    self._check_status(response, expires_at)
+                    await body.receive(response)
             return await body.save()
         except (aiohttp.ClientError, OSError) as exc:
             raise failure(exc, task_id) from exc
         finally:
             await body.discard()
 
-    def _check_status(self, response: aiohttp.ClientResponse, expires_at: datetime | None) -> None:
+    def _check_status(self, response: Response, expires_at: datetime | None) -> None:
         if response.status == 200:
             return
         if response.status in _GONE and expires_at and expires_at <= datetime.now(UTC):
