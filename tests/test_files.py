@@ -33,6 +33,7 @@ from kontext_async.results.images.files import (
     open_folder,
     sweep_folder,
 )
+from kontext_async.results.partial import PartialFile
 from kontext_async.simulator.images import make_image
 
 KINDS = ["png", "jpeg", "webp"]
@@ -398,14 +399,38 @@ def test_a_file_that_cannot_grow_leaves_nothing(pieces, tmp_path):
 def test_a_full_disk_is_an_error(size, monkeypatch, tmp_path):
     """The first write fails, and the temporary file is removed."""
 
-    def full(path, mode, **_):
-        Path(path).open(mode).close()  # the file is created, as on a disk just now full
-        return Path("/dev/full").open("r+b")
+    def full(descriptor, mode):
+        os.close(descriptor)  # the file is created, as on a disk just now full
+        return FileIO("/dev/full", mode)
 
-    monkeypatch.setattr(partial_module, "open", full, raising=False)
+    monkeypatch.setattr(partial_module, "FileIO", full)
     text = refusal_of(saved, target(tmp_path), make_image('{"prompt": ""}', "png", size))
     assert "No space left on device" in text
     assert names(tmp_path) == []
+
+
+def test_what_has_the_temporary_name_is_left_alone(tmp_path):
+    """In a folder that others may write to, it could be a link to any file."""
+    (tmp_path / "other").write_bytes(b"other")
+    part = PartialFile(os.fspath(tmp_path / "t.png"))
+    Path(part.temporary).symlink_to(tmp_path / "other")
+    with pytest.raises(FileExistsError):
+        part.write(b"abc")
+    part.discard()
+    assert len(names(tmp_path)) == 2
+    assert (tmp_path / "other").read_bytes() == b"other"
+
+
+def test_an_image_written_in_parts_is_whole(monkeypatch, tmp_path):
+    """The system may write less than it is given, such as 2 GiB of more."""
+
+    class InParts(FileIO):
+        def write(self, data):
+            return super().write(data[:100])
+
+    monkeypatch.setattr(partial_module, "FileIO", InParts)
+    data = make_image('{"prompt": ""}', "png", 1050)
+    assert saved(target(tmp_path), data).path.read_bytes() == data
 
 
 @pytest.mark.parametrize("has_pillow", [False, True])
