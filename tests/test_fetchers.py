@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import socket
 import struct
@@ -59,6 +60,7 @@ async def test_an_aiohttp_that_lacks_a_part_is_used_by_its_sessions(monkeypatch,
     else:
         parameters = (*parameters, "renamed")
     monkeypatch.setitem(pooled._NEEDED, needed, parameters)
+    monkeypatch.setattr(pooled, "_has_all", pooled._has_all.__wrapped__)
     async with (
         raw_server(http(body_of())) as server,
         make_client(server.base_url) as client,
@@ -105,6 +107,53 @@ async def test_a_tool_that_traces_every_session_sees_the_polls(monkeypatch):
     assert seen == ["/api/v1/flux/kontext/record-info"]
 
 
+class _Pretending:
+    """Wraps a function, and pretends to be it, as wrappers of instrumentations do."""
+
+    def __init__(self, function, seen):
+        self._function = function
+        self._seen = seen
+
+    __class__ = property(lambda self: type(self._function))
+    __hash__ = None
+
+    def __eq__(self, other):
+        return self._function == other
+
+    def __getattr__(self, name):
+        return getattr(self._function, name)
+
+    def __get__(self, session, owner):
+        return functools.partial(self, session)
+
+    def __call__(self, session, method, url, **options):
+        self._seen.append(url.path)
+        return self._function(session, method, url, **options)
+
+
+def _wrapping(function, seen):
+    @functools.wraps(function)
+    async def wrapper(session, method, url, **options):
+        seen.append(url.path)
+        return await function(session, method, url, **options)
+
+    return wrapper
+
+
+@pytest.mark.parametrize("wrapped_by", [_Pretending, _wrapping])
+async def test_a_tool_that_wraps_the_requests_of_every_session_sees_the_polls(
+    monkeypatch, wrapped_by
+):
+    """Whatever the wrapper pretends to be."""
+    seen = []
+    wrapper = wrapped_by(aiohttp.ClientSession._request, seen)
+    async with raw_server(http(body_of())) as server, make_client(server.base_url) as client:
+        await client.record_info("task")
+        monkeypatch.setattr(aiohttp.ClientSession, "_request", wrapper)
+        await client.record_info("task")
+    assert seen == ["/api/v1/flux/kontext/record-info"]
+
+
 async def test_a_tool_that_answers_for_every_session_answers_the_polls():
     """From the moment it begins until it ends."""
     async with raw_server(http(body_of())) as server, make_client(server.base_url) as client:
@@ -126,9 +175,8 @@ async def test_a_tool_that_answers_for_every_session_answers_the_polls():
 async def test_both_ways_send_the_same_request(monkeypatch, path):
     """Byte by byte, for an id that needs no encoding."""
     async with raw_server(http(body_of("a-Z_0.9~"))) as server:
-        for needs in ((), (aiohttp.TCPConnector, "not_in_this_aiohttp")):
-            if needs:
-                monkeypatch.setitem(pooled._NEEDED, needs, ())
+        for has_all in (True, False):
+            monkeypatch.setattr(pooled, "_has_all", lambda has_all=has_all: has_all)
             async with make_client(server.base_url + path) as client:
                 await client.record_info("a-Z_0.9~")
     assert len(server.heads) == 2

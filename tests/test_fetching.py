@@ -253,6 +253,7 @@ async def test_a_request_names_only_the_library():
         ("https://a..b/x", "its URL is not valid"),
         ("https://.../x", "its URL is not valid"),
         ("https://xn--a/x", "its URL is not valid"),
+        ("https://[::1]@", "its URL is not valid"),
         (f"https://{'a' * 70}.invalid/x", "its URL is not valid"),
     ],
     ids=ascii,
@@ -369,7 +370,7 @@ async def test_redirects_end(location):
     [
         *["file:///etc/passwd", "http://images.invalid/x", "https://169.254.169.254/latest"],
         *["https://user:pass@images.invalid/x", "//10.0.0.1/x", "http://localhost:1/x", "http://["],
-        *["gopher://127.0.0.1/x", "https://[::1]/x", "https://a..b/", "//\xff\xfe/x"],
+        *["gopher://127.0.0.1/x", "https://[::1]/x", "https://a..b/", "//\xff\xfe/x", "//[::1]@"],
     ],
     ids=ascii,
 )
@@ -402,8 +403,8 @@ async def test_cookies_are_not_stored():
 async def test_both_ways_send_the_same_request(monkeypatch):
     """Byte by byte."""
     async with raw_server(http(b"image")) as server:
-        for lacks in ({}, {(aiohttp.TCPConnector, "not_in_this_aiohttp"): ()}):
-            monkeypatch.setattr(pooled, "_NEEDED", {**pooled._NEEDED, **lacks})
+        for has_all in (True, False):
+            monkeypatch.setattr(pooled, "_has_all", lambda has_all=has_all: has_all)
             async with fetching(server.base_url) as fetcher:
                 await body_of(fetcher, server.base_url + "/%2F?a=b%20c#d")
     assert len(server.heads) == 2

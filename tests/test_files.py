@@ -535,23 +535,6 @@ def test_a_temporary_file_that_was_removed_is_an_error(tmp_path):
     assert names(tmp_path) == []
 
 
-def test_a_short_write_is_continued(monkeypatch, tmp_path):
-    """A system may write fewer bytes than it is given."""
-
-    class Slow(FileIO):
-        def write(self, data):
-            return super().write(data[:10])
-
-    data = plain_png(1, 1, b"abc")
-    monkeypatch.setattr(
-        partial_module,
-        "open",
-        lambda path, _, **options: io.BufferedRandom(Slow(path, "x+", **options)),
-        raising=False,
-    )
-    assert saved(target(tmp_path), data).path.read_bytes() == data
-
-
 # A folder
 
 

@@ -23,7 +23,7 @@ from pngs import decompression_bomb, plain_png
 from report_samples import entry, failed, record, saved
 
 from kontext_async import ConfigurationError, ImageRequest, TaskStatus
-from kontext_async.results import SubmissionEntry
+from kontext_async.results import SubmissionEntry, partial
 from kontext_async.results.partial import THUMBNAILS, remove_partial_files
 from kontext_async.results.report import page as report
 from kontext_async.results.report.histogram import histogram
@@ -320,6 +320,21 @@ def test_the_report_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert path == tmp_path / "report.html"
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
     assert path.read_bytes() == old
+
+
+def test_a_report_is_written_in_few_pieces(tmp_path, monkeypatch):
+    """Each is a system call, and the template gives some 40 parts for a task."""
+    writes = []
+
+    class Counted(io.FileIO):
+        def write(self, data):
+            writes.append(len(data))
+            return super().write(data)
+
+    monkeypatch.setattr(partial, "FileIO", Counted)
+    path = write_report(tmp_path, [entry(f"task-{i}", record=record()) for i in range(500)])
+    assert sum(writes) == path.stat().st_size
+    assert len(writes) < 100
 
 
 KILLED = """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-import time
+import secrets
 from collections.abc import Iterable
 from contextlib import suppress
 from io import FileIO
@@ -38,8 +38,7 @@ class PartialFile:
         self.path = path
         self._mode = mode
         folder, name = os.path.split(path)
-        # The time: random bytes take a system call. A name that is taken is an error of `write`.
-        name = f"{_beginning(name)}{time.time_ns() % 16**12:012x}.part"
+        name = f"{_beginning(name)}{secrets.token_hex(6)}.part"
         self.temporary = os.path.join(folder, name)  # noqa: PTH118  # a quarter of the time
         self._file: FileIO | None = None  # without a buffer, which takes three system calls more
 

@@ -11,8 +11,10 @@ head and a `StreamReader`, after ``set_response_params`` and ``start_timeout``.
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
 from collections.abc import Mapping
+from types import FunctionType
 from typing import Final, NamedTuple
 from urllib.parse import quote
 
@@ -55,20 +57,18 @@ _NEEDED: Final[Mapping[tuple[type, str], tuple[str, ...]]] = {
 _SESSION_METHODS: Final = ("get", "_request")
 
 
-def _session_methods() -> list[object]:
-    return [vars(aiohttp.ClientSession).get(name) for name in _SESSION_METHODS]
-
-
-_OWN_METHODS: Final = _session_methods()
-
-
 def can_fetch(session: aiohttp.ClientSession) -> bool:
     """Return True if nothing but the session's connector takes part in its requests.
 
     False if this aiohttp lacks something that is needed, and where a tool traces every session.
     """
-    has_all = all(_takes(getattr(owner, name, None), *p) for (owner, name), p in _NEEDED.items())
-    return has_all and not session.trace_configs
+    return _has_all() and not session.trace_configs
+
+
+@functools.cache
+def _has_all() -> bool:
+    """Return True if this aiohttp has what is needed."""
+    return all(_takes(getattr(owner, name, None), *p) for (owner, name), p in _NEEDED.items())
 
 
 def _takes(member: object, *parameters: str) -> bool:
@@ -79,7 +79,13 @@ def _takes(member: object, *parameters: str) -> bool:
 
 def are_requests_replaced() -> bool:
     """Return True while a tool sees or answers the requests of every session."""
-    return _session_methods() != _OWN_METHODS
+    own, members = vars(aiohttp.client), vars(aiohttp.ClientSession)
+    for name in _SESSION_METHODS:
+        method = members.get(name)
+        # By the exact type, because a wrapper may pretend to be what it wraps.
+        if type(method) is not FunctionType or method.__globals__ is not own:
+            return True
+    return False
 
 
 class PooledAnswer(NamedTuple):
@@ -93,7 +99,7 @@ class PooledAnswer(NamedTuple):
 class PooledRequests:
     """GET requests to the origin of ``url``, by the connector of a session.
 
-    ``read_bufsize``: bytes of a body that wait to be read, at which the connection is paused.
+    ``read_bufsize``: half the bytes of a body that may wait to be read.
     """
 
     def __init__(
@@ -119,7 +125,10 @@ class PooledRequests:
         )
 
     async def get(self, target: str) -> PooledAnswer:
-        """Send a request for a path and query, percent-encoded so that they hold no space."""
+        """Send a request, and return its answer.
+
+        ``target``: the path and query, percent-encoded.
+        """
         try:
             return await self._get(target)
         except aiohttp.ClientConnectorError:

@@ -118,7 +118,7 @@ def _url(text: str, task_id: str, base: str = "") -> URL:
         host = str(normalized.raw_host)
         host.encode("idna")  # as the resolver will, without catching errors
         return url if host == url.raw_host else url.with_host(host)
-    except ValueError as exc:
+    except (ValueError, IndexError) as exc:  # yarl raises either
         raise _refused(f"its URL is not valid: {exc}", task_id) from exc
 
 

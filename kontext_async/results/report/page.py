@@ -111,7 +111,7 @@ def write_report(
     folder = folder.resolve()
     cards = _cards(folder, list(entries), on_progress)
     cards += [_request_card(entry) for entry in submissions if entry.state in _REQUESTS]
-    page = environment.get_template("report.html.j2").generate(
+    page = environment.get_template("report.html.j2").stream(
         title=folder.name,
         cards=cards,
         counts=_counts(cards),
@@ -123,6 +123,7 @@ def write_report(
         **_inline("style", "report.css"),
         **_inline("script", "report.js"),
     )
+    page.enable_buffering(1000)  # parts of the template, about 40 of which make a card
     # A lone surrogate in a message becomes a question mark.
     write_file(folder / _NAME, (part.encode("utf-8", "replace") for part in page))
     return folder / _NAME
