@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import itertools
 import json
 import multiprocessing
 import resource
@@ -30,18 +31,19 @@ _INTERVAL = 3.0  # s between the plain loop's polls of a task
 _LIMIT = 300.0  # s, after which a measurement is given up
 
 Waiting = contextlib.AbstractAsyncContextManager[None]
-Way = Callable[[str, Sequence[str], Callable[[], None]], Waiting]
+# Called at each poll, with its number among the polls of its task, from 1 on.
+OnPoll = Callable[[int], None]
+Way = Callable[[str, Sequence[str], OnPoll], Waiting]
 
 
 @contextlib.asynccontextmanager
 async def _as_completed(
-    base_url: str, task_ids: Sequence[str], polled: Callable[[], None]
+    base_url: str, task_ids: Sequence[str], on_poll: OnPoll
 ) -> AsyncIterator[None]:
-    """All tasks waited for inside the block; ``polled`` is called at each one's first poll."""
+    """All tasks waited for inside the block."""
 
     def on_event(event: PollEvent) -> None:
-        if event.attempt == 1:
-            polled()
+        on_poll(event.attempt)
 
     async with (
         KontextClient("a-benchmark-key", base_url=base_url, max_concurrency=_IN_FLIGHT) as client,
@@ -51,9 +53,7 @@ async def _as_completed(
 
 
 @contextlib.asynccontextmanager
-async def _plain(
-    base_url: str, task_ids: Sequence[str], polled: Callable[[], None]
-) -> AsyncIterator[None]:
+async def _plain(base_url: str, task_ids: Sequence[str], on_poll: OnPoll) -> AsyncIterator[None]:
     """The same with a loop for each."""
     url = f"{base_url}/api/v1/flux/kontext/record-info"
     permits = asyncio.Semaphore(_IN_FLIGHT)
@@ -66,11 +66,12 @@ async def _plain(
             return int(data["successFlag"])
 
         async def wait(task_id: str) -> None:
-            flag = await poll(task_id)
-            polled()
-            while flag == 0:
-                await asyncio.sleep(_INTERVAL)
+            for number in itertools.count(1):
                 flag = await poll(task_id)
+                on_poll(number)
+                if flag != 0:
+                    break
+                await asyncio.sleep(_INTERVAL)
 
         waits = [asyncio.create_task(wait(task_id)) for task_id in task_ids]
         try:
@@ -155,16 +156,17 @@ def _resident() -> int:
 async def _measure(base_url: str, way: Way, count: int, *, watched: bool) -> dict[str, Any]:
     # New ones each time: the server has seen those of the measurement before.
     task_ids = [f"never-{watched:d}-{i:032x}" for i in range(count)]
-    all_polled, left = asyncio.Event(), count
+    all_polled, left, polls = asyncio.Event(), count, 0
     late: list[float] = []
     collections = _Collections()
-    async with way(base_url, ["done-1"], all_polled.set):  # what is loaded at first use
+    async with way(base_url, ["done-1"], lambda _: all_polled.set()):  # loads what is used first
         await all_polled.wait()
     all_polled.clear()
 
-    def polled() -> None:
-        nonlocal left
-        left -= 1
+    def on_poll(number: int) -> None:
+        nonlocal left, polls
+        polls += 1
+        left -= number == 1
         if not left:
             all_polled.set()
 
@@ -174,8 +176,9 @@ async def _measure(base_url: str, way: Way, count: int, *, watched: bool) -> dic
     await asyncio.sleep(0)  # from here on it is no longer the step that made the ids
     collected = collections.spent
     before, began, cpu = _resident(), time.perf_counter(), time.process_time()
-    async with asyncio.timeout(_LIMIT), way(base_url, task_ids, polled):
+    async with asyncio.timeout(_LIMIT), way(base_url, task_ids, on_poll):
         await all_polled.wait()
+        polls_sent = polls
         took, cpu = time.perf_counter() - began, time.process_time() - cpu
         memory, collected = _resident() - before, collections.spent - collected
         beats = len(late)
@@ -187,6 +190,7 @@ async def _measure(base_url: str, way: Way, count: int, *, watched: bool) -> dic
         return {"longest_callback_s": callbacks.longest, "longest_callback": callbacks.name}
     return {
         "bytes_per_task": memory / count,
+        "polls": polls_sent,
         "polled_s": took,
         "polled_cpu_s": cpu,
         "cancelled_s": left_after,
@@ -252,7 +256,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 def run_wide(
     *, counts: Sequence[int] = (30_000, 100_000, 300_000), rounds: int = 3
 ) -> list[dict[str, Any]]:
-    """Return one row for each number of tasks: the CPU time of each task, which should not grow."""
+    """Return one row for each number of tasks: the CPU time of a poll, which should not grow."""
     measured: dict[int, list[dict[str, Any]]] = {count: [] for count in counts}
     for _ in range(rounds):
         for count in counts:
@@ -261,21 +265,23 @@ def run_wide(
     return [{"tasks": count, **_medians(several)} for count, several in measured.items()]
 
 
-def us_per_task(row: Mapping[str, Any], part: str) -> float:
-    """Return a part's time for each of the tasks, in microseconds."""
-    return float(row[part] / row["tasks"] * 1e6)
+def us_per_poll(row: Mapping[str, Any]) -> float:
+    """Return the CPU time of a poll until each task was polled once, in microseconds."""
+    return float(row["polled_cpu_s"] / row["polls"] * 1e6)
 
 
 def wide_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the rows as a Markdown table."""
     head = (
-        "| tasks | CPU until polled once | of it collection | CPU of cancelling | memory |\n"
-        "|--:|--:|--:|--:|--:|"
+        "| tasks | polls until each was polled | CPU of a poll | of it collection "
+        "| CPU of cancelling a task | memory of a task |\n|--:|--:|--:|--:|--:|--:|"
     )
-    parts = ("polled_cpu_s", "collecting_s", "cancelled_cpu_s")
     lines = []
     for row in rows:
-        times = " | ".join(f"{us_per_task(row, part):.0f} µs" for part in parts)
-        memory = f"{row['bytes_per_task'] / 1e3:.1f} KB"
-        lines.append(f"| {row['tasks']:,} | {times} | {memory} |")
+        collecting = row["collecting_s"] / row["polls"] * 1e6
+        cancelling = row["cancelled_cpu_s"] / row["tasks"] * 1e6
+        lines.append(
+            f"| {row['tasks']:,} | {row['polls']:,.0f} | {us_per_poll(row):.0f} µs "
+            f"| {collecting:.0f} µs | {cancelling:.0f} µs | {row['bytes_per_task'] / 1e3:.1f} KB |"
+        )
     return "\n".join([head, *lines])
