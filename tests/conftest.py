@@ -18,6 +18,7 @@ aioresponses works as it is documented; the patches below mend it for the aiohtt
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
 import itertools
 import os
@@ -122,3 +123,18 @@ def fetcher(request, monkeypatch):
     if request.param == "session":
         monkeypatch.setattr(pooled, "_has_all", lambda: False)
     return request.param
+
+
+@pytest.fixture
+def traced_paths(monkeypatch):
+    """The paths of requests, as a tool sees them that adds a trace to each session made."""
+    seen = []
+    trace = aiohttp.TraceConfig()
+
+    async def note(session, context, params):
+        seen.append(params.url.path)
+
+    trace.on_request_end.append(note)
+    traced = functools.partialmethod(aiohttp.ClientSession.__init__, trace_configs=[trace])
+    monkeypatch.setattr(aiohttp.ClientSession, "__init__", traced)
+    return seen

@@ -87,24 +87,11 @@ async def test_a_session_of_the_users_own_is_used_with_all_its_features():
     assert seen == ["/api/v1/flux/kontext/record-info"]
 
 
-async def test_a_tool_that_traces_every_session_sees_the_polls(monkeypatch):
-    """As instrumentations do: they add a trace to each session that is made."""
-    seen = []
-    trace = aiohttp.TraceConfig()
-
-    async def note(session, context, params):
-        seen.append(params.url.path)
-
-    trace.on_request_end.append(note)
-    init = aiohttp.ClientSession.__init__
-
-    def traced_init(session, *args, **options):
-        init(session, *args, trace_configs=[trace], **options)
-
-    monkeypatch.setattr(aiohttp.ClientSession, "__init__", traced_init)
+async def test_a_tool_that_traces_every_session_sees_the_polls(traced_paths):
+    """As instrumentations do."""
     async with raw_server(http(body_of())) as server, make_client(server.base_url) as client:
         await client.record_info("task")
-    assert seen == ["/api/v1/flux/kontext/record-info"]
+    assert traced_paths == ["/api/v1/flux/kontext/record-info"]
 
 
 class _Pretending:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import pickle
 import socket
 import ssl
@@ -442,21 +441,11 @@ async def test_a_tool_that_answers_for_every_session_answers_for_images():
         assert len(server.heads) == 2
 
 
-async def test_a_tool_that_traces_every_session_sees_the_requests(monkeypatch):
-    """As instrumentations do: they add a trace to each session that is made."""
-    seen = []
-    trace = aiohttp.TraceConfig()
-
-    async def note(session, context, params):
-        seen.append(params.url.path)
-
-    trace.on_request_end.append(note)
-    init = aiohttp.ClientSession.__init__
-    traced = functools.partialmethod(init, trace_configs=[trace])
-    monkeypatch.setattr(aiohttp.ClientSession, "__init__", traced)
+async def test_a_tool_that_traces_every_session_sees_the_requests(traced_paths):
+    """As instrumentations do."""
     async with raw_server(http(b"image")) as server, fetching(server.base_url) as fetcher:
         await body_of(fetcher, server.base_url + "/x")
-    assert seen == ["/x"]
+    assert traced_paths == ["/x"]
 
 
 @pytest.mark.parametrize(("is_read", "connections"), [(True, 1), (False, 2)])

@@ -9,7 +9,6 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
-from types import TracebackType
 from typing import Any, Self
 from urllib.parse import quote, urljoin
 
@@ -155,12 +154,7 @@ class Response:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self._release()
 
     @property
