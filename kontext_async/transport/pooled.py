@@ -79,7 +79,7 @@ def _takes(member: object, *parameters: str) -> bool:
 
 def are_requests_replaced() -> bool:
     """Return True while a tool sees or answers the requests of every session."""
-    own, members = vars(aiohttp.client), vars(aiohttp.ClientSession)
+    own, members = aiohttp.client.__dict__, vars(aiohttp.ClientSession)
     for name in _SESSION_METHODS:
         method = members.get(name)
         # By the exact type, because a wrapper may pretend to be what it wraps.
