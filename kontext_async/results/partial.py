@@ -16,9 +16,6 @@ __all__ = ["THUMBNAILS", "PartialFile", "remove_partial_files", "write_file"]
 THUMBNAILS = "thumbnails"
 """The folder of a report's thumbnails, in the folder of the images."""
 
-# Flags of a file that must be new. Without O_BINARY, Windows changes line ends.
-_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-
 _END = r"[0-9a-f]{12}\.part"
 _NAME = re.compile(rf"\..*\.{_END}", re.DOTALL)
 
@@ -49,7 +46,8 @@ class PartialFile:
 
     def write(self, data: bytes) -> None:
         if self._file is None:
-            self._file = FileIO(os.open(self.temporary, _NEW, self._mode), "w")
+            new = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+            self._file = FileIO(os.open(self.temporary, new, self._mode), "w")
         left = memoryview(data)
         while left:
             left = left[self._file.write(left) :]

@@ -177,7 +177,6 @@ class Fetcher:
         self._api = URL(base_url).origin()
         self._allow_private = allow_private
         self._own: list[aiohttp.ClientSession] = []
-        self._pooled: list[aiohttp.ClientSession] = []  # of these, those with nothing to add
         if session is not None:
             self._any_address = self._public_only = session
             return
@@ -187,7 +186,6 @@ class Fetcher:
         if not allow_private:
             self._public_only = _new_session(socket_factory=_public_socket)
             self._own.append(self._public_only)
-        self._pooled = [own for own in self._own if can_fetch(own)]
 
     async def aclose(self) -> None:
         """Close all connections of the saver's own."""
@@ -211,7 +209,7 @@ class Fetcher:
     async def _get(self, url: URL, task_id: str) -> Response:
         session = self._session(url, task_id)
         try:
-            if session in self._pooled and not are_requests_replaced():
+            if session in self._own and can_fetch(session) and not are_requests_replaced():
                 return await _get_pooled(session, url)
             return await _get_by_session(session, url)
         except (aiohttp.ClientError, OSError) as exc:
