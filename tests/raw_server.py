@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
+from collections.abc import Iterator
 
 
 class RawServer:
     """``heads`` are the requests, unparsed. ``hung_up`` is set once a client has disconnected."""
 
     def __init__(self, answer):
-        self._answer = answer
+        self._answers = answer if isinstance(answer, Iterator) else itertools.repeat(answer)
         self.heads = []
         self.connections = 0
         self.sent = 0
@@ -28,7 +30,8 @@ class RawServer:
             writer.close()
 
     async def _send(self, reader, writer):
-        for piece in [self._answer] if isinstance(self._answer, bytes) else self._answer:
+        answer = next(self._answers)
+        for piece in [answer] if isinstance(answer, bytes) else answer:
             if piece is None:
                 raise EOFError
             if isinstance(piece, float):
@@ -49,7 +52,7 @@ async def raw_server(answer, **options):
     """Serve on a free loopback port.
 
     ``answer`` is the reply to every request: bytes, or a sequence of bytes, pauses in seconds
-    (float), and None to close the connection.
+    (float), and None to close the connection. An iterator gives a reply to each request.
     """
     raw = RawServer(answer)
     handlers = set()

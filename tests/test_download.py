@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import gzip
 import hashlib
 import io
 import itertools
 import pickle
+import threading
 import traceback
+import tracemalloc
 import types
 import warnings
-from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -41,7 +43,7 @@ from kontext_async.results import (
     download,
     save_outcomes,
 )
-from kontext_async.results.images import files
+from kontext_async.results.images import downloads, files
 from kontext_async.simulator import IMAGE_STEPS, Simulator, steps
 from kontext_async.simulator.images import make_image
 
@@ -444,6 +446,59 @@ async def test_the_deadline_is_over_everything(answer, tmp_path):
     assert now() == pytest.approx(7, abs=0.1)
 
 
+INTERIM = b"HTTP/1.1 103 Early Hints\r\n\r\n"
+HEAD = f"HTTP/1.1 200 OK\r\nContent-Length: {len(PNG)}\r\n\r\n".encode()
+
+
+@virtual_time
+@pytest.mark.parametrize(
+    "answer",
+    [[999.0], [INTERIM, 999.0], [HEAD[:9], 999.0], [HEAD, 999.0], [HEAD, PNG[:9], 999.0]],
+    ids=["nothing", "interim", "half a head", "head", "half a body"],
+)
+@pytest.mark.parametrize("timeout", [None, 40])
+async def test_a_host_that_falls_silent_is_asked_again(answer, timeout, tmp_path):
+    """After 30 seconds."""
+    async with raw_server(iter([answer, IMAGE])) as server, client_of(server) as client:
+        path = await download(client, task_at(server), tmp_path, timeout=timeout)
+        assert len(server.heads) == 2
+    assert path.read_bytes() == PNG
+    assert now() == pytest.approx(30, abs=1)
+
+
+@virtual_time
+async def test_a_host_that_sends_slowly_is_not_silent(tmp_path):
+    """However long it takes in all: here 29 seconds for the head, and for each piece."""
+    pieces = [HEAD, *(PNG[at : at + 10] for at in range(0, len(PNG), 10))]
+    answer = [part for piece in pieces for part in (29.0, piece)]
+    async with raw_server(answer) as server, client_of(server) as client:
+        await download(client, task_at(server), tmp_path, timeout=None)
+        assert len(server.heads) == 1
+    assert now() == pytest.approx(29 * len(pieces), abs=1)
+
+
+@virtual_time
+async def test_a_host_is_not_silent_while_the_disk_is_slow(monkeypatch, tmp_path):
+    """Nothing is read from it meanwhile. It has 30 seconds from then on."""
+    write = downloads.run_in_thread
+
+    async def slow(function, *args):
+        if function.__name__ == "write":
+            await asyncio.sleep(100)
+        return await write(function, *args)
+
+    monkeypatch.setattr(downloads, "run_in_thread", slow)
+    head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(LARGE)}\r\n\r\n".encode()
+    begun = head + LARGE[:-9]
+    answers = [[begun, 29.0, LARGE[-9:]], [begun, 999.0], http(LARGE)]
+    async with raw_server(iter(answers)) as server, client_of(server) as client:
+        for seconds, name in ((100, "a"), (230, "b")):
+            began = now()
+            await download(client, task_at(server, name), tmp_path, timeout=None)
+            assert now() - began == pytest.approx(seconds, abs=2)
+    assert names(tmp_path) == ["a.png", "b.png"]
+
+
 @pytest.mark.parametrize("announced", [True, False])
 @pytest.mark.parametrize("spare", [0, -1])
 @pytest.mark.parametrize("data", [PNG, LARGE], ids=["short", "long"])
@@ -822,6 +877,54 @@ async def test_a_closing_that_is_cancelled_still_closes(tmp_path):
     assert names(tmp_path) == []
 
 
+async def test_a_save_is_ended_once(monkeypatch, tmp_path):
+    """By its deadline, and not again by the closing of its saver, while a thread writes."""
+    writing, disk = threading.Event(), threading.Event()
+    write = files.PartialImage.write
+
+    def slow_write(image, data):
+        writing.set()
+        assert disk.wait(10)
+        write(image, data)
+
+    monkeypatch.setattr(files.PartialImage, "write", slow_write)
+    async with raw_server([BEGINNING, 60.0]) as server, client_of(server) as client:
+        saver = ImageSaver(client, tmp_path, timeout=0.05)
+        await saver.__aenter__()
+        save = asyncio.create_task(saver.save(task_at(server)))
+        assert await asyncio.to_thread(writing.wait, 10)
+        await asyncio.sleep(0.1)
+        closing = asyncio.create_task(saver.__aexit__(None, None, None))
+        await asyncio.sleep(0)
+        disk.set()
+        await error_of(save, ClientStateError)
+        assert save.cancelling() == 0
+        await closing
+    assert names(tmp_path) == []
+
+
+@virtual_time
+async def test_nothing_is_kept_of_broken_bodies(tmp_path):
+    """Here one image is still being received while others break off."""
+    head = f"HTTP/1.1 200 OK\r\nContent-Length: {MIB}\r\n\r\n".encode()
+    broken = [head + LARGE[: MIB - 9], None]
+    async with raw_server([BEGINNING, 999.0]) as slow, raw_server(broken) as server:
+        async with client_of(server) as client:
+            saver = ImageSaver(client, tmp_path, allow_private=True, timeout=None)
+            async with saver:
+                save = asyncio.create_task(saver.save(task_at(slow, "slow")))
+                await asyncio.sleep(1)
+                tracemalloc.start()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(200):
+                        await saver.save(task_at(server))
+                grown, _ = tracemalloc.get_traced_memory()
+                tracemalloc.stop()
+            await error_of(save, ClientStateError)
+        assert len(server.heads) > 10
+        assert grown < 3 * MIB
+
+
 async def test_saves_of_one_task_at_once_make_one_file(tmp_path):
     """All others raise; with overwrite=True none does."""
     async with raw_server(IMAGE) as server, client_of(server) as client:
@@ -1062,7 +1165,7 @@ async def test_leaving_early_ends_what_is_under_way(how, simulator, client, tmp_
     source = Source([*stalled, FAILED], then=500)
     async with ImageSaver(client, tmp_path) as saver:
         stream = save_outcomes(source, saver)
-        with pytest.raises(LookupError) if how == "error" else nullcontext():
+        with pytest.raises(LookupError) if how == "error" else contextlib.nullcontext():
             async with stream:
                 assert await anext(stream) == (FAILED, None)
                 await later(stream)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 
 import pytest
@@ -60,7 +61,7 @@ class Saving:
         self.finisher = Finisher()
 
     def image(self, name):
-        return PartialImage(Target(task_id=name, folder=str(self.folder), name=name), "png")
+        return PartialImage(Target(task_id=name, folder=self.folder, name=name), "png")
 
     async def start(self, *images, data=DATA):
         """Start saves; return their tasks when all of them wait."""
@@ -173,14 +174,45 @@ async def test_work_that_is_cancelled_itself_ends_the_saves(saving, monkeypatch)
     assert (await tasks[1]).path.name == "b.png"
 
 
-async def test_a_cancellation_is_raised_when_the_image_is_finished(saving, gate):
-    """Also of one that still waits for its group: no thread writes afterwards."""
-    tasks = await saving.start("a", "b")
-    for task in tasks:
-        task.cancel()
-    await asyncio.sleep(0)
-    assert not any(task.done() for task in tasks)
+@pytest.mark.parametrize("times", [1, 3])
+async def test_a_cancellation_is_raised_when_no_thread_writes_any_longer(times, saving, gate):
+    """At once where none has begun: then the image is not saved."""
+    being_written, waiting, other = await saving.start("a", "b", "c")
+    await gate.begun(1)
+    for _ in range(times):
+        being_written.cancel()
+        waiting.cancel()
+        await asyncio.sleep(0)
+    assert waiting.cancelled()
+    assert not being_written.done()
     gate.open.set()
-    await asyncio.wait(tasks)
-    assert all(task.cancelled() for task in tasks)
-    assert sorted(path.name for path in saving.folder.iterdir()) == ["a.png", "b.png"]
+    await asyncio.wait([being_written])
+    assert being_written.cancelled()
+    assert (await other).path.name == "c.png"
+    assert gate.groups == [["a"], ["c"]]
+    assert sorted(path.name for path in saving.folder.iterdir()) == ["a.png", "c.png"]
+
+
+async def test_where_all_that_wait_are_cancelled_no_group_begins(saving, gate):
+    """The next image is a group of its own."""
+    first, waiting = await saving.start("a", "b")
+    waiting.cancel()
+    gate.open.set()
+    await first
+    [task] = await saving.start("c")
+    await task
+    assert gate.groups == [["a"], ["c"]]
+
+
+async def test_a_failure_of_an_image_whose_save_was_cancelled_is_not_logged(saving, gate, caplog):
+    """Nobody waits for it any longer."""
+    broken = saving.image("a")
+    [task] = await saving.start(broken, data=DATA[:-1])
+    await gate.begun(1)
+    task.cancel()
+    gate.open.set()
+    await asyncio.wait([task])
+    broken.discard()
+    del task
+    gc.collect()
+    assert caplog.text == ""

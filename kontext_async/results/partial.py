@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import random
 import re
-import secrets
 from collections.abc import Iterable
 from contextlib import suppress
 from io import FileIO
@@ -19,6 +19,11 @@ THUMBNAILS = "thumbnails"
 _END = r"[0-9a-f]{12}\.part"
 _NAME = re.compile(rf"\..*\.{_END}", re.DOTALL)
 
+# For names alone: a file that exists is never opened. `secrets` would ask the system each time.
+_random = random.Random()  # noqa: S311  # as above
+with suppress(AttributeError):  # Windows does not fork
+    os.register_at_fork(after_in_child=_random.seed)
+
 
 def _beginning(name: str) -> str:
     """Return how the temporary names of a file begin.
@@ -29,14 +34,13 @@ def _beginning(name: str) -> str:
 
 
 class PartialFile:
-    """A file under a temporary name beside its own. The first `write` creates it."""
+    """A file under a temporary name in its folder. The first `write` creates it."""
 
-    def __init__(self, path: str, *, mode: int = 0o666) -> None:
-        self.path = path
+    def __init__(self, folder: str, name: str, *, mode: int = 0o666) -> None:
+        prefix = os.path.join(folder, "")  # noqa: PTH118  # a quarter of the time
+        self.path = prefix + name
+        self.temporary = f"{prefix}{_beginning(name)}{_random.getrandbits(48):012x}.part"
         self._mode = mode
-        folder, name = os.path.split(path)
-        name = f"{_beginning(name)}{secrets.token_hex(6)}.part"
-        self.temporary = os.path.join(folder, name)  # noqa: PTH118  # a quarter of the time
         self._file: FileIO | None = None  # without a buffer, which takes three system calls more
 
     @property
@@ -82,7 +86,7 @@ def write_file(path: Path, parts: Iterable[bytes], *, mode: int = 0o666) -> None
 
     ``mode``: the permissions of the new file, as far as the process's umask grants them.
     """
-    partial = PartialFile(os.fspath(path), mode=mode)
+    partial = PartialFile(os.fspath(path.parent), path.name, mode=mode)
     try:
         for part in parts:
             partial.write(part)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TypeVar, TypeVarTuple, Unpack
+from typing import Any, TypeVar, TypeVarTuple, Unpack
 
-__all__ = ["run_in_thread", "uncancellable"]
+__all__ = ["run_in_thread", "uncancellable", "until_ended"]
 
 _Args = TypeVarTuple("_Args")
 _T = TypeVar("_T")
@@ -23,9 +23,14 @@ async def uncancellable(work: asyncio.Future[_T]) -> _T:
     try:
         return await asyncio.shield(work)
     except asyncio.CancelledError:
-        while not work.done():  # so that no thread still writes afterwards
-            with suppress(asyncio.CancelledError):
-                await asyncio.wait([work])
+        await until_ended(work)
         if not work.cancelled():
             work.exception()  # retrieved, so that asyncio does not log it
         raise
+
+
+async def until_ended(work: asyncio.Future[Any]) -> None:
+    """Wait for a thread's work whatever cancels it, so that no thread still writes afterwards."""
+    while not work.done():
+        with suppress(asyncio.CancelledError):
+            await asyncio.wait([work])

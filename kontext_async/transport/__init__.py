@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kontext_async.transport.expiries import Expiries
 from kontext_async.transport.failures import (
     UNTRUSTED_SERVER,
     check_for_second_login,
@@ -10,11 +11,13 @@ from kontext_async.transport.failures import (
 )
 from kontext_async.transport.polls import Transport
 from kontext_async.transport.pooled import PooledRequests, are_requests_replaced, can_fetch
-from kontext_async.transport.session import MAX_HEADER, request_headers
+from kontext_async.transport.session import CONNECT_TIMEOUT, MAX_HEADER, request_headers
 
 __all__ = [
+    "CONNECT_TIMEOUT",
     "MAX_HEADER",
     "UNTRUSTED_SERVER",
+    "Expiries",
     "PooledRequests",
     "Transport",
     "are_requests_replaced",

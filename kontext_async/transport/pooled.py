@@ -5,7 +5,7 @@ aiohttp's public documentation does not cover all of this. So `_NEEDED` names wh
 and `can_fetch` tells if this aiohttp has it: a connector's ``connect`` takes a `ClientRequest`,
 traces and a `ClientTimeout` and returns a connection, which has ``transport``, ``protocol``,
 ``release`` and ``close``; its protocol is a `ResponseHandler`, whose ``read`` gives a message's
-head and a `StreamReader`, after ``set_response_params`` and ``start_timeout``.
+head and a `StreamReader`, after ``set_response_params``.
 """
 
 from __future__ import annotations
@@ -42,12 +42,10 @@ _NEEDED: Final[Mapping[tuple[type, str], tuple[str, ...]]] = {
     (Connection, "close"): (),
     (ResponseHandler, "set_response_params"): (
         "read_until_eof",
-        "read_timeout",
         "read_bufsize",
         "max_line_size",
         "max_field_size",
     ),
-    (ResponseHandler, "start_timeout"): (),
     (ResponseHandler, "read"): (),
     (StreamReader, "readany"): (),
     (StreamReader, "at_eof"): (),
@@ -108,12 +106,10 @@ class PooledRequests:
         url: URL,
         headers: Mapping[str, str],
         *,
-        timeout: aiohttp.ClientTimeout,
         read_bufsize: int = 2**16,
     ) -> None:
         assert session.connector is not None, "the session is open"
         self._connector = session.connector
-        self._timeout = timeout
         self._read_bufsize = read_bufsize
         self._url = url
         # The connector reads the host and its options from it; it is never sent itself.
@@ -140,7 +136,7 @@ class PooledRequests:
 
     async def _get(self, target: str) -> PooledAnswer:
         try:
-            connection = await self._connector.connect(self._request, [], self._timeout)
+            connection = await self._connector.connect(self._request, [], CONNECT_TIMEOUT)
         except TimeoutError as exc:
             raise aiohttp.ConnectionTimeoutError(f"no connection to {self._url.host}") from exc
         try:
@@ -168,13 +164,11 @@ class PooledRequests:
             raise aiohttp.ServerDisconnectedError
         protocol.set_response_params(
             read_until_eof=True,
-            read_timeout=self._timeout.sock_read,
             read_bufsize=self._read_bufsize,
             max_line_size=MAX_HEADER,
             max_field_size=MAX_HEADER,
         )
         transport.write(f"GET {target}{self._after_target}".encode())
-        protocol.start_timeout()
         return protocol
 
 
@@ -191,7 +185,7 @@ class PooledFetcher:
         headers: CIMultiDict[str],
         fallback: Fetcher,
     ) -> None:
-        self._requests = PooledRequests(session, endpoint, headers, timeout=CONNECT_TIMEOUT)
+        self._requests = PooledRequests(session, endpoint, headers)
         self._before_id = f"{endpoint.raw_path}?taskId="
         self._fallback = fallback
 

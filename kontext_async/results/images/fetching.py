@@ -21,6 +21,7 @@ from kontext_async._version import __version__
 from kontext_async.client import is_loopback
 from kontext_async.results.errors import DownloadError
 from kontext_async.transport import (
+    CONNECT_TIMEOUT,
     MAX_HEADER,
     UNTRUSTED_SERVER,
     PooledRequests,
@@ -37,6 +38,8 @@ _MAX_REDIRECTS = 5
 _REDIRECTS = (301, 302, 303, 307, 308)
 _CONTROL = re.compile(r"[\0-\x1f\x7f]")
 _UNSENDABLE = re.compile(r"[^!-~]+")
+# Scheme, authority, path and query of a URL (RFC 3986, appendix B).
+_PARTS = re.compile(r"(?:([A-Za-z][A-Za-z0-9+.-]*):)?(?://([^/?#]*))?([^?#]*)(?:\?([^#]*))?")
 # For benchmarks of networks (RFC 2544); "fake-IP" resolvers of VPN programs answer from it.
 _FAKE = ipaddress.IPv4Network("198.18.0.0/15")
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
@@ -48,8 +51,7 @@ _HEADERS = {
     "Accept": "image/*",
     "Accept-Encoding": "identity",
 }
-# Seconds; the whole download has its own deadline.
-_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=30)
+_MAX_ROUTES = 16  # that are kept: a batch's images come from few hosts
 _READ_BUFSIZE = 2**18  # bytes: the size of asyncio's own reads
 
 
@@ -99,30 +101,57 @@ def _new_session(**options: Any) -> aiohttp.ClientSession:
     )
 
 
-def _url(text: str, task_id: str, base: str = "") -> URL:
-    """Return a URL that is requested as it is written, because its signature may cover its text.
+def _parts(text: str) -> tuple[str, str, str, str]:
+    parts = _PARTS.match(text)
+    assert parts is not None, "all parts may be empty"
+    scheme, authority, path, query = parts.groups("")
+    return scheme, authority, path, query
 
-    Only the host is normalized, and characters that cannot be sent are percent-encoded. ``base``:
-    of a redirect's location.
-    """
+
+def _checked(text: str, task_id: str, base: str = "") -> str:
+    """Return a URL as it is written. ``base``: the URL that redirects to it."""
     try:
         if _CONTROL.search(text):
-            raise ValueError("it contains a control character")  # noqa: TRY301  # as yarl would
-        if base and not URL(text).scheme:
-            text = urljoin(base, text)
-        normalized = URL(text)
-        url = URL(_UNSENDABLE.sub(_percent_encoded, text.strip(" ")), encoded=True)
-        if not normalized.host:  # raises if it cannot be decoded
-            return url
-        host = str(normalized.raw_host)
-        host.encode("idna")  # as the resolver will, without catching errors
-        return url if host == url.raw_host else url.with_host(host)
+            raise ValueError("it contains a control character")  # noqa: TRY301  # as urljoin would
+        text.encode(errors="surrogateescape")  # as it will be sent
+        text = text.strip(" ")
+        has_scheme = _parts(text)[0] or not base
+        return text if has_scheme else urljoin(base, text)
+    except ValueError as exc:
+        raise _invalid(exc, task_id) from exc
+
+
+def _origin(scheme: str, authority: str, task_id: str) -> URL:
+    """Return an origin, its host normalized. Raises `DownloadError` if it cannot be requested."""
+    if scheme not in ("http", "https") or not authority:
+        raise _refused(f"its URL is not http(s): {scheme}:", task_id)
+    try:
+        origin = URL(f"{scheme}://{authority}")
+        host = origin.host  # raises if it cannot be decoded
+        str(origin.raw_host).encode("idna")  # as the resolver will, without catching errors
+        has_login = origin.user is not None or origin.password is not None
     except (ValueError, IndexError) as exc:  # yarl raises either
-        raise _refused(f"its URL is not valid: {exc}", task_id) from exc
+        raise _invalid(exc, task_id) from exc
+    if has_login:
+        raise _refused(f"its URL at {host} contains a user name or password", task_id)
+    return origin
+
+
+def _target(path: str, query: str) -> str:
+    """Return a path and query as they are written, because a signature may cover their text.
+
+    Only what cannot be sent is percent-encoded.
+    """
+    target = f"{path or '/'}?{query}" if query else path or "/"
+    return _UNSENDABLE.sub(_percent_encoded, target)
 
 
 def _percent_encoded(text: re.Match[str]) -> str:
     return quote(text[0], errors="surrogateescape")  # aiohttp reads headers so
+
+
+def _invalid(exc: Exception, task_id: str) -> DownloadError:
+    return _refused(f"its URL is not valid: {exc}", task_id)
 
 
 def _refused(problem: str, task_id: str, status: int | None = None) -> DownloadError:
@@ -163,6 +192,32 @@ class Response:
         return int(self.headers.get("Content-Length", 0))
 
 
+@attrs.frozen
+class _Route:
+    """The way to an origin: over the connector alone, or by the session if ``requests`` is None."""
+
+    origin: URL
+    session: aiohttp.ClientSession
+    requests: PooledRequests | None
+
+    async def get(self, target: str) -> Response:
+        host = str(self.origin.host)
+        if self.requests is not None and not are_requests_replaced():
+            connection, head, content = await self.requests.get(target)
+            return Response(host, head.code, head.headers, content, connection.release)
+        answer = await self.session.get(
+            URL(f"{self.origin}{target}", encoded=True),
+            allow_redirects=False,
+            raise_for_status=False,
+            headers=_HEADERS,
+            timeout=CONNECT_TIMEOUT,
+            read_bufsize=_READ_BUFSIZE,
+            max_line_size=MAX_HEADER,
+            max_field_size=MAX_HEADER,
+        )
+        return Response(host, answer.status, answer.headers, answer.content, answer.release)
+
+
 class Fetcher:
     """Sends requests for images, and follows redirects.
 
@@ -176,6 +231,7 @@ class Fetcher:
     ) -> None:
         self._api = URL(base_url).origin()
         self._allow_private = allow_private
+        self._routes: dict[tuple[str, str], _Route] = {}
         self._own: list[aiohttp.ClientSession] = []
         if session is not None:
             self._any_address = self._public_only = session
@@ -195,7 +251,7 @@ class Fetcher:
 
     async def get(self, text: str, task_id: str) -> Response:
         """Return the response after all redirects. Raises `DownloadError`."""
-        url = _url(text, task_id)
+        url = _checked(text, task_id)
         redirects = 0
         while (response := await self._get(url, task_id)).status in _REDIRECTS:
             with response:
@@ -203,59 +259,51 @@ class Fetcher:
             if redirects == _MAX_REDIRECTS:
                 raise _refused(f"more than {_MAX_REDIRECTS} redirects", task_id, response.status)
             redirects += 1
-            url = _url(location, task_id, base=str(url))
+            url = _checked(location, task_id, base=url)
         return response
 
-    async def _get(self, url: URL, task_id: str) -> Response:
-        session = self._session(url, task_id)
+    async def _get(self, url: str, task_id: str) -> Response:
+        scheme, authority, path, query = _parts(url)
+        route = self._route(scheme, authority, task_id)
         try:
-            if session in self._own and can_fetch(session) and not are_requests_replaced():
-                return await _get_pooled(session, url)
-            return await _get_by_session(session, url)
+            return await route.get(_target(path, query))
         except (aiohttp.ClientError, OSError) as exc:
             error, cause = failure(exc, task_id), safe_cause(exc)
         except Exception as exc:
-            if session in self._own:
+            if self._own:
                 raise
             # A connector or middlewares of the user's own may raise anything.
             error, cause = failure(exc, task_id), None
         raise error from cause  # after the block: aiohttp's may hold the password of a proxy
 
-    def _session(self, url: URL, task_id: str) -> aiohttp.ClientSession:
-        """Return the session for a URL; raises `DownloadError` if the URL is not allowed."""
-        if url.scheme not in ("http", "https") or not url.host:
-            raise _refused(f"its URL is not http(s): {url.scheme}:", task_id)
-        if url.user is not None or url.password is not None:
-            raise _refused(f"its URL at {url.host} contains a user name or password", task_id)
-        if url.origin() == self._api:
+    def _route(self, scheme: str, authority: str, task_id: str) -> _Route:
+        """Return the way to an origin; raises `DownloadError` if that is not allowed."""
+        key = (scheme, authority)
+        route = self._routes.get(key)
+        if route is None:
+            origin = _origin(scheme.lower(), authority, task_id)
+            session = self._session(origin, task_id)
+            is_pooled = self._own and can_fetch(session)
+            route = _Route(origin, session, _pooled(session, origin) if is_pooled else None)
+            if len(self._routes) >= _MAX_ROUTES:
+                self._routes.clear()
+            self._routes[key] = route
+        return route
+
+    def _session(self, origin: URL, task_id: str) -> aiohttp.ClientSession:
+        """Return the session for an origin; raises `DownloadError` if that is not allowed."""
+        if origin == self._api:
             return self._any_address
-        if url.scheme == "http" and not is_loopback(url.host):
-            raise _refused(f"its URL at {url.host} is plain http, not https", task_id)
+        host = str(origin.host)
+        if origin.scheme == "http" and not is_loopback(host):
+            raise _refused(f"its URL at {host} is plain http, not https", task_id)
         if not self._own and not self._allow_private:
-            _check_written_address(url.host, task_id)
+            _check_written_address(host, task_id)
         return self._public_only
 
 
-async def _get_pooled(session: aiohttp.ClientSession, url: URL) -> Response:
-    requests = PooledRequests(session, url, _HEADERS, timeout=_TIMEOUT, read_bufsize=_READ_BUFSIZE)
-    connection, head, content = await requests.get(url.raw_path_qs)
-    return Response(str(url.host), head.code, head.headers, content, connection.release)
-
-
-async def _get_by_session(session: aiohttp.ClientSession, url: URL) -> Response:
-    response = await session.get(
-        url,
-        allow_redirects=False,
-        raise_for_status=False,
-        headers=_HEADERS,
-        timeout=_TIMEOUT,
-        read_bufsize=_READ_BUFSIZE,
-        max_line_size=MAX_HEADER,
-        max_field_size=MAX_HEADER,
-    )
-    return Response(
-        str(url.host), response.status, response.headers, response.content, response.release
-    )
+def _pooled(session: aiohttp.ClientSession, origin: URL) -> PooledRequests:
+    return PooledRequests(session, origin, _HEADERS, read_bufsize=_READ_BUFSIZE)
 
 
 def _check_written_address(host: str, task_id: str) -> None:

@@ -94,32 +94,31 @@ def image_kind(head: bytes) -> str | None:
     return "webp" if head[:4] == b"RIFF" and head[8:12] == b"WEBP" else None
 
 
-def _file_error(exc: OSError, folder: str, task_id: str | None) -> DownloadError:
+def _file_error(exc: OSError, folder: Path, task_id: str | None) -> DownloadError:
     error = DownloadError(f"in {folder}: {exc.strerror or exc}", task_id=task_id, retryable=False)
     error.__cause__ = exc
     return error
 
 
 @contextmanager
-def _translate_errors(folder: str, task_id: str | None) -> Generator[None]:
+def _translate_errors(folder: Path, task_id: str | None) -> Generator[None]:
     try:
         yield
     except OSError as exc:
         raise _file_error(exc, folder, task_id) from exc
 
 
-def open_folder(folder: str) -> set[str]:
+def open_folder(folder: Path) -> set[str]:
     """Create the folder if it is missing, and return the names in it."""
     with _translate_errors(folder, None):
-        path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
-        return {entry.name for entry in path.iterdir()}
+        folder.mkdir(parents=True, exist_ok=True)
+        return {entry.name for entry in folder.iterdir()}
 
 
-def sweep_folder(folder: str) -> None:
+def sweep_folder(folder: Path) -> None:
     """Remove the temporary files that killed processes left."""
     with _translate_errors(folder, None):
-        remove_partial_files(Path(folder))
+        remove_partial_files(folder)
 
 
 @attrs.frozen(kw_only=True)
@@ -127,7 +126,7 @@ class Target:
     """The file for a task's image: ``name`` in ``folder``, plus an ending unless ``exact``."""
 
     task_id: str
-    folder: str
+    folder: Path
     name: str
     exact: bool = False
     overwrite: bool = False
@@ -136,9 +135,8 @@ class Target:
         """Return the names the file may have, before its kind is known."""
         return [self.name] if self.exact else [self.name + end for end in _ENDINGS.values()]
 
-    def path(self, kind: str) -> str:
-        name = self.name if self.exact else self.name + _ENDINGS[kind]
-        return os.path.join(self.folder, name)  # noqa: PTH118  # a quarter of the time
+    def file_name(self, kind: str) -> str:
+        return self.name if self.exact else self.name + _ENDINGS[kind]
 
     def exists_error(self, name: str) -> DownloadError:
         """Return the error to raise if a file of that name exists."""
@@ -158,18 +156,21 @@ class Target:
 
 
 class PartialImage:
-    """An image in a temporary file beside its target, until it is complete."""
+    """An image in a temporary file beside its target, until it is complete.
+
+    Its methods raise `OSError`.
+    """
 
     def __init__(self, target: Target, kind: str) -> None:
         self.target = target
         self._kind = kind
-        self._file = PartialFile(target.path(kind))
+        self._name = target.file_name(kind)
+        self._file = PartialFile(os.fspath(target.folder), self._name)
         self._digest = hashlib.sha256()
         self._size = 0
 
     def write(self, data: bytes) -> None:
-        with self.target.translate_errors():
-            self._file.write(data)
+        self._file.write(data)
         self._digest.update(data)
         self._size += len(data)
 
@@ -181,19 +182,16 @@ class PartialImage:
     def finish(self, data: bytes) -> SavedImage:
         """Write the last data, check the image, and rename it once it is on disk.
 
-        Its name is not on disk until the folder is synced.
+        Its name is not on disk until the folder is synced. Raises `DownloadError` as well.
         """
         self.write(data)
-        with self.target.translate_errors():
-            # In memory where possible: each read of a file hands Python's lock over.
-            with io.BytesIO(data) if len(data) == self._size else self._file.read() as file:
-                problem = decoding_problem(file, self._kind)
-            if problem is not None:
-                raise DownloadError(problem, task_id=self.target.task_id, http_status=200)
-            self._file.sync()
-            self._rename()
+        problem = self._problem(data)
+        if problem is not None:
+            raise DownloadError(problem, task_id=self.target.task_id, http_status=200)
+        self._file.sync()
+        self._rename()
         return SavedImage(
-            path=Path(self._file.path),
+            path=self.target.folder / self._name,
             size=self._size,
             sha256=self._digest.hexdigest(),
             kind=self._kind,
@@ -203,11 +201,20 @@ class PartialImage:
         """Remove the temporary file. Idempotent."""
         self._file.discard()
 
+    def _problem(self, data: bytes) -> str | None:
+        """Return why the image is broken, or None. ``data`` came last."""
+        if len(data) < self._size:
+            with self._file.read() as file:
+                return decoding_problem(file, self._kind)
+        # In memory where possible: each read of a file hands Python's lock over.
+        if _HAS_PILLOW:
+            return decoding_problem(io.BytesIO(data), self._kind)
+        return _end_problem(data, data[-_TAIL:], self._size, self._kind)
+
     def _rename(self) -> None:
-        path = self._file.path
         with _RENAMING:  # so that of two savers in this process one gets the error
-            if not self.target.overwrite and os.path.lexists(path):
-                raise self.target.exists_error(os.path.basename(path))  # noqa: PTH119  # as above
+            if not self.target.overwrite and os.path.lexists(self._file.path):
+                raise self.target.exists_error(self._name)
             self._file.rename()
 
 
@@ -215,7 +222,7 @@ class PartialImage:
 _CANNOT_SYNC = (errno.EACCES, errno.EINVAL, errno.ENOTSUP)
 
 
-def _sync_folder(folder: str) -> None:
+def _sync_folder(folder: Path) -> None:
     """Return when the names in a folder are on disk, so that a power cut loses no image.
 
     Windows has no such call.
@@ -223,7 +230,7 @@ def _sync_folder(folder: str) -> None:
     if os.name == "nt":
         return
     try:
-        descriptor = os.open(folder or os.curdir, os.O_RDONLY)
+        descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
@@ -244,6 +251,8 @@ def finish_images(
     for image, data in images:
         try:
             ended.append(image.finish(data))
+        except OSError as exc:
+            ended.append(image.target.error(exc))
         except DownloadError as error:
             ended.append(error)
     if all(isinstance(image, DownloadError) for image in ended):
@@ -261,7 +270,11 @@ def finish_images(
 def decoding_problem(file: BinaryIO, kind: str) -> str | None:
     """Return why an image is broken, or None. Without Pillow only its end is checked."""
     if not _HAS_PILLOW:
-        return None if _has_end(file, kind) else f"the {kind} is broken: its end is missing"
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        head = file.read(8)
+        file.seek(max(size - _TAIL, 0))
+        return _end_problem(head, file.read(), size, kind)
     from PIL import Image  # noqa: PLC0415  # an extra
 
     file.seek(0)
@@ -274,20 +287,19 @@ def decoding_problem(file: BinaryIO, kind: str) -> str | None:
     return None
 
 
-def _has_end(file: BinaryIO, kind: str) -> bool:
-    """Return True if a file contains the end of its image; something may follow it."""
-    size = file.seek(0, os.SEEK_END)
+def _end_problem(head: bytes, tail: bytes, size: int, kind: str) -> str | None:
+    """Return why an image has no end, or None. Something may follow its end."""
     if kind == "webp":  # the format of RIFF: the size of what follows is in bytes 4 to 8
-        file.seek(4)
-        return size >= 8 + int.from_bytes(file.read(4), "little")
-    file.seek(max(size - _TAIL, 0))
-    return _ENDS[kind] in file.read()
+        has_end = size >= 8 + int.from_bytes(head[4:8], "little")
+    else:
+        has_end = _ENDS[kind] in tail
+    return None if has_end else f"the {kind} is broken: its end is missing"
 
 
 def find_image(target: Target) -> SavedImage | None:
     """Return the image that the target already has, if it is complete."""
     for name in target.names():
-        path = Path(target.folder, name)
+        path = target.folder / name
         with target.translate_errors(), suppress(FileNotFoundError), path.open("rb") as file:
             kind = image_kind(file.read(12))
             if kind is None or decoding_problem(file, kind) is not None:

@@ -12,15 +12,24 @@ from typing import TypeAlias
 
 from kontext_async.results.errors import DownloadError
 from kontext_async.results.images.files import PartialImage, SavedImage, finish_images
-from kontext_async.results.threads import run_in_thread, uncancellable
+from kontext_async.results.threads import run_in_thread, until_ended
 
 __all__ = ["Finisher"]
 
-_Waiting: TypeAlias = tuple[PartialImage, bytes, asyncio.Future[SavedImage]]
+_Work: TypeAlias = asyncio.Future[list[SavedImage | DownloadError]]
 
 # Images that wait for no group under way, because a slow disk would let them wait long. Chosen by
 # the benchmark `saving`: with 2 an image takes more CPU time, with 4 fewer are saved a second.
 _GROUP = 3
+
+
+class _Group:
+    """Images for one thread, and the futures of their saves. ``work``: None until it begins."""
+
+    def __init__(self) -> None:
+        self.images: list[tuple[PartialImage, bytes]] = []
+        self.saves: list[asyncio.Future[SavedImage]] = []
+        self.work: _Work | None = None
 
 
 class Finisher:
@@ -30,44 +39,54 @@ class Finisher:
     """
 
     def __init__(self) -> None:
-        self._waiting: list[_Waiting] = []
+        self._next = _Group()
         self._running = 0  # groups
 
     async def finish(self, image: PartialImage, data: bytes) -> SavedImage:
-        """Return the saved image. A cancellation is raised when the image is finished.
+        """Return the saved image. Raises `DownloadError`.
 
-        Raises `DownloadError`.
+        A cancellation is raised when no thread works on the image.
         """
         if image.takes_long:
             [saved] = await run_in_thread(finish_images, [(image, data)])
             if isinstance(saved, SavedImage):
                 return saved
             raise saved
-        done = asyncio.get_running_loop().create_future()
-        self._waiting.append((image, data, done))
+        group = self._next
+        save: asyncio.Future[SavedImage] = asyncio.get_running_loop().create_future()
+        group.images.append((image, data))
+        group.saves.append(save)
         self._start()
-        return await uncancellable(done)
+        try:
+            return await save
+        except asyncio.CancelledError:
+            if group.work is not None:
+                await until_ended(group.work)
+            else:
+                at = group.saves.index(save)
+                del group.images[at], group.saves[at]
+            raise
 
     def _start(self) -> None:
-        """Start a group of all that wait, unless they should wait on."""
-        if not self._waiting or (self._running and len(self._waiting) < _GROUP):
+        """Start the next group, unless its images should wait on."""
+        group = self._next
+        if not group.images or (self._running and len(group.images) < _GROUP):
             return
-        group, self._waiting = self._waiting, []
+        self._next = _Group()
         self._running += 1
-        work = asyncio.get_running_loop().run_in_executor(
-            None, finish_images, [(image, data) for image, data, _ in group]
-        )
-        work.add_done_callback(functools.partial(self._end, group))
+        loop = asyncio.get_running_loop()
+        group.work = loop.run_in_executor(None, finish_images, group.images)
+        group.work.add_done_callback(functools.partial(self._end, group.saves))
 
-    def _end(
-        self, group: list[_Waiting], work: asyncio.Future[list[SavedImage | DownloadError]]
-    ) -> None:
+    def _end(self, saves: list[asyncio.Future[SavedImage]], work: _Work) -> None:
         self._running -= 1
         error = asyncio.CancelledError() if work.cancelled() else work.exception()
-        ended = work.result() if error is None else [error] * len(group)
-        for (_, _, done), saved in zip(group, ended, strict=True):
+        ended = work.result() if error is None else [error] * len(saves)
+        for save, saved in zip(saves, ended, strict=True):
+            if save.cancelled():
+                continue
             if isinstance(saved, SavedImage):
-                done.set_result(saved)
+                save.set_result(saved)
             else:
-                done.set_exception(saved)
+                save.set_exception(saved)
         self._start()

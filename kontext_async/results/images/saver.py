@@ -2,202 +2,31 @@
 
 from __future__ import annotations
 
-import asyncio
-import math
 import os
-import random
-from collections.abc import Generator
-from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
 
 import aiohttp
-import attrs
 
 from kontext_async.client import KontextClient, checked_session
 from kontext_async.errors import ClientStateError, ConfigurationError
 from kontext_async.models import CompletedTask
 from kontext_async.polling import check_count, check_seconds
-from kontext_async.results.errors import DownloadError, ResultExpiredError
-from kontext_async.results.images.fetching import (
-    Fetcher,
-    Response,
-    failure,
-    is_host_trouble,
-    refusal,
-)
+from kontext_async.results.images.downloads import DEFAULT_TIMEOUT, Downloads
+from kontext_async.results.images.fetching import Fetcher
 from kontext_async.results.images.files import (
-    PartialImage,
     SavedImage,
     Target,
     file_stem,
     find_image,
-    image_kind,
     open_folder,
     sweep_folder,
 )
-from kontext_async.results.images.finishing import Finisher
 from kontext_async.results.threads import run_in_thread
 
 __all__ = ["ImageSaver", "download"]
 
 _MAX_BYTES = 50 * 1024 * 1024
-
-# Bytes of an image in memory before they are written: most images are written in one go.
-_BLOCK = 1024 * 1024
-
-# Statuses of a file that is gone, or that the host denies to have.
-_GONE = (403, 404, 410)
-_ALREADY_EXPIRED = datetime.min.replace(tzinfo=UTC)
-
-# Statuses of a file that may not be there yet.
-_NOT_YET = (403, 404)
-
-# A host in trouble is asked until the deadline; one that answers without a whole image, 3 times.
-_MAX_BAD_RESPONSES = 3
-_FIRST_PAUSE = 0.5  # s
-_LONGEST_PAUSE = 15.0  # s
-
-_TIMEOUT = 120.0  # s
-
-
-class _Body:
-    """The body of a response as it arrives: the latest pieces in memory, the rest in a file."""
-
-    def __init__(self, target: Target, finisher: Finisher, max_bytes: int) -> None:
-        self._target = target
-        self._finisher = finisher
-        self._max_bytes = max_bytes
-        self._size = 0
-        self._taken = 0  # bytes that have left the memory
-        self._pieces: list[bytes] = []
-        self._image: PartialImage | None = None
-
-    async def receive(self, response: Response) -> None:
-        self._check_size(response.content_length)
-        while piece := await response.content.readany():
-            self._size += len(piece)
-            self._check_size(self._size)
-            self._pieces.append(piece)
-            if self._size - self._taken >= _BLOCK:
-                block = self._take_block()
-                await run_in_thread(self._begun(block).write, block)
-
-    async def save(self) -> SavedImage:
-        block = self._take_block()
-        saved = await self._finisher.finish(self._begun(block), block)
-        self._image = None
-        return saved
-
-    async def discard(self) -> None:
-        """Remove what is not saved."""
-        if self._image is not None:
-            await run_in_thread(self._image.discard)
-
-    def _take_block(self) -> bytes:
-        block = b"".join(self._pieces)
-        self._pieces.clear()
-        self._taken = self._size
-        return block
-
-    def _begun(self, block: bytes) -> PartialImage:
-        """Return the image, which begins with this block if it is the first."""
-        if self._image is None:
-            kind = image_kind(block)
-            if kind is None:
-                raise self._bad("the response is not an image" if block else "it is empty")
-            self._image = PartialImage(self._target, kind)
-        return self._image
-
-    def _bad(self, problem: str) -> DownloadError:
-        return DownloadError(problem, task_id=self._target.task_id, http_status=200)
-
-    def _check_size(self, size: int) -> None:
-        if size > self._max_bytes:
-            raise DownloadError(
-                f"it is larger than {self._max_bytes} bytes",
-                task_id=self._target.task_id,
-                retryable=False,
-            )
-
-
-@attrs.frozen
-class _Download:
-    """The download of one image, from any URL."""
-
-    fetcher: Fetcher
-    finisher: Finisher
-    target: Target
-    max_bytes: int
-    timeout: float | None
-
-    async def run(self, url: str, expires_at: datetime | None, age: float) -> SavedImage:
-        """Retry until the image is saved, or a retry has no point or no time left.
-
-        A missing image is waited for until it is as old as the whole timeout. ``age``: in seconds.
-        """
-        loop = asyncio.get_running_loop()
-        deadline = math.inf if self.timeout is None else loop.time() + self.timeout
-        appears_by = loop.time() + (self.timeout or _TIMEOUT) - age
-        attempts = bad_responses = 0
-        while True:
-            attempts += 1
-            try:
-                return await self._try(url, expires_at, deadline)
-            except DownloadError as error:
-                is_awaited = error.http_status in _NOT_YET and loop.time() < appears_by
-                bad_responses += _is_bad_response(error) and not is_awaited
-                delay = _pause(error, attempts)
-                is_final = not error.retryable or bad_responses >= _MAX_BAD_RESPONSES
-                if is_final or loop.time() + delay >= deadline:
-                    raise
-            await asyncio.sleep(delay)
-
-    async def _try(self, url: str, expires_at: datetime | None, deadline: float) -> SavedImage:
-        body = _Body(self.target, self.finisher, self.max_bytes)
-        task_id = self.target.task_id
-        scope = asyncio.timeout_at(None if deadline == math.inf else deadline)
-        try:
-            async with scope:
-                with await self.fetcher.get(url, task_id) as response:
-                    self._check_status(response, expires_at)
-                    await body.receive(response)
-            return await body.save()
-        except (aiohttp.ClientError, OSError) as exc:
-            raise failure(exc, task_id) from exc
-        finally:
-            await body.discard()
-
-    def _check_status(self, response: Response, expires_at: datetime | None) -> None:
-        if response.status == 200:
-            return
-        if response.status in _GONE and expires_at and expires_at <= datetime.now(UTC):
-            raise ResultExpiredError(
-                f"{response.host} has deleted it",
-                task_id=self.target.task_id,
-                http_status=response.status,
-                retryable=False,
-            )
-        raise refusal(response, self.target.task_id)
-
-
-def _is_bad_response(error: DownloadError) -> bool:
-    """Return True if the host answered about the image, and not about its own state."""
-    return error.http_status is not None and not is_host_trouble(error.http_status)
-
-
-def _pause(error: DownloadError, attempts: int) -> float:
-    """Return the seconds before another attempt: backoff with jitter, or more if asked for."""
-    backoff = min(math.ldexp(_FIRST_PAUSE, min(attempts - 1, 16)), _LONGEST_PAUSE)
-    jitter = random.uniform(0.5, 1.0)  # noqa: S311  # not for secrets
-    return max(backoff * jitter, error.retry_after or 0.0)
-
-
-def _age(task: CompletedTask) -> float:
-    """Return the seconds since a task's end; 0 if that is not known."""
-    ended = task.complete_time
-    return 0.0 if ended is None else (datetime.now(UTC) - ended).total_seconds()
 
 
 def _check_path(name: str, value: str | os.PathLike[str]) -> None:
@@ -242,7 +71,7 @@ class ImageSaver:
         max_bytes: int = _MAX_BYTES,
         allow_private: bool = False,
         use_origin: bool = False,
-        timeout: float | None = _TIMEOUT,
+        timeout: float | None = DEFAULT_TIMEOUT,
         max_concurrency: int = 8,
         session: aiohttp.ClientSession | None = None,
     ) -> None:
@@ -254,40 +83,34 @@ class ImageSaver:
         if timeout == 0:
             raise ConfigurationError("timeout must be more than 0 seconds")
         self.client = client
-        self._folder = os.fspath(folder)
+        self._folder = Path(folder)
         self._overwrite = overwrite
         self._max_bytes = max_bytes
         self._allow_private = allow_private
         self._use_origin = use_origin
         self._timeout = timeout
-        self._permits = asyncio.Semaphore(max_concurrency)
         self._names: set[str] = set()  # files known to exist
-        self._fetcher: Fetcher | None = None  # while this is open
-        self._finisher = Finisher()
-        self._saves: set[asyncio.Timeout] = set()
-        self._no_saves = asyncio.Event()
-        self._no_saves.set()
+        self._downloads: Downloads | None = None  # while this is open
         self.max_concurrency = max_concurrency
 
     async def __aenter__(self) -> Self:
         """Create the folder; raises `DownloadError` if that fails."""
-        if self._fetcher is not None:
+        if self._downloads is not None:
             raise ClientStateError("this saver is open already")
         self._names = await run_in_thread(open_folder, self._folder)
-        self._fetcher = Fetcher(
-            self.client.base_url, session=self._session, allow_private=self._allow_private
+        self._downloads = Downloads(
+            Fetcher(self.client.base_url, session=self._session, allow_private=self._allow_private),
+            use_origin=self._use_origin,
+            max_bytes=self._max_bytes,
+            max_concurrency=self.max_concurrency,
+            timeout=self._timeout,
         )
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        fetcher, self._fetcher = self._fetcher, None
-        assert fetcher is not None, "it was entered"
-        for save in self._saves:
-            save.reschedule(0.0)
-        try:
-            await self._no_saves.wait()
-        finally:
-            await fetcher.aclose()
+        downloads, self._downloads = self._downloads, None
+        assert downloads is not None, "it was entered"
+        await downloads.aclose()
 
     async def save(self, task: CompletedTask, *, name: str | None = None) -> SavedImage:
         """Save the image of a task. ``name``: of the file, its ending included.
@@ -298,15 +121,12 @@ class ImageSaver:
         """
         if not isinstance(task, CompletedTask):
             raise ConfigurationError(f"task must be a CompletedTask, not {type(task).__name__}")
-        if self._fetcher is None:
+        if self._downloads is None:
             raise ClientStateError("this saver is not open: save within its `async with`")
         target = self._target(task.task_id, name)
         if not self._overwrite and (there := self._names.intersection(target.names())):
             raise target.exists_error(there.pop())
-        run = _Download(self._fetcher, self._finisher, target, self._max_bytes, self._timeout)
-        with self._under_way() as scope:
-            async with scope, self._permits:
-                saved = await self._save(task, run)
+        saved = await self._downloads.save(task, target)
         self._names.add(saved.path.name)
         return saved
 
@@ -324,21 +144,6 @@ class ImageSaver:
         """Remove a killed process's temporary files. Call it while no other process saves here."""
         await run_in_thread(sweep_folder, self._folder)
 
-    @contextmanager
-    def _under_way(self) -> Generator[asyncio.Timeout]:
-        """Enter a scope for a save, which ends when this saver is closed."""
-        scope = asyncio.timeout(None)
-        self._saves.add(scope)
-        self._no_saves.clear()
-        try:
-            yield scope
-        except TimeoutError as exc:  # nothing else raises it here
-            raise ClientStateError("this saver was closed before the image was saved") from exc
-        finally:
-            self._saves.discard(scope)
-            if not self._saves:
-                self._no_saves.set()
-
     def _target(self, task_id: str, name: str | None) -> Target:
         if name is not None and (name in {"", ".", ".."} or Path(name).name != name):
             raise ConfigurationError(f"name must be a file name without a folder, not {name!r}")
@@ -352,20 +157,6 @@ class ImageSaver:
             overwrite=self._overwrite,
         )
 
-    async def _save(self, task: CompletedTask, run: _Download) -> SavedImage:
-        try:
-            return await run.run(task.result_image_url, task.expires_at, _age(task))
-        except DownloadError as error:
-            if not (self._use_origin and task.origin_image_url):
-                raise
-            first = error
-        try:
-            return await run.run(task.origin_image_url, _ALREADY_EXPIRED, _age(task))
-        except DownloadError as error:
-            if first.http_status in _GONE:
-                raise error from first
-            raise first from error  # a retry may succeed, whatever the origin answered
-
 
 async def download(
     client: KontextClient,
@@ -376,7 +167,7 @@ async def download(
     max_bytes: int = _MAX_BYTES,
     allow_private: bool = False,
     use_origin: bool = False,
-    timeout: float | None = _TIMEOUT,
+    timeout: float | None = DEFAULT_TIMEOUT,
     session: aiohttp.ClientSession | None = None,
 ) -> Path:
     """Save the image of a task, and return its path.

@@ -195,7 +195,7 @@ def _closed_on_error(connection: sqlite3.Connection) -> Generator[None]:
 def _create(path: Path) -> None:
     """Make an empty ledger, atomically; the caller holds the lock."""
     remove_partial_files(path.parent, of=path.name)
-    draft = PartialFile(os.fspath(path))
+    draft = PartialFile(os.fspath(path.parent), path.name)
     try:
         draft.write(b"")
         with closing(_connect(Path(draft.temporary), "mode=rw")) as connection:
