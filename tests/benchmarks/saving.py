@@ -150,23 +150,23 @@ async def _round(
 def run(*, images: int = 1000, image_bytes: int = 100_000, rounds: int = 9) -> list[dict[str, Any]]:
     """Return one row for each way to save images, on all cores and with this process on one."""
     rows = []
-    for cores in (len(os.sched_getaffinity(0)), 1):
-        with _simulator(image_bytes) as base_url, on_cores(cores):
-            spent = _rounds(base_url, images, rounds)
-        size = {"images": images, "image_bytes": image_bytes, "cores": cores}
-        rows += [{"way": name, **size, **_measured(name, spent)} for name in WAYS]
+    # Kept to the end: ext4 makes new files slowly for some time after many were removed.
+    with tempfile.TemporaryDirectory() as into:
+        for cores in (len(os.sched_getaffinity(0)), 1):
+            with _simulator(image_bytes) as base_url, on_cores(cores):
+                spent = _rounds(base_url, images, rounds, Path(into))
+            size = {"images": images, "image_bytes": image_bytes, "cores": cores}
+            rows += [{"way": name, **size, **_measured(name, spent)} for name in WAYS]
     return rows
 
 
-def _rounds(base_url: str, images: int, rounds: int) -> list[dict[str, tuple[float, float]]]:
-    with (
-        mock.patch.object(_files, "_HAS_PILLOW", new=False),
-        # Kept to the end: ext4 makes new files slowly for some time after many were removed.
-        tempfile.TemporaryDirectory() as name,
-    ):
+def _rounds(
+    base_url: str, images: int, rounds: int, into: Path
+) -> list[dict[str, tuple[float, float]]]:
+    with mock.patch.object(_files, "_HAS_PILLOW", new=False):
         tasks = asyncio.run(_tasks(base_url, images))
-        asyncio.run(_round(base_url, tasks[:_IN_TURN], Path(name)))  # to warm up
-        return [asyncio.run(_round(base_url, tasks, Path(name))) for _ in range(rounds)]
+        asyncio.run(_round(base_url, tasks[:_IN_TURN], into))  # to warm up
+        return [asyncio.run(_round(base_url, tasks, into)) for _ in range(rounds)]
 
 
 def _measured(name: str, spent: Sequence[Mapping[str, tuple[float, float]]]) -> dict[str, Any]:
