@@ -11,12 +11,14 @@ import io
 import itertools
 import pickle
 import threading
+import time
 import traceback
 import tracemalloc
 import types
 import warnings
 from datetime import UTC, datetime, timedelta
 
+import aiohttp
 import pytest
 from PIL import Image
 from pngs import plain_png
@@ -43,7 +45,7 @@ from kontext_async.results import (
     download,
     save_outcomes,
 )
-from kontext_async.results.images import downloads, files
+from kontext_async.results.images import downloads, fetching, files
 from kontext_async.simulator import IMAGE_STEPS, Simulator, steps
 from kontext_async.simulator.images import make_image
 
@@ -464,6 +466,66 @@ async def test_a_host_that_falls_silent_is_asked_again(answer, timeout, tmp_path
         assert len(server.heads) == 2
     assert path.read_bytes() == PNG
     assert now() == pytest.approx(30, abs=1)
+
+
+@virtual_time
+@pytest.mark.parametrize(
+    "answer",
+    [[999.0], [HEAD[:9], 999.0], [HEAD, 999.0], [HEAD, PNG[:9], 999.0]],
+    ids=["nothing", "half a head", "head", "half a body"],
+)
+async def test_with_a_session_of_ones_own_a_silent_host_is_asked_again_too(answer, tmp_path):
+    """After 30 seconds as well."""
+    async with raw_server(iter([answer, IMAGE])) as server, client_of(server) as client:
+        async with aiohttp.ClientSession() as session:
+            await download(client, task_at(server), tmp_path, timeout=None, session=session)
+        assert len(server.heads) == 2
+    assert now() == pytest.approx(30, abs=1)
+
+
+@virtual_time
+async def test_a_host_is_not_silent_while_a_session_waits_for_its_other_requests(tmp_path):
+    """Here it has one connection, and each image takes 45 seconds."""
+    answer = [25.0, HEAD, 20.0, PNG]
+    async with (
+        raw_server(answer) as server,
+        client_of(server) as client,
+        aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=1)) as session,
+        ImageSaver(client, tmp_path, timeout=None, session=session) as saver,
+    ):
+        await asyncio.gather(*(saver.save(task_at(server, task_id)) for task_id in "tuv"))
+        assert len(server.heads) == 3
+
+
+@virtual_time
+async def test_a_host_that_redirects_slowly_is_not_silent(tmp_path):
+    """Each response has 30 seconds."""
+    redirect = [29.0, b"HTTP/1.1 302 Found\r\nLocation: /y\r\nContent-Length: 0\r\n\r\n"]
+    answers = [redirect, redirect, [29.0, IMAGE]]
+    async with raw_server(iter(answers)) as server, client_of(server) as client:
+        await download(client, task_at(server), tmp_path, timeout=None)
+        assert len(server.heads) == 3
+
+
+async def test_what_arrived_while_the_loop_stood_still_was_heard(monkeypatch, tmp_path):
+    """Such as in a process that was stopped for a while."""
+    monkeypatch.setattr(fetching, "_MAX_SILENCE", 0.2)
+    requests = []
+
+    async def serve(reader, writer):
+        requests.append(await reader.readuntil(b"\r\n\r\n"))
+        writer.write(HEAD + PNG[:9])
+        await asyncio.sleep(0.05)
+        writer.write(PNG[9:])
+        time.sleep(0.4)  # noqa: ASYNC251  # the loop stands still
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as listening:
+        port = listening.sockets[0].getsockname()[1]
+        server = types.SimpleNamespace(base_url=f"http://127.0.0.1:{port}")
+        async with client_of(server) as client:
+            await download(client, task_at(server), tmp_path, timeout=None)
+    assert len(requests) == 1
 
 
 @virtual_time

@@ -22,6 +22,7 @@ from kontext_async import __version__
 from kontext_async.results import DownloadError, ResultExpiredError
 from kontext_async.results.images.fetching import (
     Fetcher,
+    Silence,
     _public_socket,
     failure,
     is_host_trouble,
@@ -44,13 +45,13 @@ async def fetching(base_url=NOWHERE, *, allow_private=False):
 
 
 async def body_of(fetcher, url):
-    with await fetcher.get(url, "t") as response:
+    with await fetcher.get(url, "t", Silence()) as response:
         return response.status, await response.content.read()
 
 
 async def error_of(fetcher, url):
     with pytest.raises(DownloadError) as caught:
-        await fetcher.get(url, "t")
+        await fetcher.get(url, "t", Silence())
     assert caught.value.task_id == "t"
     return caught.value
 
@@ -107,11 +108,12 @@ def test_addresses_of_the_internet_are_public(address):
         *["fd00:ec2::254", "fec0::1", "ff02::1", "ff0e::1", "2001:db8::1", "100::1", "5f00::1"],
         *["::ffff:127.0.0.1", "::ffff:10.0.0.1", "::ffff:169.254.169.254", "::127.0.0.1"],
         *["::ffff:0:127.0.0.1", "64:ff9b::7f00:1", "64:ff9b::a9fe:a9fe", "64:ff9b:1::1"],
+        *["1:2", "fe80::1%a%b", "images.example"],
         *["2002:7f00:1::1", "2002:c0a8:101::", "2001:0:4136:e378:8000:63bf:80ff:fffe"],
     ],
 )
 def test_all_other_addresses_are_not_public(address):
-    """These are loopback, private, link-local, shared, multicast and reserved, embedded or not."""
+    """Loopback, private, link-local, shared, multicast, reserved, also embedded; and no address."""
     assert not is_public(address)
 
 
@@ -155,6 +157,12 @@ async def test_private_and_link_local_addresses_are_refused(host):
     """Nothing is sent to them."""
     async with fetching() as fetcher:
         assert "no public address" in await refusal_of(fetcher, f"https://{host}/x")
+
+
+async def test_an_address_that_only_the_resolver_reads_is_refused():
+    """Python reads one zone in an address at most."""
+    async with fetching() as fetcher:
+        assert "no public address" in await refusal_of(fetcher, "https://[fe80::1%25a%25b]/x")
 
 
 @pytest.mark.parametrize("host", ["127.1", "2130706433", "0x7f000001", "0177.0.0.1", "127.0.0.1."])
@@ -236,8 +244,8 @@ async def test_a_request_names_only_the_library():
         ("javascript:alert(1)", "not http(s)"),
         ("//images.invalid/x", "not http(s)"),
         ("/etc/passwd", "not http(s)"),
-        ("https:///x", "not http(s)"),
-        ("https:x", "not http(s)"),
+        ("https:///x", "its URL is not valid"),
+        ("https:x", "its URL is not valid"),
         ("", "not http(s)"),
         ("\ud800", "its URL is not valid"),
         ("http://[", "its URL is not valid"),
@@ -252,7 +260,16 @@ async def test_a_request_names_only_the_library():
         ("https://a..b/x", "its URL is not valid"),
         ("https://.../x", "its URL is not valid"),
         ("https://xn--a/x", "its URL is not valid"),
-        ("https://[::1]@", "its URL is not valid"),
+        ("https://user:secret@ex\u2100mple.com/x", "contains a user name or password"),
+        ("https://[::1]@", "contains a user name or password"),
+        ("https://[127.0.0.1:443]/x", "its URL is not valid"),
+        ("https://[localhost:443]/x", "its URL is not valid"),
+        ("https://[localhost]/x", "its URL is not valid"),
+        ("https://[2:443]/x", "its URL is not valid"),
+        ("https://[1:2]/x", "its URL is not valid"),
+        ("https://[v1.a:b]/x", "its URL is not valid"),
+        ("https://exa mple.com/x", "its URL is not valid"),
+        ("https://exa\\mple.com/x", "its URL is not valid"),
         (f"https://{'a' * 70}.invalid/x", "its URL is not valid"),
     ],
     ids=ascii,
@@ -332,7 +349,7 @@ async def test_a_host_is_normalized(names, host):
 
 
 async def test_any_number_of_hosts_can_be_asked(names):
-    """What is kept of them is bounded; the API's own is recognized after them."""
+    """The API's own is recognized after many others; few of them are kept."""
     async with raw_server(http(b"image")) as server:
         names["api.example"] = ["127.0.0.1"]
         url = f"http://api.example:{server.base_url.rpartition(':')[2]}"
@@ -467,7 +484,7 @@ async def test_a_connection_is_used_again_if_its_body_was_read(is_read, connecti
     """The rest of a body would be taken for the next response."""
     async with raw_server(http(b"x" * 2**22)) as server, fetching(server.base_url) as fetcher:
         for _ in range(2):
-            with await fetcher.get(server.base_url + "/x", "t") as response:
+            with await fetcher.get(server.base_url + "/x", "t", Silence()) as response:
                 if is_read:
                     await response.content.read()
             assert not fetcher._any_address.connector._acquired
@@ -591,4 +608,4 @@ async def test_a_defect_of_its_own_session_is_not_hidden(monkeypatch):
 
         monkeypatch.setattr(fetcher._public_only.connector, "connect", broken)
         with pytest.raises(LookupError, match="a defect"):
-            await fetcher.get("https://images.example/a.png", "t")
+            await fetcher.get("https://images.example/a.png", "t", Silence())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
+import traceback
 
 import pytest
 from pngs import plain_png
@@ -159,6 +160,36 @@ async def test_a_defect_reaches_all_saves_of_a_group(saving, gate, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             await task
     assert names(await asyncio.gather(first, tasks[-1])) == ["a.png", "c.png"]
+
+
+async def test_threads_that_cannot_be_started_are_an_error_of_all_saves(saving, monkeypatch):
+    """Such as those of a pool that was shut down. The next image is tried anew."""
+    loop = asyncio.get_running_loop()
+    first, *others = await saving.start("a", "b", "c")
+
+    def refused(*_):
+        raise RuntimeError("cannot schedule new futures after shutdown")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "run_in_executor", refused)
+        await first
+        for other in others:
+            with pytest.raises(RuntimeError, match="after shutdown"):
+                await other
+    [task] = await saving.start("d")
+    assert (await task).path.name == "d.png"
+
+
+async def test_an_error_that_is_kept_keeps_no_image(saving):
+    """Neither its own nor those that were finished with it."""
+    broken = saving.image("broken")
+    [task] = await saving.start(broken, data=DATA[:-1])
+    with pytest.raises(DownloadError) as caught:
+        await task
+    broken.discard()
+    frames = [frame for frame, _ in traceback.walk_tb(caught.value.__traceback__)]
+    groups = [frame.f_locals["group"] for frame in frames if "group" in frame.f_locals]
+    assert [group.images for group in groups] == [[]]
 
 
 async def test_work_that_is_cancelled_itself_ends_the_saves(saving, monkeypatch):

@@ -21,16 +21,17 @@ async def run_in_thread(function: Callable[[Unpack[_Args]], _T], *args: *_Args) 
 async def uncancellable(work: asyncio.Future[_T]) -> _T:
     """Wait for a thread's work; a cancellation is raised when the work has ended."""
     try:
-        return await asyncio.shield(work)
+        await asyncio.wait([work])
     except asyncio.CancelledError:
         await until_ended(work)
         if not work.cancelled():
             work.exception()  # retrieved, so that asyncio does not log it
         raise
+    return work.result()
 
 
 async def until_ended(work: asyncio.Future[Any]) -> None:
-    """Wait for a thread's work whatever cancels it, so that no thread still writes afterwards."""
+    """Wait for a thread's work despite cancellations, so that no thread writes afterwards."""
     while not work.done():
         with suppress(asyncio.CancelledError):
             await asyncio.wait([work])

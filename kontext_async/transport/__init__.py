@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kontext_async.transport.expiries import Expiries
+from kontext_async.transport.expiries import Deadline, Expiries
 from kontext_async.transport.failures import (
     UNTRUSTED_SERVER,
     check_for_second_login,
@@ -17,6 +17,7 @@ __all__ = [
     "CONNECT_TIMEOUT",
     "MAX_HEADER",
     "UNTRUSTED_SERVER",
+    "Deadline",
     "Expiries",
     "PooledRequests",
     "Transport",

@@ -7,9 +7,10 @@ import heapq
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from types import TracebackType
 from typing import Generic, TypeVar
 
-__all__ = ["Expiries", "time_out"]
+__all__ = ["Deadline", "Expiries", "time_out"]
 
 _T = TypeVar("_T")
 
@@ -23,8 +24,45 @@ def time_out(future: asyncio.Future[float]) -> None:
         future.set_exception(TimeoutError())
 
 
+class Deadline:
+    """A block that `expire` ends with `TimeoutError`, as `asyncio.timeout` does."""
+
+    __slots__ = ("_cancelling", "_task", "expired")
+
+    def __init__(self) -> None:
+        self.expired = False
+        self._task: asyncio.Task[object] | None = None  # while it is in the block
+
+    def expire(self) -> None:
+        """End the block; once it has ended, this has no effect."""
+        if self._task is not None and not self.expired:
+            self.expired = True
+            self._task.cancel()
+
+    def __enter__(self) -> None:
+        self._task = asyncio.current_task()
+        assert self._task is not None, "coroutines run in tasks"
+        self._cancelling = self._task.cancelling()
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        task, self._task = self._task, None
+        assert task is not None, "it was entered"
+        # As in asyncio's own: a cancellation by somebody else takes precedence.
+        is_ours = self.expired and task.uncancel() <= self._cancelling
+        if is_ours and exc_type is asyncio.CancelledError:
+            raise TimeoutError from exc
+
+
 class Expiries(Generic[_T]):
-    """Calls ``expire`` with what waits, each at its own time; iterating gives all that wait."""
+    """Calls ``expire`` with what waits, each at its own time; iterating gives all that wait.
+
+    ``expire`` may add the same again.
+    """
 
     def __init__(self, expire: Callable[[_T], object]) -> None:
         self._expire = expire
@@ -36,6 +74,9 @@ class Expiries(Generic[_T]):
 
     def __len__(self) -> int:
         return len(self._waiting)
+
+    def __contains__(self, item: _T) -> bool:
+        return item in self._waiting
 
     def __iter__(self) -> Iterator[_T]:
         return iter(self._waiting)

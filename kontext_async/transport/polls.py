@@ -6,7 +6,6 @@ import asyncio
 import logging
 import time
 from collections import deque
-from types import TracebackType
 
 import aiohttp
 from yarl import URL
@@ -26,7 +25,7 @@ from kontext_async.notices import Noticeboard
 from kontext_async.pacing import PlannedPoll, RequestBudget
 from kontext_async.schedule import DurationModel
 from kontext_async.transport.answers import Fetcher, RawAnswer
-from kontext_async.transport.expiries import Expiries, time_out
+from kontext_async.transport.expiries import Deadline, Expiries, time_out
 from kontext_async.transport.failures import (
     UNTRUSTED_SERVER,
     check_for_second_login,
@@ -68,7 +67,7 @@ class Transport:
         self.notices = Noticeboard()
         self.request_timeout = request_timeout
         self._acquiring = Expiries(time_out)
-        self._in_flight = Expiries(_Deadline.expire)
+        self._in_flight = Expiries(Deadline.expire)
         self.open_scopes: set[asyncio.Timeout] = set()  # they end with the client
         self._api_key = api_key
         self._endpoint = URL(base_url + wire.RECORD_INFO)
@@ -224,7 +223,7 @@ class Transport:
         self._check_not_closed()  # perhaps since the permit was acquired
         if self._session.closed:
             raise ClientStateError("the session that was passed in is closed")
-        deadline = _Deadline()
+        deadline = Deadline()
         self._in_flight.add(deadline, min(until, sent + self.request_timeout))
         try:
             with deadline:
@@ -282,34 +281,3 @@ class Transport:
         for count, permit in enumerate(list(self._acquiring), 1):
             time_out(permit)
             await yield_to_loop(count)
-
-
-class _Deadline:
-    """A block that `expire` ends with `TimeoutError`, as `asyncio.timeout` does."""
-
-    __slots__ = ("_cancelling", "_task", "expired")
-
-    def __init__(self) -> None:
-        self.expired = False
-
-    def expire(self) -> None:
-        if not self.expired:
-            self.expired = True
-            self._task.cancel()
-
-    def __enter__(self) -> None:
-        task = asyncio.current_task()
-        assert task is not None, "coroutines run in tasks"
-        self._task = task
-        self._cancelling = task.cancelling()
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        # As in asyncio's own: a cancellation by somebody else takes precedence.
-        is_ours = self.expired and self._task.uncancel() <= self._cancelling
-        if is_ours and exc_type is asyncio.CancelledError:
-            raise TimeoutError from exc

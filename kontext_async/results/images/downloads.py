@@ -16,6 +16,7 @@ from kontext_async.results.errors import DownloadError, ResultExpiredError
 from kontext_async.results.images.fetching import (
     Fetcher,
     Response,
+    Silence,
     failure,
     is_host_trouble,
     refusal,
@@ -23,7 +24,7 @@ from kontext_async.results.images.fetching import (
 from kontext_async.results.images.files import PartialImage, SavedImage, Target, image_kind
 from kontext_async.results.images.finishing import Finisher
 from kontext_async.results.threads import run_in_thread
-from kontext_async.transport import Expiries
+from kontext_async.transport import Deadline, Expiries
 
 __all__ = ["DEFAULT_TIMEOUT", "Downloads"]
 
@@ -44,33 +45,28 @@ _MAX_BAD_RESPONSES = 3
 _FIRST_PAUSE = 0.5  # s
 _LONGEST_PAUSE = 15.0  # s
 
-_SILENCE = 30.0  # s without a response or more of its body, after which an attempt ends
+_WAS_CLOSED = "this saver was closed before the image was saved"
 
 
 class _Body:
     """The body of a response as it arrives: the latest pieces in memory, the rest in a file."""
 
-    def __init__(self, target: Target, finisher: Finisher, max_bytes: int) -> None:
-        self.target = target
+    def __init__(
+        self, target: Target, silence: Silence, finisher: Finisher, max_bytes: int
+    ) -> None:
+        self._target = target
+        self._silence = silence
         self._finisher = finisher
         self._max_bytes = max_bytes
         self._size = 0
         self._taken = 0  # bytes that have left the memory
         self._pieces: list[bytes] = []
         self._image: PartialImage | None = None
-        self._is_writing = False
-        self._time = asyncio.get_running_loop().time
-        self._heard_at = self._time()
-
-    def silent_at(self) -> float:
-        """Return the loop's time from which the host is silent."""
-        return _SILENCE + (self._time() if self._is_writing else self._heard_at)
 
     async def receive(self, response: Response) -> None:
-        self._heard_at = self._time()
         self._check_size(response.content_length)
         while piece := await response.content.readany():
-            self._heard_at = self._time()
+            self._silence.begin()
             self._size += len(piece)
             self._check_size(self._size)
             self._pieces.append(piece)
@@ -91,14 +87,13 @@ class _Body:
             await run_in_thread(self._image.discard)
 
     async def _write(self, image: PartialImage, block: bytes) -> None:
-        self._is_writing = True
+        self._silence.pause()
         try:
             await run_in_thread(image.write, block)
         except OSError as exc:
-            raise self.target.error(exc) from exc
+            raise self._target.error(exc) from exc
         finally:
-            self._is_writing = False
-            self._heard_at = self._time()
+            self._silence.begin()
 
     def _take_block(self) -> bytes:
         block = b"".join(self._pieces)
@@ -112,57 +107,34 @@ class _Body:
             kind = image_kind(block)
             if kind is None:
                 raise self._bad("the response is not an image" if block else "it is empty")
-            self._image = PartialImage(self.target, kind)
+            self._image = PartialImage(self._target, kind)
         return self._image
 
     def _bad(self, problem: str) -> DownloadError:
-        return DownloadError(problem, task_id=self.target.task_id, http_status=200)
+        return DownloadError(problem, task_id=self._target.task_id, http_status=200)
 
     def _check_size(self, size: int) -> None:
         if size > self._max_bytes:
             raise DownloadError(
                 f"it is larger than {self._max_bytes} bytes",
-                task_id=self.target.task_id,
+                task_id=self._target.task_id,
                 retryable=False,
             )
 
 
-class _Attempt:
-    """A request for an image in the current task: a context manager, like `asyncio.timeout`.
+class _Attempt(Deadline):
+    """A request for an image, which ends by ``until``, and when its host is silent for too long."""
 
-    It raises `TimeoutError` at its deadline, when the host falls silent, and if it is ended. All
-    attempts share one timer: of its own, each would need another with every piece of its body.
-    """
+    __slots__ = ("_until", "due", "silence")
 
-    def __init__(self, under_way: Expiries[_Attempt], body: _Body, deadline: float) -> None:
-        task = asyncio.current_task()
-        assert task is not None, "this runs in a coroutine"
-        self._under_way = under_way
-        self._body = body
-        self._deadline = deadline
-        self._task = task
-        self._cancelling = task.cancelling()
-        self._is_ended = False
-
-    def __enter__(self) -> None:
-        self._under_way.add(self, self.ends_at())
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._under_way.discard(self)
-        if (
-            self._is_ended
-            and self._task.uncancel() <= self._cancelling
-            and kind is asyncio.CancelledError
-        ):
-            raise TimeoutError
+    def __init__(self, until: float) -> None:
+        super().__init__()
+        self._until = until
+        self.silence = Silence()
+        self.due = self.ends_at()
 
     def ends_at(self) -> float:
-        return min(self._deadline, self._body.silent_at())
-
-    def end(self) -> None:
-        if not self._is_ended:
-            self._is_ended = True
-            self._task.cancel()
+        return min(self._until, self.silence.ends_at())
 
 
 class Downloads:
@@ -187,13 +159,13 @@ class Downloads:
         self._under_way = 0
         self._none_under_way = asyncio.Event()
         self._none_under_way.set()
-        self._attempts: Expiries[_Attempt] = Expiries(self._end)
+        self._attempts = Expiries(self._look_soon)
 
     async def aclose(self) -> None:
-        """End all downloads with `ClientStateError`, except of images that are being written."""
+        """End all downloads with `ClientStateError`, but for images that are being finished."""
         self._closed.set()
         for attempt in self._attempts:
-            attempt.end()
+            attempt.expire()
         try:
             await self._none_under_way.wait()
         finally:
@@ -205,24 +177,27 @@ class Downloads:
         self._none_under_way.clear()
         try:
             async with self._permits:
-                url, expires_at = task.result_image_url, task.expires_at
-                try:
-                    return await self._download(url, target, expires_at, _age(task))
-                except DownloadError as error:
-                    if not (self._use_origin and task.origin_image_url):
-                        raise
-                    first = error
-                url, expires_at = task.origin_image_url, _ALREADY_EXPIRED
-                try:
-                    return await self._download(url, target, expires_at, _age(task))
-                except DownloadError as error:
-                    if first.http_status in _GONE:
-                        raise error from first
-                    raise first from error  # a retry may succeed, whatever the origin answered
+                return await self._save(task, target)
         finally:
             self._under_way -= 1
             if not self._under_way:
                 self._none_under_way.set()
+
+    async def _save(self, task: CompletedTask, target: Target) -> SavedImage:
+        url, expires_at = task.result_image_url, task.expires_at
+        try:
+            return await self._download(url, target, expires_at, _age(task))
+        except DownloadError as error:
+            if not (self._use_origin and task.origin_image_url):
+                raise
+            first = error
+        url, expires_at = task.origin_image_url, _ALREADY_EXPIRED
+        try:
+            return await self._download(url, target, expires_at, _age(task))
+        except DownloadError as error:
+            if first.http_status in _GONE:
+                raise error from first
+            raise first from error  # a retry may succeed, whatever the origin answered
 
     async def _download(
         self, url: str, target: Target, expires_at: datetime | None, age: float
@@ -255,11 +230,13 @@ class Downloads:
     ) -> SavedImage:
         if self._closed.is_set():
             raise ClientStateError(_WAS_CLOSED)
-        body = _Body(target, self._finisher, self._max_bytes)
+        attempt = _Attempt(deadline)
+        body = _Body(target, attempt.silence, self._finisher, self._max_bytes)
+        self._attempts.add(attempt, attempt.due)
         try:
             with (
-                _Attempt(self._attempts, body, deadline),
-                await self._fetcher.get(url, target.task_id) as response,
+                attempt,
+                await self._fetcher.get(url, target.task_id, attempt.silence) as response,
             ):
                 _check_status(response, target.task_id, expires_at)
                 await body.receive(response)
@@ -269,18 +246,23 @@ class Downloads:
                 raise ClientStateError(_WAS_CLOSED) from exc
             raise failure(exc, target.task_id) from exc
         finally:
+            self._attempts.discard(attempt)
             await body.discard()
 
-    def _end(self, attempt: _Attempt) -> None:
-        """End an attempt, unless its host was heard of meanwhile."""
+    def _look_soon(self, attempt: _Attempt) -> None:
+        """Look at a request that is due after all that its loop has just received."""
+        asyncio.get_running_loop().call_soon(self._look, attempt)
+
+    def _look(self, attempt: _Attempt) -> None:
+        """End a request that is due, unless something was heard of its host meanwhile."""
+        if attempt not in self._attempts:
+            return
         ends_at = attempt.ends_at()
-        if asyncio.get_running_loop().time() < ends_at:
+        if ends_at > attempt.due:
+            attempt.due = ends_at
             self._attempts.add(attempt, ends_at)
         else:
-            attempt.end()
-
-
-_WAS_CLOSED = "this saver was closed before the image was saved"
+            attempt.expire()
 
 
 def _check_status(response: Response, task_id: str, expires_at: datetime | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import ipaddress
 import re
@@ -32,7 +33,7 @@ from kontext_async.transport import (
 )
 from kontext_async.wire import retry_after
 
-__all__ = ["Fetcher", "Response", "failure", "is_host_trouble", "is_public", "refusal"]
+__all__ = ["Fetcher", "Response", "Silence", "failure", "is_host_trouble", "is_public", "refusal"]
 
 _MAX_REDIRECTS = 5
 _REDIRECTS = (301, 302, 303, 307, 308)
@@ -51,13 +52,19 @@ _HEADERS = {
     "Accept": "image/*",
     "Accept-Encoding": "identity",
 }
+_MAX_SILENCE = 30.0  # s
+# For sessions that may wait for other requests before they send one.
+_BORROWED_TIMEOUT = aiohttp.ClientTimeout(sock_connect=10.0, sock_read=_MAX_SILENCE)
 _MAX_ROUTES = 16  # that are kept: a batch's images come from few hosts
 _READ_BUFSIZE = 2**18  # bytes: the size of asyncio's own reads
 
 
 def is_public(address: str) -> bool:
     """Return True for a public IP address; one that embeds an IPv4 address is judged by that."""
-    ip = ipaddress.ip_address(address)
+    try:
+        ip = ipaddress.ip_address(address)
+    except ValueError:
+        return False
     if isinstance(ip, ipaddress.IPv6Address):
         ip = _embedded(ip) or ip
     if isinstance(ip, ipaddress.IPv6Address) and ip not in _GLOBAL_UNICAST:
@@ -76,12 +83,16 @@ class _AddressRefusedError(OSError):
 
 
 def _problem(address: str) -> str:
-    if ipaddress.ip_address(address) in _FAKE:
-        return (
-            "it resolves to 198.18.0.0/15, which a VPN or proxy program on this machine makes up; "
-            "if you trust it, allow private addresses (allow_private=True, --allow-private)"
-        )
+    with suppress(ValueError):
+        if ipaddress.ip_address(address) in _FAKE:
+            return _IS_FAKE
     return "it has no public address (allow_private=True or --allow-private allows it)"
+
+
+_IS_FAKE = (
+    "it resolves to 198.18.0.0/15, which a VPN or proxy program on this machine makes up; "
+    "if you trust it, allow private addresses (allow_private=True, --allow-private)"
+)
 
 
 def _public_socket(info: tuple[int, int, int, str, tuple[Any, ...]]) -> socket.socket:
@@ -108,32 +119,32 @@ def _parts(text: str) -> tuple[str, str, str, str]:
     return scheme, authority, path, query
 
 
-def _checked(text: str, task_id: str, base: str = "") -> str:
-    """Return a URL as it is written. ``base``: the URL that redirects to it."""
+def _absolute(text: str, task_id: str, base: str = "") -> str:
+    """Return a URL as it is written, or joined to ``base``, which redirects to it."""
     try:
         if _CONTROL.search(text):
-            raise ValueError("it contains a control character")  # noqa: TRY301  # as urljoin would
+            raise ValueError("it contains a control character")  # noqa: TRY301  # as below
         text.encode(errors="surrogateescape")  # as it will be sent
         text = text.strip(" ")
-        has_scheme = _parts(text)[0] or not base
-        return text if has_scheme else urljoin(base, text)
+        return urljoin(base, text) if base and not _parts(text)[0] else text
     except ValueError as exc:
-        raise _invalid(exc, task_id) from exc
+        raise _refused(f"its URL is not valid: {exc}", task_id) from exc
 
 
 def _origin(scheme: str, authority: str, task_id: str) -> URL:
     """Return an origin, its host normalized. Raises `DownloadError` if it cannot be requested."""
-    if scheme not in ("http", "https") or not authority:
+    if scheme not in ("http", "https"):
         raise _refused(f"its URL is not http(s): {scheme}:", task_id)
+    if "@" in authority:  # which no error may quote
+        raise _refused("its URL contains a user name or password", task_id)
     try:
         origin = URL(f"{scheme}://{authority}")
-        host = origin.host  # raises if it cannot be decoded
-        str(origin.raw_host).encode("idna")  # as the resolver will, without catching errors
-        has_login = origin.user is not None or origin.password is not None
+        host = str(origin.raw_host or "")
+        host.encode("idna")  # as the resolver will, without catching errors
+        origin = origin.with_host(host)  # checks it, also one in brackets
+        str(origin.host)  # raises if it cannot be decoded
     except (ValueError, IndexError) as exc:  # yarl raises either
-        raise _invalid(exc, task_id) from exc
-    if has_login:
-        raise _refused(f"its URL at {host} contains a user name or password", task_id)
+        raise _refused(f"its URL is not valid: {exc}", task_id) from exc
     return origin
 
 
@@ -148,10 +159,6 @@ def _target(path: str, query: str) -> str:
 
 def _percent_encoded(text: re.Match[str]) -> str:
     return quote(text[0], errors="surrogateescape")  # aiohttp reads headers so
-
-
-def _invalid(exc: Exception, task_id: str) -> DownloadError:
-    return _refused(f"its URL is not valid: {exc}", task_id)
 
 
 def _refused(problem: str, task_id: str, status: int | None = None) -> DownloadError:
@@ -192,29 +199,56 @@ class Response:
         return int(self.headers.get("Content-Length", 0))
 
 
+class Silence:
+    """The time since something was heard of the host that is waited for."""
+
+    def __init__(self) -> None:
+        self._time = asyncio.get_running_loop().time
+        self._begin: float | None = self._time()
+
+    def begin(self) -> None:
+        """Begin anew: something has been heard, or the host is waited for from now on."""
+        self._begin = self._time()
+
+    def pause(self) -> None:
+        """Let it not be the host's, until it begins anew: something else is waited for."""
+        self._begin = None
+
+    def ends_at(self) -> float:
+        """Return the loop's time at which it is too long."""
+        return _MAX_SILENCE + (self._time() if self._begin is None else self._begin)
+
+
 @attrs.frozen
 class _Route:
-    """The way to an origin: over the connector alone, or by the session if ``requests`` is None."""
+    """The way to an origin: the session's connector alone where that can be had, or the session."""
 
     origin: URL
     session: aiohttp.ClientSession
     requests: PooledRequests | None
+    is_borrowed: bool
 
-    async def get(self, target: str) -> Response:
+    async def get(self, target: str, silence: Silence) -> Response:
         host = str(self.origin.host)
         if self.requests is not None and not are_requests_replaced():
             connection, head, content = await self.requests.get(target)
+            silence.begin()
             return Response(host, head.code, head.headers, content, connection.release)
+        timeout = CONNECT_TIMEOUT
+        if self.is_borrowed:
+            timeout = _BORROWED_TIMEOUT
+            silence.pause()
         answer = await self.session.get(
             URL(f"{self.origin}{target}", encoded=True),
             allow_redirects=False,
             raise_for_status=False,
             headers=_HEADERS,
-            timeout=CONNECT_TIMEOUT,
+            timeout=timeout,
             read_bufsize=_READ_BUFSIZE,
             max_line_size=MAX_HEADER,
             max_field_size=MAX_HEADER,
         )
+        silence.begin()
         return Response(host, answer.status, answer.headers, answer.content, answer.release)
 
 
@@ -249,24 +283,27 @@ class Fetcher:
             for session in self._own:
                 stack.push_async_callback(session.close)
 
-    async def get(self, text: str, task_id: str) -> Response:
-        """Return the response after all redirects. Raises `DownloadError`."""
-        url = _checked(text, task_id)
+    async def get(self, text: str, task_id: str, silence: Silence) -> Response:
+        """Return the response after all redirects. Raises `DownloadError`.
+
+        The caller ends this when the silence is too long.
+        """
+        url = _absolute(text, task_id)
         redirects = 0
-        while (response := await self._get(url, task_id)).status in _REDIRECTS:
+        while (response := await self._get(url, task_id, silence)).status in _REDIRECTS:
             with response:
                 location = response.headers.get("Location", "")
             if redirects == _MAX_REDIRECTS:
                 raise _refused(f"more than {_MAX_REDIRECTS} redirects", task_id, response.status)
             redirects += 1
-            url = _checked(location, task_id, base=url)
+            url = _absolute(location, task_id, base=url)
         return response
 
-    async def _get(self, url: str, task_id: str) -> Response:
+    async def _get(self, url: str, task_id: str, silence: Silence) -> Response:
         scheme, authority, path, query = _parts(url)
         route = self._route(scheme, authority, task_id)
         try:
-            return await route.get(_target(path, query))
+            return await route.get(_target(path, query), silence)
         except (aiohttp.ClientError, OSError) as exc:
             error, cause = failure(exc, task_id), safe_cause(exc)
         except Exception as exc:
@@ -283,8 +320,10 @@ class Fetcher:
         if route is None:
             origin = _origin(scheme.lower(), authority, task_id)
             session = self._session(origin, task_id)
-            is_pooled = self._own and can_fetch(session)
-            route = _Route(origin, session, _pooled(session, origin) if is_pooled else None)
+            is_borrowed = not self._own
+            is_pooled = not is_borrowed and can_fetch(session)
+            requests = _pooled(session, origin) if is_pooled else None
+            route = _Route(origin, session, requests, is_borrowed)
             if len(self._routes) >= _MAX_ROUTES:
                 self._routes.clear()
             self._routes[key] = route

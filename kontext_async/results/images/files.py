@@ -158,7 +158,7 @@ class Target:
 class PartialImage:
     """An image in a temporary file beside its target, until it is complete.
 
-    Its methods raise `OSError`.
+    `write` and `finish` raise `OSError`.
     """
 
     def __init__(self, target: Target, kind: str) -> None:

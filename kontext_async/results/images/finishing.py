@@ -45,7 +45,7 @@ class Finisher:
     async def finish(self, image: PartialImage, data: bytes) -> SavedImage:
         """Return the saved image. Raises `DownloadError`.
 
-        A cancellation is raised when no thread works on the image.
+        A cancellation is raised once no thread works on the image.
         """
         if image.takes_long:
             [saved] = await run_in_thread(finish_images, [(image, data)])
@@ -75,14 +75,19 @@ class Finisher:
         self._next = _Group()
         self._running += 1
         loop = asyncio.get_running_loop()
-        group.work = loop.run_in_executor(None, finish_images, group.images)
-        group.work.add_done_callback(functools.partial(self._end, group.saves))
+        try:
+            group.work = loop.run_in_executor(None, finish_images, group.images)
+        except RuntimeError as exc:  # the threads were shut down, or none can be started
+            group.work = loop.create_future()
+            group.work.set_exception(exc)
+        group.work.add_done_callback(functools.partial(self._end, group))
 
-    def _end(self, saves: list[asyncio.Future[SavedImage]], work: _Work) -> None:
+    def _end(self, group: _Group, work: _Work) -> None:
         self._running -= 1
         error = asyncio.CancelledError() if work.cancelled() else work.exception()
-        ended = work.result() if error is None else [error] * len(saves)
-        for save, saved in zip(saves, ended, strict=True):
+        ended = work.result() if error is None else [error] * len(group.saves)
+        group.images.clear()  # an error that is kept keeps its group
+        for save, saved in zip(group.saves, ended, strict=True):
             if save.cancelled():
                 continue
             if isinstance(saved, SavedImage):

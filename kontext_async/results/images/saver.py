@@ -117,7 +117,7 @@ class ImageSaver:
 
         Raises `ResultExpiredError` if the service has deleted the image, `DownloadError` if it
         could not be saved, and `ClientStateError` if this saver is not open or is closed
-        meanwhile.
+        before the image is received.
         """
         if not isinstance(task, CompletedTask):
             raise ConfigurationError(f"task must be a CompletedTask, not {type(task).__name__}")
