@@ -507,14 +507,15 @@ async def test_a_host_that_redirects_slowly_is_not_silent(tmp_path):
         assert len(server.heads) == 3
 
 
-async def test_what_arrived_while_the_loop_stood_still_was_heard(monkeypatch, tmp_path):
-    """Such as in a process that was stopped for a while."""
+@pytest.mark.parametrize("max_bytes", [len(PNG), len(PNG) - 1])
+async def test_what_arrived_while_the_loop_stood_still_was_heard(max_bytes, monkeypatch, tmp_path):
+    """Such as in a process that was stopped for a while. Nothing is looked at that has ended."""
     monkeypatch.setattr(fetching, "_MAX_SILENCE", 0.2)
     requests = []
 
     async def serve(reader, writer):
         requests.append(await reader.readuntil(b"\r\n\r\n"))
-        writer.write(HEAD + PNG[:9])
+        writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + PNG[:9])
         await asyncio.sleep(0.05)
         writer.write(PNG[9:])
         time.sleep(0.4)  # noqa: ASYNC251  # the loop stands still
@@ -523,9 +524,16 @@ async def test_what_arrived_while_the_loop_stood_still_was_heard(monkeypatch, tm
     async with await asyncio.start_server(serve, "127.0.0.1", 0) as listening:
         port = listening.sockets[0].getsockname()[1]
         server = types.SimpleNamespace(base_url=f"http://127.0.0.1:{port}")
-        async with client_of(server) as client:
-            await download(client, task_at(server), tmp_path, timeout=None)
+        async with (
+            client_of(server) as client,
+            ImageSaver(client, tmp_path, max_bytes=max_bytes, timeout=None) as saver,
+        ):
+            with contextlib.suppress(DownloadError):
+                await saver.save(task_at(server))
+            await asyncio.sleep(0)
+            assert not saver._downloads._attempts
     assert len(requests) == 1
+    assert len(names(tmp_path)) == (max_bytes == len(PNG))
 
 
 @virtual_time

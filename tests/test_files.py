@@ -416,8 +416,8 @@ def test_what_has_the_temporary_name_is_left_alone(tmp_path):
 def test_processes_that_forked_use_other_temporary_names():
     """They may save into one folder."""
     program = (
-        "import os; from kontext_async.results.partial import PartialFile; child = os.fork();"
-        "print(PartialFile('', 'a').temporary, flush=True); child and os.wait()"
+        "import os; from kontext_async.results.partial import PartialFile;"
+        "os.fork() and os.wait(); print(PartialFile('', 'a').temporary)"
     )
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
     assert len(set(ran.stdout.split())) == 2

@@ -49,11 +49,15 @@ async def test_a_cancellation_is_raised_when_the_thread_has_finished(times, fail
     assert caplog.text == ""
 
 
-async def test_work_that_is_cancelled_itself_ends_the_wait():
+@pytest.mark.parametrize("is_cancelled", [False, True])
+async def test_work_that_is_cancelled_itself_ends_the_wait(is_cancelled):
     """An executor cancels work that it has not begun when it is shut down."""
     work = asyncio.get_running_loop().create_future()
     waiting = asyncio.create_task(uncancellable(work))
     await asyncio.sleep(0)
+    if is_cancelled:
+        waiting.cancel()
+        await asyncio.sleep(0)
     work.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting
