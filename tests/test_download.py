@@ -220,6 +220,7 @@ async def test_a_disk_that_fills_up_leaves_nothing(tmp_path, monkeypatch):
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert "File too large" in str(error)
+        assert str(tmp_path)[:20] in str(error)
         assert (error.retryable, len(server.heads)) == (False, 1)
     assert names(tmp_path) == []
 

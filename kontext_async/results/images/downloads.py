@@ -89,9 +89,8 @@ class _Body:
     async def _write(self, image: PartialImage, block: bytes) -> None:
         self._silence.pause()
         try:
-            await run_in_thread(image.write, block)
-        except OSError as exc:
-            raise self._target.error(exc) from exc
+            with self._target.translate_errors():
+                await run_in_thread(image.write, block)
         finally:
             self._silence.begin()
 

@@ -61,15 +61,19 @@ _READ_BUFSIZE = 2**18  # bytes: the size of asyncio's own reads
 
 def is_public(address: str) -> bool:
     """Return True for a public IP address; one that embeds an IPv4 address is judged by that."""
-    try:
-        ip = ipaddress.ip_address(address)
-    except ValueError:
-        return False
+    ip = _parsed(address)
     if isinstance(ip, ipaddress.IPv6Address):
         ip = _embedded(ip) or ip
     if isinstance(ip, ipaddress.IPv6Address) and ip not in _GLOBAL_UNICAST:
         return False
-    return ip.is_global and not ip.is_multicast
+    return ip is not None and ip.is_global and not ip.is_multicast
+
+
+def _parsed(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """Return an address; None if Python cannot read it, also where a resolver can."""
+    with suppress(ValueError):
+        return ipaddress.ip_address(address)
+    return None
 
 
 def _embedded(ip: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
@@ -83,16 +87,13 @@ class _AddressRefusedError(OSError):
 
 
 def _problem(address: str) -> str:
-    with suppress(ValueError):
-        if ipaddress.ip_address(address) in _FAKE:
-            return _IS_FAKE
+    ip = _parsed(address)
+    if ip is not None and ip in _FAKE:
+        return (
+            "it resolves to 198.18.0.0/15, which a VPN or proxy program on this machine makes up; "
+            "if you trust it, allow private addresses (allow_private=True, --allow-private)"
+        )
     return "it has no public address (allow_private=True or --allow-private allows it)"
-
-
-_IS_FAKE = (
-    "it resolves to 198.18.0.0/15, which a VPN or proxy program on this machine makes up; "
-    "if you trust it, allow private addresses (allow_private=True, --allow-private)"
-)
 
 
 def _public_socket(info: tuple[int, int, int, str, tuple[Any, ...]]) -> socket.socket:
@@ -172,9 +173,8 @@ def _written_address(host: str) -> str | None:
         return "127.0.0.1"
     with suppress(OSError):  # also reads 127.1, 0x7f.1 and 2130706433, as resolvers do
         return socket.inet_ntoa(socket.inet_aton(name))
-    with suppress(ValueError):
-        return str(ipaddress.ip_address(name))
-    return None
+    ip = _parsed(name)
+    return None if ip is None else str(ip)
 
 
 @attrs.frozen
