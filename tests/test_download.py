@@ -932,6 +932,48 @@ async def test_a_save_left_behind_ends_with_its_saver(pause, tmp_path):
     assert names(tmp_path) == []
 
 
+@virtual_time
+async def test_closing_ends_a_pause(tmp_path):
+    """The next attempt would come after it."""
+    async with raw_server(http(status=503)) as server, client_of(server) as client:
+        async with ImageSaver(client, tmp_path, timeout=None) as saver:
+            save = asyncio.create_task(saver.save(task_at(server)))
+            await asyncio.sleep(100)
+            requests, closed_at = len(server.heads), now()
+        assert now() == pytest.approx(closed_at, abs=0.1)
+        await error_of(save, ClientStateError)
+        assert len(server.heads) == requests
+
+
+async def test_closing_waits_for_all_images_that_are_being_finished(monkeypatch, tmp_path):
+    """They are saved."""
+    finishing, disks = threading.Semaphore(0), {"t": threading.Event(), "u": threading.Event()}
+    finish = files.PartialImage.finish
+
+    def slow_finish(image, data):
+        finishing.release()
+        assert disks[image.target.name].wait(10)
+        return finish(image, data)
+
+    monkeypatch.setattr(files.PartialImage, "finish", slow_finish)
+    monkeypatch.setattr(files, "_HAS_PILLOW", True)
+    async with raw_server(IMAGE) as server, client_of(server) as client:
+        saver = ImageSaver(client, tmp_path, max_concurrency=2)
+        await saver.__aenter__()
+        saves = [asyncio.create_task(saver.save(task_at(server, task_id))) for task_id in disks]
+        for _ in saves:  # each image is decoded in a thread of its own
+            assert await asyncio.to_thread(finishing.acquire, timeout=10)
+        closing = asyncio.create_task(saver.__aexit__(None, None, None))
+        disks["u"].set()
+        await saves[1]
+        await asyncio.sleep(0.02)
+        assert not closing.done()
+        disks["t"].set()
+        await closing
+        assert all(save.done() for save in saves)
+        assert [(await save).path.name for save in saves] == names(tmp_path)
+
+
 async def test_a_closing_that_is_cancelled_still_closes(tmp_path):
     """The saves under way still clean up."""
     async with raw_server([BEGINNING, 60.0]) as server, client_of(server) as client:
@@ -946,6 +988,19 @@ async def test_a_closing_that_is_cancelled_still_closes(tmp_path):
             await closing
         await error_of(save, ClientStateError)
     assert names(tmp_path) == []
+
+
+async def test_a_saver_that_is_closed_has_no_threads(tmp_path):
+    """It has some while it is open."""
+    before = set(threading.enumerate())
+    async with raw_server(IMAGE) as server, client_of(server) as client:
+        async with ImageSaver(client, tmp_path) as saver:
+            await asyncio.gather(*(saver.save(task_at(server, f"t{n}")) for n in range(8)))
+            own = {t for t in set(threading.enumerate()) - before if t.name == "kontext-async"}
+            assert own
+        for thread in own:
+            await asyncio.to_thread(thread.join, 10)
+            assert not thread.is_alive()
 
 
 async def test_a_save_is_ended_once(monkeypatch, tmp_path):

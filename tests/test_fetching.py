@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import pickle
 import socket
 import ssl
@@ -21,8 +22,8 @@ from virtual_time import VirtualTimeLoop
 from kontext_async import __version__
 from kontext_async.results import DownloadError, ResultExpiredError
 from kontext_async.results.images.fetching import (
+    Attempt,
     Fetcher,
-    Silence,
     _public_socket,
     failure,
     is_host_trouble,
@@ -45,13 +46,13 @@ async def fetching(base_url=NOWHERE, *, allow_private=False):
 
 
 async def body_of(fetcher, url):
-    with await fetcher.get(url, "t", Silence()) as response:
+    with await fetcher.get(url, "t", Attempt(math.inf)) as response:
         return response.status, await response.content.read()
 
 
 async def error_of(fetcher, url):
     with pytest.raises(DownloadError) as caught:
-        await fetcher.get(url, "t", Silence())
+        await fetcher.get(url, "t", Attempt(math.inf))
     assert caught.value.task_id == "t"
     return caught.value
 
@@ -484,7 +485,7 @@ async def test_a_connection_is_used_again_if_its_body_was_read(is_read, connecti
     """The rest of a body would be taken for the next response."""
     async with raw_server(http(b"x" * 2**22)) as server, fetching(server.base_url) as fetcher:
         for _ in range(2):
-            with await fetcher.get(server.base_url + "/x", "t", Silence()) as response:
+            with await fetcher.get(server.base_url + "/x", "t", Attempt(math.inf)) as response:
                 if is_read:
                     await response.content.read()
             assert not fetcher._any_address.connector._acquired
@@ -608,4 +609,4 @@ async def test_a_defect_of_its_own_session_is_not_hidden(monkeypatch):
 
         monkeypatch.setattr(fetcher._public_only.connector, "connect", broken)
         with pytest.raises(LookupError, match="a defect"):
-            await fetcher.get("https://images.example/a.png", "t", Silence())
+            await fetcher.get("https://images.example/a.png", "t", Attempt(math.inf))

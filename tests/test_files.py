@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import hashlib
 import io
 import os
@@ -12,7 +13,6 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from io import FileIO
 from pathlib import Path
 
 import pytest
@@ -390,14 +390,30 @@ def test_a_file_that_cannot_grow_leaves_nothing(count, tmp_path):
 def test_a_full_disk_is_an_error(size, monkeypatch, tmp_path):
     """The first write fails, and the temporary file is removed."""
 
-    def full(descriptor, mode):
-        os.close(descriptor)  # the file is created, as on a disk just now full
-        return FileIO("/dev/full", mode)
+    def full(*args, create=os.open):
+        descriptor, full = create(*args), create("/dev/full", os.O_WRONLY)
+        os.dup2(full, descriptor)  # the file is created, as on a disk just now full
+        os.close(full)
+        return descriptor
 
-    monkeypatch.setattr(partial_module, "FileIO", full)
+    monkeypatch.setattr(partial_module.os, "open", full)
     text = refusal_of(saved, target(tmp_path), make_image('{"prompt": ""}', "png", size))
     assert "No space left on device" in text
     assert names(tmp_path) == []
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/fd"), reason="needs a list of open files")  # noqa: PTH110
+@pytest.mark.parametrize("end", [PartialFile.rename, PartialFile.discard, lambda file: None])
+def test_a_file_is_closed_at_its_end(end, tmp_path):
+    """A process may only have some 1,000 open."""
+    gc.collect()
+    before = os.listdir("/dev/fd")  # noqa: PTH208
+    for name in "abc":
+        file = PartialFile(os.fspath(tmp_path), name)
+        file.write(b"abc")
+        end(file)
+        del file
+    assert os.listdir("/dev/fd") == before  # noqa: PTH208
 
 
 def test_what_has_the_temporary_name_is_left_alone(tmp_path):
@@ -426,11 +442,10 @@ def test_processes_that_forked_use_other_temporary_names():
 def test_an_image_written_in_parts_is_whole(monkeypatch, tmp_path):
     """The system may write less than it is given, such as 2 GiB of more."""
 
-    class InParts(FileIO):
-        def write(self, data):
-            return super().write(data[:100])
+    def in_parts(descriptor, data, write=os.write):
+        return write(descriptor, data[:100])
 
-    monkeypatch.setattr(partial_module, "FileIO", InParts)
+    monkeypatch.setattr(partial_module.os, "write", in_parts)
     data = make_image('{"prompt": ""}', "png", 1050)
     assert saved(target(tmp_path), data).path.read_bytes() == data
 

@@ -77,8 +77,10 @@ class Saving:
 
 
 @pytest.fixture
-def saving(tmp_path):
-    return Saving(tmp_path)
+async def saving(tmp_path):
+    saving = Saving(tmp_path)
+    yield saving
+    saving.finisher.close()
 
 
 def names(saved):
@@ -99,7 +101,7 @@ async def test_images_that_wait_for_a_thread_share_the_next(saving, gate):
     first = await saving.start("a")
     waiting = [f"b{n}" for n in range(GROUP - 1)]
     tasks = await saving.start(*waiting)
-    assert saving.finisher._running == 1
+    assert len(saving.finisher._under_way) == 1
     gate.open.set()
     assert names(await asyncio.gather(*first, *tasks)) == ["a.png", *(f"{n}.png" for n in waiting)]
     assert gate.groups == [["a"], waiting]
@@ -116,13 +118,16 @@ async def test_enough_images_do_not_wait_for_a_thread(saving, gate):
 
 async def test_an_image_that_takes_long_is_alone(saving, gate):
     """It waits for no group, and none waits for it."""
-    long = saving.image("long")
-    long.write(DATA[:20])
-    tasks = await saving.start("a", "b")
-    tasks += await saving.start(long, data=DATA[20:])
-    assert await gate.begun(2) == [["a"], ["long"]]
+    long = [saving.image("long0"), saving.image("long1")]
+    for image in long:
+        image.write(DATA[:20])
+    tasks = await saving.start(long[0], data=DATA[20:])
+    tasks += await saving.start("a", "b")
+    tasks += await saving.start(long[1], data=DATA[20:])
+    assert await gate.begun(3) == [["a"], ["long0"], ["long1"]]
     gate.open.set()
-    assert names(await asyncio.gather(*tasks)) == ["a.png", "b.png", "long.png"]
+    saved = names(await asyncio.gather(*tasks))
+    assert saved == ["long0.png", "a.png", "b.png", "long1.png"]
 
 
 async def test_an_image_that_is_decoded_is_alone(saving, gate, monkeypatch):
@@ -162,22 +167,19 @@ async def test_a_defect_reaches_all_saves_of_a_group(saving, gate, monkeypatch):
     assert names(await asyncio.gather(first, tasks[-1])) == ["a.png", "c.png"]
 
 
-async def test_threads_that_cannot_be_started_are_an_error_of_all_saves(saving, monkeypatch):
-    """Such as those of a pool that was shut down. The next image is tried anew."""
-    loop = asyncio.get_running_loop()
-    first, *others = await saving.start("a", "b", "c")
-
-    def refused(*_):
-        raise RuntimeError("cannot schedule new futures after shutdown")
-
+async def test_without_a_thread_all_saves_fail(saving, monkeypatch):
+    """The next image is tried anew."""
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "run_in_executor", refused)
-        await first
-        for other in others:
-            with pytest.raises(RuntimeError, match="after shutdown"):
-                await other
+        patch.setattr(threading.Thread, "start", refused)
+        for task in await saving.start("a", "b", "c"):
+            with pytest.raises(RuntimeError, match="can't start new thread"):
+                await task
     [task] = await saving.start("d")
     assert (await task).path.name == "d.png"
+
+
+def refused(_):
+    raise RuntimeError("can't start new thread")
 
 
 async def test_an_error_that_is_kept_keeps_no_image(saving):
@@ -190,19 +192,6 @@ async def test_an_error_that_is_kept_keeps_no_image(saving):
     frames = [frame for frame, _ in traceback.walk_tb(caught.value.__traceback__)]
     groups = [frame.f_locals["group"] for frame in frames if "group" in frame.f_locals]
     assert [group.images for group in groups] == [[]]
-
-
-async def test_work_that_is_cancelled_itself_ends_the_saves(saving, monkeypatch):
-    """As a pool of threads does that is shut down."""
-    loop = asyncio.get_running_loop()
-    work = loop.create_future()
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "run_in_executor", lambda *_: work)
-        tasks = await saving.start("a", "b")
-    work.cancel()
-    await asyncio.wait(tasks[:1])
-    assert tasks[0].cancelled()
-    assert (await tasks[1]).path.name == "b.png"
 
 
 @pytest.mark.parametrize("times", [1, 3])
@@ -222,6 +211,15 @@ async def test_a_cancellation_is_raised_when_no_thread_writes_any_longer(times, 
     assert (await other).path.name == "c.png"
     assert gate.groups == [["a"], ["c"]]
     assert sorted(path.name for path in saving.folder.iterdir()) == ["a.png", "c.png"]
+
+
+async def test_images_that_wait_are_saved_after_closing(saving, gate):
+    """A closing that is cancelled does not wait for them."""
+    tasks = await saving.start("a", "b", "c")
+    await gate.begun(1)
+    saving.finisher.close()
+    gate.open.set()
+    assert names(await asyncio.gather(*tasks)) == ["a.png", "b.png", "c.png"]
 
 
 async def test_where_all_that_wait_are_cancelled_no_group_begins(saving, gate):

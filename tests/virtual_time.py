@@ -1,14 +1,18 @@
 """An event loop whose clock jumps to the next timer instead of sleeping.
 
 Sockets within the process still work: whatever the kernel has ready goes first, and time moves
-on only when nothing is. While a thread of `run_in_executor` works, the clock stands still.
+on only when nothing is. While a thread of `run_in_executor` or `Threads` works, the clock stands
+still.
 """
 
 from __future__ import annotations
 
 import asyncio
 import selectors
+from collections.abc import Callable
 from typing import Any
+
+from kontext_async.results.threads import Threads
 
 
 class _JumpingSelector:
@@ -47,17 +51,44 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
 
     def run_in_executor(self, executor: Any, func: Any, *args: Any) -> asyncio.Future[Any]:
         work = super().run_in_executor(executor, func, *args)
-        self._jumping.threads += 1
-        work.add_done_callback(self._thread_ended)
+        self.thread_began()
+        work.add_done_callback(self.thread_ended)
         return work
 
-    def _thread_ended(self, _: object = None) -> None:
+    def thread_began(self) -> None:
+        self._jumping.threads += 1
+
+    def thread_ended(self, _: object = None) -> None:
         self._jumping.threads -= 1
 
     async def shutdown_default_executor(self, *timeout: float | None) -> None:
         """Wait for the thread that joins the others; Python 3.12 gives it a timeout."""
-        self._jumping.threads += 1
+        self.thread_began()
         try:
             await super().shutdown_default_executor(*timeout)
         finally:
-            self._thread_ended()
+            self.thread_ended()
+
+
+def _start(
+    threads: Threads, work: Callable[[], Callable[[], object]], start: Any = Threads.start
+) -> None:
+    """Start work as `Threads` does, which tells the event loop only at its end."""
+    loop = asyncio.get_running_loop()
+    if not isinstance(loop, VirtualTimeLoop):
+        return start(threads, work)
+
+    def counted() -> Callable[[], object]:
+        end = work()
+
+        def ended() -> None:
+            loop.thread_ended()
+            end()
+
+        return ended
+
+    start(threads, counted)
+    return loop.thread_began()
+
+
+Threads.start = _start  # type: ignore[method-assign]

@@ -7,7 +7,6 @@ import random
 import re
 from collections.abc import Iterable
 from contextlib import suppress
-from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,6 +14,8 @@ __all__ = ["THUMBNAILS", "PartialFile", "remove_partial_files", "write_file"]
 
 THUMBNAILS = "thumbnails"
 """The folder of a report's thumbnails, in the folder of the images."""
+
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
 
 _END = r"[0-9a-f]{12}\.part"
 _NAME = re.compile(rf"\..*\.{_END}", re.DOTALL)
@@ -41,20 +42,16 @@ class PartialFile:
         self.path = prefix + name
         self.temporary = f"{prefix}{_beginning(name)}{_random.getrandbits(48):012x}.part"
         self._mode = mode
-        self._file: FileIO | None = None  # without a buffer, which takes three system calls more
-
-    @property
-    def file(self) -> FileIO:
-        assert self._file is not None, "it has been written to"
-        return self._file
+        self._exists = False
+        self._descriptor = -1  # while it is closed
 
     def write(self, data: bytes) -> None:
-        if self._file is None:
-            new = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-            self._file = FileIO(os.open(self.temporary, new, self._mode), "w")
-        left = memoryview(data)
-        while left:
-            left = left[self._file.write(left) :]
+        if not self._exists:
+            self._descriptor = os.open(self.temporary, _NEW, self._mode)
+            self._exists = True
+        left: bytes | memoryview = data
+        while (written := os.write(self._descriptor, left)) < len(left):
+            left = memoryview(left)[written:]
 
     def read(self) -> BinaryIO:
         """Open what has been written so far."""
@@ -62,23 +59,31 @@ class PartialFile:
 
     def sync(self) -> None:
         """Return when the contents are on disk."""
-        os.fsync(self.file.fileno())
+        os.fsync(self._descriptor)
 
     def rename(self) -> None:
         """Give the file its own name; this replaces a file of that name."""
-        self.file.close()
+        self._close()
         os.replace(self.temporary, self.path)  # noqa: PTH105  # as above
-        self._file = None
+        self._exists = False
 
     def discard(self) -> None:
         """Remove the temporary file as far as the file system allows. Idempotent."""
-        if self._file is None:
+        if not self._exists:
             return
         with suppress(OSError):  # some file systems write only now
-            self._file.close()
+            self._close()
         with suppress(OSError):
             os.unlink(self.temporary)  # noqa: PTH108  # as above
-        self._file = None
+        self._exists = False
+
+    def __del__(self) -> None:
+        if self._descriptor >= 0:  # its event loop was closed before it was discarded
+            self._close()
+
+    def _close(self) -> None:
+        descriptor, self._descriptor = self._descriptor, -1
+        os.close(descriptor)
 
 
 def write_file(path: Path, parts: Iterable[bytes], *, mode: int = 0o666) -> None:

@@ -86,7 +86,8 @@ class Expiries(Generic[_T]):
         self._waiting.add(item)
         if until < math.inf:
             heapq.heappush(self._heap, (until, next(self._order), item))
-            self._wake_at(self._heap[0][0])
+            if until < self._wakes_at:
+                self._wake_at(until)
 
     def discard(self, item: _T) -> None:
         """Forget an item that nobody waits for any longer."""
@@ -99,8 +100,6 @@ class Expiries(Generic[_T]):
             heapq.heapify(self._heap)
 
     def _wake_at(self, when: float) -> None:
-        if self._wakes_at <= when:
-            return
         self._cancel_timer()
         self._wakes_at = when
         self._timer = asyncio.get_running_loop().call_at(when, self._wake, when)

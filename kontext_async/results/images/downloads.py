@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import math
 import random
-from contextlib import suppress
 from datetime import UTC, datetime
 
 import aiohttp
@@ -14,9 +13,9 @@ from kontext_async.errors import ClientStateError
 from kontext_async.models import CompletedTask
 from kontext_async.results.errors import DownloadError, ResultExpiredError
 from kontext_async.results.images.fetching import (
+    Attempt,
     Fetcher,
     Response,
-    Silence,
     failure,
     is_host_trouble,
     refusal,
@@ -24,7 +23,7 @@ from kontext_async.results.images.fetching import (
 from kontext_async.results.images.files import PartialImage, SavedImage, Target, image_kind
 from kontext_async.results.images.finishing import Finisher
 from kontext_async.results.threads import run_in_thread
-from kontext_async.transport import Deadline, Expiries
+from kontext_async.transport import Expiries
 
 __all__ = ["DEFAULT_TIMEOUT", "Downloads"]
 
@@ -52,10 +51,10 @@ class _Body:
     """The body of a response as it arrives: the latest pieces in memory, the rest in a file."""
 
     def __init__(
-        self, target: Target, silence: Silence, finisher: Finisher, max_bytes: int
+        self, target: Target, attempt: Attempt, finisher: Finisher, max_bytes: int
     ) -> None:
         self._target = target
-        self._silence = silence
+        self._attempt = attempt
         self._finisher = finisher
         self._max_bytes = max_bytes
         self._size = 0
@@ -66,7 +65,7 @@ class _Body:
     async def receive(self, response: Response) -> None:
         self._check_size(response.content_length)
         while piece := await response.content.readany():
-            self._silence.begin()
+            self._attempt.hear()
             self._size += len(piece)
             self._check_size(self._size)
             self._pieces.append(piece)
@@ -87,12 +86,12 @@ class _Body:
             await run_in_thread(self._image.discard)
 
     async def _write(self, image: PartialImage, block: bytes) -> None:
-        self._silence.pause()
+        self._attempt.pause()
         try:
             with self._target.translate_errors():
                 await run_in_thread(image.write, block)
         finally:
-            self._silence.begin()
+            self._attempt.hear()
 
     def _take_block(self) -> bytes:
         block = b"".join(self._pieces)
@@ -121,21 +120,6 @@ class _Body:
             )
 
 
-class _Attempt(Deadline):
-    """A request for an image, which ends by ``until``, and when its host is silent for too long."""
-
-    __slots__ = ("_until", "due", "silence")
-
-    def __init__(self, until: float) -> None:
-        super().__init__()
-        self._until = until
-        self.silence = Silence()
-        self.due = self.ends_at()
-
-    def ends_at(self) -> float:
-        return min(self._until, self.silence.ends_at())
-
-
 class Downloads:
     """The downloads of a saver, until it is closed. Its arguments are the saver's."""
 
@@ -154,7 +138,7 @@ class Downloads:
         self._max_bytes = max_bytes
         self._permits = asyncio.Semaphore(max_concurrency)
         self._timeout = timeout
-        self._closed = asyncio.Event()
+        self._closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._under_way = 0
         self._none_under_way = asyncio.Event()
         self._none_under_way.set()
@@ -162,12 +146,13 @@ class Downloads:
 
     async def aclose(self) -> None:
         """End all downloads with `ClientStateError`, but for images that are being finished."""
-        self._closed.set()
+        self._closed.set_result(None)
         for attempt in self._attempts:
             attempt.expire()
         try:
             await self._none_under_way.wait()
         finally:
+            self._finisher.close()
             await self._fetcher.aclose()
 
     async def save(self, task: CompletedTask, target: Target) -> SavedImage:
@@ -176,38 +161,36 @@ class Downloads:
         self._none_under_way.clear()
         try:
             async with self._permits:
-                return await self._save(task, target)
+                if self._use_origin and (origin := task.origin_image_url):
+                    return await self._save_either(task, origin, target)
+                return await self._download(task.result_image_url, task, target, task.expires_at)
         finally:
             self._under_way -= 1
             if not self._under_way:
                 self._none_under_way.set()
 
-    async def _save(self, task: CompletedTask, target: Target) -> SavedImage:
-        url, expires_at = task.result_image_url, task.expires_at
+    async def _save_either(self, task: CompletedTask, origin: str, target: Target) -> SavedImage:
         try:
-            return await self._download(url, target, expires_at, _age(task))
+            return await self._download(task.result_image_url, task, target, task.expires_at)
         except DownloadError as error:
-            if not (self._use_origin and task.origin_image_url):
-                raise
             first = error
-        url, expires_at = task.origin_image_url, _ALREADY_EXPIRED
         try:
-            return await self._download(url, target, expires_at, _age(task))
+            return await self._download(origin, task, target, _ALREADY_EXPIRED)
         except DownloadError as error:
             if first.http_status in _GONE:
                 raise error from first
             raise first from error  # a retry may succeed, whatever the origin answered
 
     async def _download(
-        self, url: str, target: Target, expires_at: datetime | None, age: float
+        self, url: str, task: CompletedTask, target: Target, expires_at: datetime | None
     ) -> SavedImage:
         """Retry until the image is saved, or a retry has no point or no time left.
 
-        A missing image is waited for until it is as old as the whole timeout. ``age``: in seconds.
+        A missing image is waited for until it is as old as the whole timeout.
         """
         loop = asyncio.get_running_loop()
         deadline = math.inf if self._timeout is None else loop.time() + self._timeout
-        appears_by = loop.time() + (self._timeout or DEFAULT_TIMEOUT) - age
+        appears_by = loop.time() + (self._timeout or DEFAULT_TIMEOUT) - _age(task)
         attempts = bad_responses = 0
         while True:
             attempts += 1
@@ -220,39 +203,37 @@ class Downloads:
                 is_final = not error.retryable or bad_responses >= _MAX_BAD_RESPONSES
                 if is_final or loop.time() + delay >= deadline:
                     raise
-            with suppress(TimeoutError):
-                async with asyncio.timeout(delay):
-                    await self._closed.wait()
+            await asyncio.wait([self._closed], timeout=delay)
 
     async def _try(
         self, url: str, target: Target, expires_at: datetime | None, deadline: float
     ) -> SavedImage:
-        if self._closed.is_set():
+        if self._closed.done():
             raise ClientStateError(_WAS_CLOSED)
-        attempt = _Attempt(deadline)
-        body = _Body(target, attempt.silence, self._finisher, self._max_bytes)
+        attempt = Attempt(deadline)
+        body = _Body(target, attempt, self._finisher, self._max_bytes)
         self._attempts.add(attempt, attempt.due)
         try:
             with (
                 attempt,
-                await self._fetcher.get(url, target.task_id, attempt.silence) as response,
+                await self._fetcher.get(url, target.task_id, attempt) as response,
             ):
                 _check_status(response, target.task_id, expires_at)
                 await body.receive(response)
             return await body.save()
         except (aiohttp.ClientError, OSError) as exc:
-            if self._closed.is_set():
+            if self._closed.done():
                 raise ClientStateError(_WAS_CLOSED) from exc
             raise failure(exc, target.task_id) from exc
         finally:
             self._attempts.discard(attempt)
             await body.discard()
 
-    def _look_soon(self, attempt: _Attempt) -> None:
+    def _look_soon(self, attempt: Attempt) -> None:
         """Look at a request that is due after all that its loop has just received."""
         asyncio.get_running_loop().call_soon(self._look, attempt)
 
-    def _look(self, attempt: _Attempt) -> None:
+    def _look(self, attempt: Attempt) -> None:
         """End a request that is due, unless something was heard of its host meanwhile."""
         if attempt not in self._attempts:
             return

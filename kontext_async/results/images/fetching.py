@@ -10,7 +10,7 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 from urllib.parse import quote, urljoin
 
 import aiohttp
@@ -25,6 +25,7 @@ from kontext_async.transport import (
     CONNECT_TIMEOUT,
     MAX_HEADER,
     UNTRUSTED_SERVER,
+    Deadline,
     PooledRequests,
     are_requests_replaced,
     can_fetch,
@@ -33,10 +34,11 @@ from kontext_async.transport import (
 )
 from kontext_async.wire import retry_after
 
-__all__ = ["Fetcher", "Response", "Silence", "failure", "is_host_trouble", "is_public", "refusal"]
+__all__ = ["Attempt", "Fetcher", "Response", "failure", "is_host_trouble", "is_public", "refusal"]
 
 _MAX_REDIRECTS = 5
 _REDIRECTS = (301, 302, 303, 307, 308)
+_PLAIN_URL = re.compile(r"https?://[!-~]+")
 _CONTROL = re.compile(r"[\0-\x1f\x7f]")
 _UNSENDABLE = re.compile(r"[^!-~]+")
 # Scheme, authority, path and query of a URL (RFC 3986, appendix B).
@@ -122,6 +124,8 @@ def _parts(text: str) -> tuple[str, str, str, str]:
 
 def _absolute(text: str, task_id: str, base: str = "") -> str:
     """Return a URL as it is written, or joined to ``base``, which redirects to it."""
+    if _PLAIN_URL.fullmatch(text):
+        return text
     try:
         if _CONTROL.search(text):
             raise ValueError("it contains a control character")  # noqa: TRY301  # as below
@@ -177,21 +181,20 @@ def _written_address(host: str) -> str | None:
     return None if ip is None else str(ip)
 
 
-@attrs.frozen
-class Response:
+class Response(NamedTuple):
     """An image host's answer, its body unread. Its block releases the connection at the end."""
 
     host: str
     status: int
     headers: CIMultiDictProxy[str]
     content: aiohttp.StreamReader
-    _release: Callable[[], object]
+    release: Callable[[], object]
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self._release()
+        self.release()
 
     @property
     def content_length(self) -> int:
@@ -199,24 +202,33 @@ class Response:
         return int(self.headers.get("Content-Length", 0))
 
 
-class Silence:
-    """The time since something was heard of the host that is waited for."""
+class Attempt(Deadline):
+    """A request for an image, which ends by ``until``, and when its host is silent for too long."""
 
-    def __init__(self) -> None:
-        self._time = asyncio.get_running_loop().time
-        self._begin: float | None = self._time()
+    __slots__ = ("_heard_at", "_until", "due")
 
-    def begin(self) -> None:
-        """Begin anew: something has been heard, or the host is waited for from now on."""
-        self._begin = self._time()
+    _heard_at: float | None
+
+    def __init__(self, until: float) -> None:
+        super().__init__()
+        self._until = until
+        self.hear()
+        self.due = self.ends_at()
+
+    def hear(self) -> None:
+        """Begin the silence anew: something was heard, or the host is waited for from now on."""
+        self._heard_at = asyncio.get_running_loop().time()
 
     def pause(self) -> None:
-        """Let it not be the host's, until it begins anew: something else is waited for."""
-        self._begin = None
+        """Let the silence not be the host's, until it begins anew: something else is waited for."""
+        self._heard_at = None
 
     def ends_at(self) -> float:
-        """Return the loop's time at which it is too long."""
-        return _MAX_SILENCE + (self._time() if self._begin is None else self._begin)
+        """Return the loop's time at which to end it, as far as is known now."""
+        heard_at = self._heard_at
+        if heard_at is None:
+            heard_at = asyncio.get_running_loop().time()
+        return min(heard_at + _MAX_SILENCE, self._until)
 
 
 @attrs.frozen
@@ -224,20 +236,20 @@ class _Route:
     """The way to an origin: the session's connector alone where that can be had, or the session."""
 
     origin: URL
+    host: str
     session: aiohttp.ClientSession
     requests: PooledRequests | None
     is_borrowed: bool
 
-    async def get(self, target: str, silence: Silence) -> Response:
-        host = str(self.origin.host)
+    async def get(self, target: str, attempt: Attempt) -> Response:
         if self.requests is not None and not are_requests_replaced():
             connection, head, content = await self.requests.get(target)
-            silence.begin()
-            return Response(host, head.code, head.headers, content, connection.release)
+            attempt.hear()
+            return Response(self.host, head.code, head.headers, content, connection.release)
         timeout = CONNECT_TIMEOUT
         if self.is_borrowed:
             timeout = _BORROWED_TIMEOUT
-            silence.pause()
+            attempt.pause()
         answer = await self.session.get(
             URL(f"{self.origin}{target}", encoded=True),
             allow_redirects=False,
@@ -248,8 +260,8 @@ class _Route:
             max_line_size=MAX_HEADER,
             max_field_size=MAX_HEADER,
         )
-        silence.begin()
-        return Response(host, answer.status, answer.headers, answer.content, answer.release)
+        attempt.hear()
+        return Response(self.host, answer.status, answer.headers, answer.content, answer.release)
 
 
 class Fetcher:
@@ -283,14 +295,14 @@ class Fetcher:
             for session in self._own:
                 stack.push_async_callback(session.close)
 
-    async def get(self, text: str, task_id: str, silence: Silence) -> Response:
+    async def get(self, text: str, task_id: str, attempt: Attempt) -> Response:
         """Return the response after all redirects. Raises `DownloadError`.
 
-        The caller ends this when the silence is too long.
+        The caller ends the attempt when that is due.
         """
         url = _absolute(text, task_id)
         redirects = 0
-        while (response := await self._get(url, task_id, silence)).status in _REDIRECTS:
+        while (response := await self._get(url, task_id, attempt)).status in _REDIRECTS:
             with response:
                 location = response.headers.get("Location", "")
             if redirects == _MAX_REDIRECTS:
@@ -299,11 +311,11 @@ class Fetcher:
             url = _absolute(location, task_id, base=url)
         return response
 
-    async def _get(self, url: str, task_id: str, silence: Silence) -> Response:
+    async def _get(self, url: str, task_id: str, attempt: Attempt) -> Response:
         scheme, authority, path, query = _parts(url)
         route = self._route(scheme, authority, task_id)
         try:
-            return await route.get(_target(path, query), silence)
+            return await route.get(_target(path, query), attempt)
         except (aiohttp.ClientError, OSError) as exc:
             error, cause = failure(exc, task_id), safe_cause(exc)
         except Exception as exc:
@@ -323,7 +335,7 @@ class Fetcher:
             is_borrowed = not self._own
             is_pooled = not is_borrowed and can_fetch(session)
             requests = _pooled(session, origin) if is_pooled else None
-            route = _Route(origin, session, requests, is_borrowed)
+            route = _Route(origin, str(origin.host), session, requests, is_borrowed)
             if len(self._routes) >= _MAX_ROUTES:
                 self._routes.clear()
             self._routes[key] = route

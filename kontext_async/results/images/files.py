@@ -1,6 +1,6 @@
 """Image files: their names, the check of their contents, and writing them.
 
-Functions that block are for `run_in_thread`.
+Functions that block are for threads.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import attrs
 
@@ -52,10 +52,10 @@ _ENDINGS = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 _ENDS = {"png": b"IEND\xaeB`\x82", "jpeg": b"\xff\xd9"}
 _TAIL = 1024  # bytes in which the end must be
 
-# Ids that are safe as file names. Upper case is not: some file systems ignore case.
-_PLAIN = re.compile(r"[a-z0-9_][a-z0-9._-]{0,99}")
 # Windows reserves these names for devices, also with an ending.
-_DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?")
+_DEVICE = r"(?:con|prn|aux|nul|com[0-9]|lpt[0-9])(?:\.|\Z)"
+# Ids that are safe as file names. Upper case is not: some file systems ignore case.
+_PLAIN = re.compile(rf"(?!{_DEVICE})[a-z0-9_][a-z0-9._-]{{0,99}}")
 
 _RENAMING = threading.Lock()
 
@@ -78,7 +78,7 @@ def file_stem(task_id: str) -> str:
 
     A plain id is the name itself and has no ``~``. Other ids are made safe, with a hash added.
     """
-    if _PLAIN.fullmatch(task_id) and not _DEVICE.fullmatch(task_id):
+    if _PLAIN.fullmatch(task_id):
         return task_id
     readable = re.sub(r"[^A-Za-z0-9_-]", "_", task_id[:60]).lstrip("-")
     digest = hashlib.sha256(task_id.encode(errors="surrogatepass")).hexdigest()
@@ -121,8 +121,7 @@ def sweep_folder(folder: Path) -> None:
         remove_partial_files(folder)
 
 
-@attrs.frozen(kw_only=True)
-class Target:
+class Target(NamedTuple):
     """The file for a task's image: ``name`` in ``folder``, plus an ending unless ``exact``."""
 
     task_id: str

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from typing import TypeAlias
+from collections.abc import Callable, Sequence
 
-from kontext_async.results.errors import DownloadError
 from kontext_async.results.images.files import PartialImage, SavedImage, finish_images
-from kontext_async.results.threads import run_in_thread, until_ended
+from kontext_async.results.threads import Threads, until_ended
 
 __all__ = ["Finisher"]
-
-_Work: TypeAlias = asyncio.Future[list[SavedImage | DownloadError]]
 
 # Images that wait for no group under way, because a slow disk would let them wait long. Chosen by
 # the benchmark `saving`: with 2 an image takes more CPU time, with 4 fewer are saved a second.
@@ -29,7 +26,17 @@ class _Group:
     def __init__(self) -> None:
         self.images: list[tuple[PartialImage, bytes]] = []
         self.saves: list[asyncio.Future[SavedImage]] = []
-        self.work: _Work | None = None
+        self.work: asyncio.Future[None] | None = None
+
+    def add(self, image: PartialImage, data: bytes) -> asyncio.Future[SavedImage]:
+        save: asyncio.Future[SavedImage] = asyncio.get_running_loop().create_future()
+        self.images.append((image, data))
+        self.saves.append(save)
+        return save
+
+    def remove(self, save: asyncio.Future[SavedImage]) -> None:
+        at = self.saves.index(save)
+        del self.images[at], self.saves[at]
 
 
 class Finisher:
@@ -39,53 +46,62 @@ class Finisher:
     """
 
     def __init__(self) -> None:
+        self._threads = Threads()
         self._next = _Group()
-        self._running = 0  # groups
+        self._under_way: set[_Group] = set()  # without the images that take long
+
+    def close(self) -> None:
+        """End the threads once they have finished what they were given."""
+        self._threads.close()
 
     async def finish(self, image: PartialImage, data: bytes) -> SavedImage:
         """Return the saved image. Raises `DownloadError`.
 
         A cancellation is raised once no thread works on the image.
         """
-        if image.takes_long:
-            [saved] = await run_in_thread(finish_images, [(image, data)])
-            if isinstance(saved, SavedImage):
-                return saved
-            raise saved
-        group = self._next
-        save: asyncio.Future[SavedImage] = asyncio.get_running_loop().create_future()
-        group.images.append((image, data))
-        group.saves.append(save)
-        self._start()
+        group = _Group() if image.takes_long else self._next
+        save = group.add(image, data)
+        if group is not self._next:
+            self._begin(group)
+        else:
+            self._begin_next()
         try:
             return await save
         except asyncio.CancelledError:
-            if group.work is not None:
-                await until_ended(group.work)
+            if group.work is None:
+                group.remove(save)
             else:
-                at = group.saves.index(save)
-                del group.images[at], group.saves[at]
+                await until_ended(group.work)
             raise
 
-    def _start(self) -> None:
-        """Start the next group, unless its images should wait on."""
+    def _begin_next(self) -> None:
+        """Begin the next group, unless its images should wait on."""
         group = self._next
-        if not group.images or (self._running and len(group.images) < _GROUP):
-            return
-        self._next = _Group()
-        self._running += 1
-        loop = asyncio.get_running_loop()
-        try:
-            group.work = loop.run_in_executor(None, finish_images, group.images)
-        except RuntimeError as exc:  # the threads were shut down, or none can be started
-            group.work = loop.create_future()
-            group.work.set_exception(exc)
-        group.work.add_done_callback(functools.partial(self._end, group))
+        if group.images and (not self._under_way or len(group.images) >= _GROUP):
+            self._next = _Group()
+            self._under_way.add(group)
+            self._begin(group)
 
-    def _end(self, group: _Group, work: _Work) -> None:
-        self._running -= 1
-        error = asyncio.CancelledError() if work.cancelled() else work.exception()
-        ended = work.result() if error is None else [error] * len(group.saves)
+    def _begin(self, group: _Group) -> None:
+        group.work = asyncio.get_running_loop().create_future()
+        try:
+            self._threads.start(functools.partial(self._finish, group))
+        except Exception as exc:  # noqa: BLE001  # no thread can be started
+            self._end(group, [exc] * len(group.images))
+
+    def _finish(self, group: _Group) -> Callable[[], None]:
+        """Finish the images of a group, in a thread; return what remains to be done."""
+        ended: Sequence[SavedImage | BaseException]
+        try:
+            ended = finish_images(group.images)
+        except BaseException as exc:  # noqa: BLE001  # raised by the saves
+            ended = [exc] * len(group.images)
+        return functools.partial(self._end, group, ended)
+
+    def _end(self, group: _Group, ended: Sequence[SavedImage | BaseException]) -> None:
+        self._under_way.discard(group)
+        assert group.work is not None, "it has begun"
+        group.work.set_result(None)
         group.images.clear()  # an error that is kept keeps its group
         for save, saved in zip(group.saves, ended, strict=True):
             if save.cancelled():
@@ -94,4 +110,4 @@ class Finisher:
                 save.set_result(saved)
             else:
                 save.set_exception(saved)
-        self._start()
+        self._begin_next()
