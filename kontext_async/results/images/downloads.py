@@ -161,21 +161,21 @@ class Downloads:
         self._none_under_way.clear()
         try:
             async with self._permits:
-                if self._use_origin and (origin := task.origin_image_url):
-                    return await self._save_either(task, origin, target)
-                return await self._download(task.result_image_url, task, target, task.expires_at)
+                return await self._save(task, target)
         finally:
             self._under_way -= 1
             if not self._under_way:
                 self._none_under_way.set()
 
-    async def _save_either(self, task: CompletedTask, origin: str, target: Target) -> SavedImage:
+    async def _save(self, task: CompletedTask, target: Target) -> SavedImage:
         try:
             return await self._download(task.result_image_url, task, target, task.expires_at)
         except DownloadError as error:
+            if not (self._use_origin and task.origin_image_url):
+                raise
             first = error
         try:
-            return await self._download(origin, task, target, _ALREADY_EXPIRED)
+            return await self._download(task.origin_image_url, task, target, _ALREADY_EXPIRED)
         except DownloadError as error:
             if first.http_status in _GONE:
                 raise error from first

@@ -124,8 +124,8 @@ class ImageSaver:
         if self._downloads is None:
             raise ClientStateError("this saver is not open: save within its `async with`")
         target = self._target(task.task_id, name)
-        if not (self._overwrite or self._names.isdisjoint(target.names())):
-            raise target.exists_error(self._names.intersection(target.names()).pop())
+        if not self._overwrite and (there := self._names.intersection(target.names())):
+            raise target.exists_error(there.pop())
         saved = await self._downloads.save(task, target)
         self._names.add(saved.path.name)
         return saved
