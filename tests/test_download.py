@@ -948,14 +948,14 @@ async def test_closing_ends_a_pause(tmp_path):
 async def test_closing_waits_for_all_images_that_are_being_finished(monkeypatch, tmp_path):
     """They are saved."""
     finishing, disks = threading.Semaphore(0), {"t": threading.Event(), "u": threading.Event()}
-    finish = files.PartialImage.finish
+    complete = files.PartialImage.complete
 
-    def slow_finish(image, data):
+    def complete_slowly(image, data):
         finishing.release()
         assert disks[image.target.name].wait(10)
-        return finish(image, data)
+        complete(image, data)
 
-    monkeypatch.setattr(files.PartialImage, "finish", slow_finish)
+    monkeypatch.setattr(files.PartialImage, "complete", complete_slowly)
     monkeypatch.setattr(files, "_HAS_PILLOW", True)
     async with raw_server(IMAGE) as server, client_of(server) as client:
         saver = ImageSaver(client, tmp_path, max_concurrency=2)

@@ -503,6 +503,16 @@ def test_images_finished_together_share_a_sync(monkeypatch, tmp_path):
     assert [len({"t0.png", "t2.png"}.intersection(at_sync)) for at_sync in seen] == [2]
 
 
+def test_of_images_finished_together_one_may_be_too_large_for_the_disk(tmp_path):
+    """Its error is that of the write, and the others are saved."""
+    data = [image(), make_image('{"prompt": ""}', "png", 100_000), image()]
+    partials = [PartialImage(target(tmp_path, f"t{n}"), "png") for n in range(3)]
+    with small_files():
+        first, large, last = ended_together([*zip(partials, data, strict=True)])
+    assert [first.path.name, last.path.name] == ["t0.png", "t2.png"] == names(tmp_path)
+    assert "File too large" in str(large)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no sync of a folder")
 @pytest.mark.parametrize("error", [errno.EINVAL, errno.ENOTSUP, errno.EACCES])
 def test_a_folder_that_cannot_be_synced_is_no_error(error, monkeypatch, tmp_path):

@@ -156,8 +156,12 @@ async def test_an_error_is_that_of_its_own_image(saving, first):
 
 async def test_a_defect_reaches_all_saves_of_a_group(saving, gate, monkeypatch):
     """The next group is finished all the same."""
-    broken = saving.image("b0")
-    monkeypatch.setattr(broken, "finish", lambda _: 1 / 0)
+    broken, complete = saving.image("b0"), PartialImage.complete
+
+    def complete_or_fail(image, data):
+        return 1 / 0 if image is broken else complete(image, data)
+
+    monkeypatch.setattr(PartialImage, "complete", complete_or_fail)
     [first] = await saving.start("a")
     tasks = await saving.start(broken, *(f"b{n}" for n in range(1, GROUP)), "c")
     gate.open.set()

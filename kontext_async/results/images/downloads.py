@@ -34,7 +34,6 @@ _BLOCK = 1024 * 1024
 
 # Statuses of a file that is gone, or that the host denies to have.
 _GONE = (403, 404, 410)
-_ALREADY_EXPIRED = datetime.min.replace(tzinfo=UTC)
 
 # Statuses of a file that may not be there yet.
 _NOT_YET = (403, 404)
@@ -169,34 +168,34 @@ class Downloads:
 
     async def _save(self, task: CompletedTask, target: Target) -> SavedImage:
         try:
-            return await self._download(task.result_image_url, task, target, task.expires_at)
+            return await self._download(task.result_image_url, task, target)
         except DownloadError as error:
             if not (self._use_origin and task.origin_image_url):
                 raise
             first = error
         try:
-            return await self._download(task.origin_image_url, task, target, _ALREADY_EXPIRED)
+            return await self._download(task.origin_image_url, task, target)
         except DownloadError as error:
             if first.http_status in _GONE:
                 raise error from first
             raise first from error  # a retry may succeed, whatever the origin answered
 
-    async def _download(
-        self, url: str, task: CompletedTask, target: Target, expires_at: datetime | None
-    ) -> SavedImage:
+    async def _download(self, url: str, task: CompletedTask, target: Target) -> SavedImage:
         """Retry until the image is saved, or a retry has no point or no time left.
 
         A missing image is waited for until it is as old as the whole timeout.
         """
         loop = asyncio.get_running_loop()
         deadline = math.inf if self._timeout is None else loop.time() + self._timeout
-        appears_by = loop.time() + (self._timeout or DEFAULT_TIMEOUT) - _age(task)
+        appears_by: float | None = None
         attempts = bad_responses = 0
         while True:
             attempts += 1
             try:
-                return await self._try(url, target, expires_at, deadline)
+                return await self._try(url, task, target, deadline)
             except DownloadError as error:
+                if appears_by is None:
+                    appears_by = loop.time() + (self._timeout or DEFAULT_TIMEOUT) - _age(task)
                 is_awaited = error.http_status in _NOT_YET and loop.time() < appears_by
                 bad_responses += _is_bad_response(error) and not is_awaited
                 delay = _delay(error, attempts)
@@ -206,7 +205,7 @@ class Downloads:
             await asyncio.wait([self._closed], timeout=delay)
 
     async def _try(
-        self, url: str, target: Target, expires_at: datetime | None, deadline: float
+        self, url: str, task: CompletedTask, target: Target, deadline: float
     ) -> SavedImage:
         if self._closed.done():
             raise ClientStateError(_WAS_CLOSED)
@@ -218,7 +217,8 @@ class Downloads:
                 attempt,
                 await self._fetcher.get(url, target.task_id, attempt) as response,
             ):
-                _check_status(response, target.task_id, expires_at)
+                if response.status != 200:
+                    raise _refusal(response, url, task)
                 await body.receive(response)
             return await body.save()
         except (aiohttp.ClientError, OSError) as exc:
@@ -245,17 +245,22 @@ class Downloads:
             attempt.expire()
 
 
-def _check_status(response: Response, task_id: str, expires_at: datetime | None) -> None:
-    if response.status == 200:
-        return
-    if response.status in _GONE and expires_at and expires_at <= datetime.now(UTC):
-        raise ResultExpiredError(
+def _refusal(response: Response, url: str, task: CompletedTask) -> DownloadError:
+    """Return the error of a response without an image to a request for a URL of the task."""
+    if response.status in _GONE and _has_expired(url, task):
+        return ResultExpiredError(
             f"{response.host} has deleted it",
-            task_id=task_id,
+            task_id=task.task_id,
             http_status=response.status,
             retryable=False,
         )
-    raise refusal(response, task_id)
+    return refusal(response, task.task_id)
+
+
+def _has_expired(url: str, task: CompletedTask) -> bool:
+    if url != task.result_image_url:  # an origin lasts 10 minutes
+        return True
+    return task.expires_at is not None and task.expires_at <= datetime.now(UTC)
 
 
 def _is_bad_response(error: DownloadError) -> bool:

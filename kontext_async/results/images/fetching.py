@@ -205,19 +205,20 @@ class Response(NamedTuple):
 class Attempt(Deadline):
     """A request for an image, which ends by ``until``, and when its host is silent for too long."""
 
-    __slots__ = ("_heard_at", "_until", "due")
+    __slots__ = ("_heard_at", "_now", "_until", "due")
 
     _heard_at: float | None
 
     def __init__(self, until: float) -> None:
         super().__init__()
+        self._now = asyncio.get_running_loop().time
         self._until = until
         self.hear()
         self.due = self.ends_at()
 
     def hear(self) -> None:
         """Begin the silence anew: something was heard, or the host is waited for from now on."""
-        self._heard_at = asyncio.get_running_loop().time()
+        self._heard_at = self._now()
 
     def pause(self) -> None:
         """Let the silence not be the host's, until it begins anew: something else is waited for."""
@@ -227,7 +228,7 @@ class Attempt(Deadline):
         """Return the loop's time at which to end it, as far as is known now."""
         heard_at = self._heard_at
         if heard_at is None:
-            heard_at = asyncio.get_running_loop().time()
+            heard_at = self._now()
         return min(heard_at + _MAX_SILENCE, self._until)
 
 

@@ -14,7 +14,7 @@ import re
 import struct
 import threading
 import zlib
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -157,7 +157,7 @@ class Target(NamedTuple):
 class PartialImage:
     """An image in a temporary file beside its target, until it is complete.
 
-    `write` and `finish` raise `OSError`.
+    `write` and `complete` raise `OSError`.
     """
 
     def __init__(self, target: Target, kind: str) -> None:
@@ -178,17 +178,19 @@ class PartialImage:
         """True if its finish does: it is decoded, or is more than the data that comes last."""
         return _HAS_PILLOW or self._size > 0
 
-    def finish(self, data: bytes) -> SavedImage:
-        """Write the last data, check the image, and rename it once it is on disk.
+    def complete(self, data: bytes) -> None:
+        """Check the image, and rename it once it is on disk. ``data`` was written last.
 
         Its name is not on disk until the folder is synced. Raises `DownloadError` as well.
         """
-        self.write(data)
         problem = self._problem(data)
         if problem is not None:
             raise DownloadError(problem, task_id=self.target.task_id, http_status=200)
         self._file.sync()
         self._rename()
+
+    def saved(self) -> SavedImage:
+        """Return the image now that it is complete."""
         return SavedImage(
             path=self.target.folder / self._name,
             size=self._size,
@@ -246,24 +248,33 @@ def finish_images(
 
     Return each as it is saved, or the error that kept it from being saved.
     """
-    ended: list[SavedImage | DownloadError] = []
-    for image, data in images:
+    # In steps, because an image's data pushes the code of all steps out of the processor's cache.
+    errors: dict[PartialImage, DownloadError] = {}
+    _take_step(PartialImage.write, images, errors)
+    _take_step(PartialImage.complete, images, errors)
+    if len(errors) < len(images):
         try:
-            ended.append(image.finish(data))
+            _sync_folder(images[0][0].target.folder)
         except OSError as exc:
-            ended.append(image.target.error(exc))
-        except DownloadError as error:
-            ended.append(error)
-    if all(isinstance(image, DownloadError) for image in ended):
-        return ended
-    try:
-        _sync_folder(images[0][0].target.folder)
-    except OSError as exc:
-        ended = [
-            saved if isinstance(saved, DownloadError) else image.target.error(exc)
-            for (image, _), saved in zip(images, ended, strict=True)
-        ]
-    return ended
+            for image, _ in images:
+                errors.setdefault(image, image.target.error(exc))
+    return [errors.get(image) or image.saved() for image, _ in images]
+
+
+def _take_step(
+    step: Callable[[PartialImage, bytes], None],
+    images: Sequence[tuple[PartialImage, bytes]],
+    errors: dict[PartialImage, DownloadError],
+) -> None:
+    """Take a step with each image that has no error; add the errors."""
+    for image, data in images:
+        if image not in errors:
+            try:
+                step(image, data)
+            except OSError as exc:
+                errors[image] = image.target.error(exc)
+            except DownloadError as error:
+                errors[image] = error
 
 
 def decoding_problem(file: BinaryIO, kind: str) -> str | None:

@@ -127,7 +127,7 @@ class ImageSaver:
         if not self._overwrite and (there := self._names.intersection(target.names())):
             raise target.exists_error(there.pop())
         saved = await self._downloads.save(task, target)
-        self._names.add(saved.path.name)
+        self._names.add(target.file_name(saved.kind))
         return saved
 
     async def find(self, task_id: str) -> SavedImage | None:
