@@ -6,8 +6,11 @@ import asyncio
 import contextlib
 import functools
 import json
+import platform
 import socket
 import struct
+import subprocess
+import sys
 
 import aiohttp
 import pytest
@@ -45,6 +48,40 @@ async def test_this_aiohttp_has_what_the_lean_way_needs():
     """A client with a session of its own uses it."""
     async with make_client("http://127.0.0.1:9") as client:
         assert fetcher_of(client) is PooledFetcher
+
+
+# Prints the pages that the system had to provide for 100 reads, before and with a client.
+READS = """
+import asyncio, resource, socket
+from kontext_async import KontextClient
+
+here, there = socket.socketpair()
+memory = [bytearray(120_000) for _ in range(200)]  # leaves no block of 256 KiB
+
+def provided():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(100):
+        there.send(b"x")
+        here.recv(256 * 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+async def main():
+    first = provided()
+    async with KontextClient("a-key", base_url="http://127.0.0.1:9"):
+        print(first, provided())
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc's allocator")
+def test_the_memory_of_reads_is_kept():
+    """Without a client, most interpreters have the system provide it anew for each read."""
+    command = [sys.executable, "-c", READS]
+    without, kept = subprocess.run(command, check=True, capture_output=True).stdout.split()
+    if int(without) < 100:
+        pytest.skip("this interpreter has freed a larger block before")
+    assert int(kept) < 50
 
 
 @pytest.mark.parametrize("needed", pooled._NEEDED, ids=lambda n: f"{n[0].__name__}.{n[1]}")
