@@ -218,7 +218,7 @@ class Downloads:
                 await self._fetcher.get(url, target.task_id, attempt) as response,
             ):
                 if response.status != 200:
-                    raise _refusal(response, url, task)
+                    raise _error_of(response, url, task)
                 await body.receive(response)
             return await body.save()
         except (aiohttp.ClientError, OSError) as exc:
@@ -245,7 +245,7 @@ class Downloads:
             attempt.expire()
 
 
-def _refusal(response: Response, url: str, task: CompletedTask) -> DownloadError:
+def _error_of(response: Response, url: str, task: CompletedTask) -> DownloadError:
     """Return the error of a response without an image to a request for a URL of the task."""
     if response.status in _GONE and _has_expired(url, task):
         return ResultExpiredError(
