@@ -126,6 +126,19 @@ async def test_an_idle_thread_takes_the_next_work():
         assert both > set(first)
 
 
+async def test_the_thread_that_ended_its_work_last_takes_the_next():
+    """Whichever was started first."""
+    async with own_threads() as threads:
+        for order in ([0, 1, 2], [2, 0, 1]):
+            go = [threading.Event() for _ in range(3)]
+            busy = [handed_over(threads, functools.partial(event.wait, 10)) for event in go]
+            for n in order:
+                go[n].set()
+                last = (await busy[n])[1]
+            for _ in range(2):
+                assert (await handed_over(threads))[1] is last
+
+
 async def test_work_beyond_the_threads_waits_for_one(monkeypatch):
     """None is lost, and it is begun in order."""
     monkeypatch.setattr(threads_module, "_MOST", 1)
@@ -159,8 +172,10 @@ async def test_one_thread_is_enough_where_no_other_can_be_started(monkeypatch):
         assert (await first)[1] is (await second)[1]
 
 
-async def test_closing_lets_the_work_end():
+@pytest.mark.parametrize("most", [1, 8])
+async def test_closing_lets_the_work_end(most, monkeypatch):
     """That is also the work which is started at the end of other work, or even later."""
+    monkeypatch.setattr(threads_module, "_MOST", most)
     go = threading.Event()
     more = asyncio.get_running_loop().create_future()
     async with all_ended():

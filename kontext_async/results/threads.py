@@ -5,15 +5,20 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from queue import SimpleQueue
-from typing import Any, TypeVar, TypeVarTuple, Unpack
+from typing import Any, TypeAlias, TypeVar, TypeVarTuple, Unpack
 
 __all__ = ["Threads", "run_in_thread", "uncancellable", "until_ended"]
 
 _Args = TypeVarTuple("_Args")
 _T = TypeVar("_T")
+
+# Work for a thread returns what remains to be done on the event loop.
+_Work: TypeAlias = Callable[[], Callable[[], object]]
+_Inbox: TypeAlias = "SimpleQueue[_Work | None]"  # of a thread; None ends it
 
 _MOST = min(32, (os.cpu_count() or 1) + 4)  # as many as an executor has by default
 
@@ -46,58 +51,68 @@ class Threads:
     """Threads that work for the running event loop alone, started as they are needed.
 
     To hand work over takes half the time that it takes with an executor, whose futures and locks
-    are Python code in both threads. They contend for Python's lock as long as it runs.
+    are Python code in both threads. The thread that ended its work last is the first to get more,
+    because the processor's caches still hold what it needs.
     """
 
     def __init__(self) -> None:
-        self._pending = 0  # pieces of work that have not ended
         self._loop = asyncio.get_running_loop()
-        self._work: SimpleQueue[Callable[[], Callable[[], object]] | None] = SimpleQueue()
-        self._alive = 0  # threads that will take work
+        self._count = 0
+        self._idle: list[_Inbox] = []
+        self._waiting: deque[_Work] = deque()  # for a thread
         self._is_closed = False
 
-    def start(self, work: Callable[[], Callable[[], object]]) -> None:
+    def start(self, work: _Work) -> None:
         """Do work in a thread, and then call on the event loop what it returns.
 
         The work must not raise. Raises `RuntimeError` if there is no thread and none can be
         started.
         """
-        if self._pending >= self._alive < _MOST:
+        if not self._idle and self._count < _MOST:
             self._start_thread()
-        self._pending += 1
-        self._work.put(work)
-        if self._is_closed:
-            self._end_threads()
+        if self._idle:
+            self._idle.pop().put(work)
+        else:
+            self._waiting.append(work)
 
     def close(self) -> None:
         """Let each thread end after its work; work that is started later has its own thread."""
         self._is_closed = True
-        self._end_threads()
+        while self._idle:
+            self._end_thread(self._idle.pop())
 
     def _start_thread(self) -> None:
+        inbox: _Inbox = SimpleQueue()
         try:
             # A daemon, because what is left open must not keep the interpreter from its end.
-            threading.Thread(target=self._run, name="kontext-async", daemon=True).start()
+            threading.Thread(
+                target=self._run, args=(inbox,), name="kontext-async", daemon=True
+            ).start()
         except RuntimeError:
-            if not self._alive:
+            if not self._count:
                 raise
         else:
-            self._alive += 1
+            self._count += 1
+            self._idle.append(inbox)
 
-    def _run(self) -> None:
-        while (work := self._work.get()) is not None:
+    def _end_thread(self, inbox: _Inbox) -> None:
+        self._count -= 1
+        inbox.put(None)
+
+    def _run(self, inbox: _Inbox) -> None:
+        while (work := inbox.get()) is not None:
             end = work()
             try:
-                self._loop.call_soon_threadsafe(self._end, end)
+                self._loop.call_soon_threadsafe(self._end, inbox, end)
             except RuntimeError:  # the event loop was closed: nobody waits
                 return
             del work, end  # which keep what they work on
 
-    def _end(self, end: Callable[[], object]) -> None:
-        self._pending -= 1
+    def _end(self, inbox: _Inbox, end: Callable[[], object]) -> None:
+        if self._waiting:
+            inbox.put(self._waiting.popleft())
+        elif self._is_closed:
+            self._end_thread(inbox)
+        else:
+            self._idle.append(inbox)
         end()
-
-    def _end_threads(self) -> None:
-        for _ in range(self._alive):
-            self._work.put(None)
-        self._alive = 0
