@@ -53,7 +53,7 @@ def target(folder, name="t", **options):
 
 def finished(partial, data=b""):
     """Finish an image; if that fails, discard it as a saver does."""
-    [ended] = ended_together([(partial, data)])
+    [ended] = ended_together({partial: data})
     if isinstance(ended, DownloadError):
         raise ended
     return ended
@@ -63,7 +63,7 @@ def ended_together(images):
     try:
         return finish_images(images)
     finally:
-        for partial, _ in images:
+        for partial in images:
             partial.discard()
 
 
@@ -497,10 +497,25 @@ def test_images_finished_together_share_a_sync(monkeypatch, tmp_path):
     seen = syncs_of_folders(monkeypatch)
     data = [image(), image()[:-500], image()]
     partials = [PartialImage(target(tmp_path, f"t{n}"), "png") for n in range(3)]
-    first, broken, last = ended_together([*zip(partials, data, strict=True)])
+    first, broken, last = ended_together(dict(zip(partials, data, strict=True)))
     assert [first.path.name, last.path.name] == ["t0.png", "t2.png"] == names(tmp_path)
     assert "the png is broken" in str(broken)
     assert [len({"t0.png", "t2.png"}.intersection(at_sync)) for at_sync in seen] == [2]
+
+
+def test_images_finished_together_are_all_on_disk_before_one_has_its_name(monkeypatch, tmp_path):
+    """To sync a file after a rename would write the folder once more."""
+    fsync, seen = os.fsync, []
+
+    def watched(fd):
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            seen.append([path.name for path in tmp_path.glob("t*")])
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    ended_together({PartialImage(target(tmp_path, f"t{n}"), "png"): image() for n in range(3)})
+    assert seen == [[], [], []]
+    assert names(tmp_path) == ["t0.png", "t1.png", "t2.png"]
 
 
 def test_of_images_finished_together_one_may_be_too_large_for_the_disk(tmp_path):
@@ -508,7 +523,7 @@ def test_of_images_finished_together_one_may_be_too_large_for_the_disk(tmp_path)
     data = [image(), make_image('{"prompt": ""}', "png", 100_000), image()]
     partials = [PartialImage(target(tmp_path, f"t{n}"), "png") for n in range(3)]
     with small_files():
-        first, large, last = ended_together([*zip(partials, data, strict=True)])
+        first, large, last = ended_together(dict(zip(partials, data, strict=True)))
     assert [first.path.name, last.path.name] == ["t0.png", "t2.png"] == names(tmp_path)
     assert "File too large" in str(large)
 
@@ -529,7 +544,7 @@ def test_a_disk_that_fails_at_the_sync_of_a_folder_is_an_error(monkeypatch, tmp_
     ids = ["a", "b", "c"]
     partials = [PartialImage(target(tmp_path, n, task_id=n), "png") for n in ids]
     data = [image(), image()[:-500], image()]
-    errors = ended_together([*zip(partials, data, strict=True)])
+    errors = ended_together(dict(zip(partials, data, strict=True)))
     assert [error.task_id for error in errors] == ids
     assert [error.retryable for error in errors] == [False, True, False]
     assert "Input/output error" in str(errors[0])

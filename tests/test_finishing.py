@@ -34,7 +34,7 @@ class Gate:
         self._begun = threading.Semaphore(0)
 
     def finish_images(self, images):
-        self.groups.append([image.target.name for image, _ in images])
+        self.groups.append([image.target.name for image in images])
         self._begun.release()
         self.open.wait(10)
         return files.finish_images(images)
@@ -195,7 +195,7 @@ async def test_an_error_that_is_kept_keeps_no_image(saving):
     broken.discard()
     frames = [frame for frame, _ in traceback.walk_tb(caught.value.__traceback__)]
     groups = [frame.f_locals["group"] for frame in frames if "group" in frame.f_locals]
-    assert [group.images for group in groups] == [[]]
+    assert [group.images for group in groups] == [{}]
 
 
 @pytest.mark.parametrize("times", [1, 3])

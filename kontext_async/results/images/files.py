@@ -14,7 +14,7 @@ import re
 import struct
 import threading
 import zlib
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -155,9 +155,9 @@ class Target(NamedTuple):
 
 
 class PartialImage:
-    """An image in a temporary file beside its target, until it is complete.
+    """An image in a temporary file beside its target, until it is renamed.
 
-    `write` and `complete` raise `OSError`.
+    What works on the file raises `OSError`.
     """
 
     def __init__(self, target: Target, kind: str) -> None:
@@ -179,18 +179,28 @@ class PartialImage:
         return _HAS_PILLOW or self._size > 0
 
     def complete(self, data: bytes) -> None:
-        """Check the image, and rename it once it is on disk. ``data`` was written last.
-
-        Its name is not on disk until the folder is synced. Raises `DownloadError` as well.
-        """
+        """Write the last data, and check the image. Raises `DownloadError` if it is broken."""
+        self.write(data)
         problem = self._problem(data)
         if problem is not None:
             raise DownloadError(problem, task_id=self.target.task_id, http_status=200)
+
+    def sync(self) -> None:
+        """Return when the contents are on disk."""
         self._file.sync()
-        self._rename()
+
+    def rename(self) -> None:
+        """Give the image its name, which is not on disk until the folder is synced.
+
+        Raises `DownloadError` if a file has the name and is not to be replaced.
+        """
+        with _RENAMING:  # so that of two savers in this process one gets the error
+            if not self.target.overwrite and os.path.lexists(self._file.path):
+                raise self.target.exists_error(self._name)
+            self._file.rename()
 
     def saved(self) -> SavedImage:
-        """Return the image now that it is complete."""
+        """Return the image now that it has its name."""
         return SavedImage(
             path=self.target.folder / self._name,
             size=self._size,
@@ -211,12 +221,6 @@ class PartialImage:
         if _HAS_PILLOW:
             return decoding_problem(io.BytesIO(data), self._kind)
         return _end_problem(data, data[-_TAIL:], self._size, self._kind)
-
-    def _rename(self) -> None:
-        with _RENAMING:  # so that of two savers in this process one gets the error
-            if not self.target.overwrite and os.path.lexists(self._file.path):
-                raise self.target.exists_error(self._name)
-            self._file.rename()
 
 
 # Errors of file systems that cannot sync a folder, and of folders that may not be read.
@@ -241,36 +245,36 @@ def _sync_folder(folder: Path) -> None:
             raise
 
 
-def finish_images(
-    images: Sequence[tuple[PartialImage, bytes]],
-) -> list[SavedImage | DownloadError]:
+def finish_images(images: Mapping[PartialImage, bytes]) -> list[SavedImage | DownloadError]:
     """Finish images of one folder, each with its last data.
 
     Return each as it is saved, or the error that kept it from being saved.
     """
     # In steps, because an image's data pushes the code of all steps out of the processor's cache.
+    # And a file system that is synced between two renames writes the folder twice.
     errors: dict[PartialImage, DownloadError] = {}
-    _take_step(PartialImage.write, images, errors)
-    _take_step(PartialImage.complete, images, errors)
+    _take_step(lambda image: image.complete(images[image]), images, errors)
+    _take_step(PartialImage.sync, images, errors)
+    _take_step(PartialImage.rename, images, errors)
     if len(errors) < len(images):
         try:
-            _sync_folder(images[0][0].target.folder)
+            _sync_folder(next(iter(images)).target.folder)
         except OSError as exc:
-            for image, _ in images:
+            for image in images:
                 errors.setdefault(image, image.target.error(exc))
-    return [errors.get(image) or image.saved() for image, _ in images]
+    return [errors.get(image) or image.saved() for image in images]
 
 
 def _take_step(
-    step: Callable[[PartialImage, bytes], None],
-    images: Sequence[tuple[PartialImage, bytes]],
+    step: Callable[[PartialImage], None],
+    images: Iterable[PartialImage],
     errors: dict[PartialImage, DownloadError],
 ) -> None:
     """Take a step with each image that has no error; add the errors."""
-    for image, data in images:
+    for image in images:
         if image not in errors:
             try:
-                step(image, data)
+                step(image)
             except OSError as exc:
                 errors[image] = image.target.error(exc)
             except DownloadError as error:

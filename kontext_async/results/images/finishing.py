@@ -24,19 +24,19 @@ class _Group:
     """Images for one thread, and the futures of their saves. ``work``: None until it begins."""
 
     def __init__(self) -> None:
-        self.images: list[tuple[PartialImage, bytes]] = []
-        self.saves: list[asyncio.Future[SavedImage]] = []
+        self.images: dict[PartialImage, bytes] = {}  # each with its last data
+        self.saves: list[asyncio.Future[SavedImage]] = []  # of the images
         self.work: asyncio.Future[None] | None = None
 
     def add(self, image: PartialImage, data: bytes) -> asyncio.Future[SavedImage]:
         save: asyncio.Future[SavedImage] = asyncio.get_running_loop().create_future()
-        self.images.append((image, data))
+        self.images[image] = data
         self.saves.append(save)
         return save
 
-    def remove(self, save: asyncio.Future[SavedImage]) -> None:
-        at = self.saves.index(save)
-        del self.images[at], self.saves[at]
+    def remove(self, image: PartialImage, save: asyncio.Future[SavedImage]) -> None:
+        del self.images[image]
+        self.saves.remove(save)
 
 
 class Finisher:
@@ -69,7 +69,7 @@ class Finisher:
             return await save
         except asyncio.CancelledError:
             if group.work is None:
-                group.remove(save)
+                group.remove(image, save)
             else:
                 await until_ended(group.work)
             raise
