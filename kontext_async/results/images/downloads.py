@@ -187,15 +187,13 @@ class Downloads:
         """
         loop = asyncio.get_running_loop()
         deadline = math.inf if self._timeout is None else loop.time() + self._timeout
-        appears_by: float | None = None
+        appears_by = loop.time() + (self._timeout or DEFAULT_TIMEOUT) - _age(task)
         attempts = bad_responses = 0
         while True:
             attempts += 1
             try:
                 return await self._try(url, task, target, deadline)
             except DownloadError as error:
-                if appears_by is None:
-                    appears_by = loop.time() + (self._timeout or DEFAULT_TIMEOUT) - _age(task)
                 is_awaited = error.http_status in _NOT_YET and loop.time() < appears_by
                 bad_responses += _is_bad_response(error) and not is_awaited
                 delay = _delay(error, attempts)
